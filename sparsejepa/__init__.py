@@ -1,0 +1,48 @@
+"""SparseJEPA: self-supervised image pretraining with a group-sparse map from latents to groups.
+
+Everything public is reachable from here and imported only when it is first used, so that
+``import sparsejepa`` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_EXPORTS = {
+    "Config": "sparsejepa.config",
+    "preset": "sparsejepa.config",
+    "UserError": "sparsejepa.errors",
+    "ViT": "sparsejepa.model.encoder",
+    "MaskSampler": "sparsejepa.model.masks",
+    "GroupMap": "sparsejepa.model.groups",
+    "SparseJEPA": "sparsejepa.model.jepa",
+    "load_dataset": "sparsejepa.data.catalog",
+    "load": "sparsejepa.interop",
+    "embed": "sparsejepa.evaluation.features",
+    "LogisticProbe": "sparsejepa.evaluation.probe",
+    "RidgeProbe": "sparsejepa.evaluation.probe",
+    "KNNProbe": "sparsejepa.evaluation.probe",
+    "pretrain": "sparsejepa.training.loop",
+    "build_model": "sparsejepa.training.loop",
+    "run_sweep": "sparsejepa.sweep",
+}
+__all__ = sorted(_EXPORTS)
+
+try:
+    __version__ = version("sparsejepa")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'sparsejepa' has no attribute '{name}'")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,408 @@
+"""Every setting of a run, typed; presets; and the checks that need no data.
+
+The sections of `Config` are the sections of a run's config.toml and of the generated help. Field
+names are unique across them, so that a flag (``--lam``) and a keyword (``lam=``) need no prefix.
+Imports neither torch nor numpy: the command line reads it before anything heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsejepa.errors import UserError, nearest
+
+# Width, depth and heads of the standard ViTs (Dosovitskiy et al. 2021; tiny: Touvron et al. 2021).
+ENCODER_SIZES: dict[str, tuple[int, int, int]] = {
+    "nano": (96, 6, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are varied."""
+
+    img_size: tuple[int, ...] = ()
+    """Image size in pixels, one number or height and width (default: the data set's own)."""
+    limit: int | None = None
+    """Use only this many training images: a random subset, balanced over the classes."""
+    subset_seed: int = 0
+    """Seed of that subset (shared by all runs of a sweep)."""
+    data_root: Path | None = None
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
+    upscale: bool = False
+    """Enlarge images that are smaller than --img-size instead of refusing them."""
+    augment: Literal["none", "crop", "randaugment"] = "crop"
+    """crop: random resized crop and flip; randaugment: RandAugment on top of it."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the image's area in a crop."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+    randaugment: tuple[int, int] = (2, 9)
+    """Operations per image and magnitude (0 to 30)."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The two encoders and the predictor."""
+
+    encoder: Literal["nano", "tiny", "small", "base", "large", "huge"] = "tiny"
+    """Size of the vision transformer."""
+    patch_size: int = 4
+    """Side of a patch in pixels."""
+    drop_path: float = 0.05
+    """Stochastic depth of the last block of the context encoder."""
+    predictor: Literal["transformer", "mlp"] = "transformer"
+    """transformer (I-JEPA) or a shallow MLP (the SparseJEPA paper)."""
+    predictor_dim: int = 128
+    """Width of the predictor."""
+    predictor_depth: int = 4
+    """Blocks (transformer) or hidden layers (mlp) of the predictor."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """The multi-block masks (I-JEPA section 3, sampler corrected)."""
+
+    num_targets: int = 4
+    """Target blocks per image."""
+    target_scale: tuple[float, float] = (0.15, 0.2)
+    """Share of the patches in a target block."""
+    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    """Height over width of a target block."""
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    """Share of the patches in the context block, before the targets are taken out."""
+    context_counts: tuple[int, ...] = ()
+    """Context patches per image, one of these per step (default: 1/4, 5/16 and 3/8 of all)."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """The group-sparse map from latent dimensions to groups."""
+
+    groups: Literal["none", "region", "concept", "feature"] = "region"
+    """What a group is; none is the dense JEPA."""
+    num_groups: int = 16
+    """Number of groups."""
+    group_dim: int | None = None
+    """Width of a group's latent; the encoder's width over the number of groups if not given."""
+    w_form: Literal["sphere", "plain"] = "sphere"
+    """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
+    lam: float = 0.01
+    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised."""
+    density: float | None = None
+    """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
+    group_weight: float = 0.1
+    """Weight of the group map's own prediction loss."""
+    group_detach: float = 0.0
+    """First part of training in which that loss does not reach the encoder (0 to 1)."""
+    balance: float = 0.03
+    """Weight of the usage-balance term that keeps latents from crowding into one group."""
+    ridge: float = 1e-3
+    """Weight of the squared weights of the group networks (plain form only)."""
+    debias: float = 0.15
+    """Last part of training with lam = 0 and the zero pattern frozen (0 to 1)."""
+    w_lr_sum: float = 60.0
+    """Sum of the learning rates of W over the run: the scale on which lam acts."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Prediction loss and KL term."""
+
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+    """Distance of predicted and target embeddings."""
+    kl: Literal["aggregate", "posterior"] = "aggregate"
+    """aggregate: of the batch of pooled embeddings to N(0, I); posterior: oi-VAE's, per sample."""
+    beta: float = 0.05
+    """Weight of the KL term."""
+    kl_marginal: float = 1.0
+    """Weight of the aggregate KL's marginal part (mean and variance of each latent)."""
+    kl_correlation: float = 1.0
+    """Weight of the aggregate KL's total-correlation part."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedules, all pure functions of the step."""
+
+    epochs: int = 300
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimiser steps, instead of --epochs."""
+    batch_size: int = 512
+    """Images per step."""
+    lr: float = 1.5e-3
+    """Peak learning rate of AdamW."""
+    lr_final: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup: float = 0.05
+    """Part of training with a linear warm-up (0 to 1)."""
+    weight_decay: float = 0.05
+    """AdamW weight decay (matrices only)."""
+    adam_beta2: float = 0.98
+    """AdamW second-moment decay."""
+    clip: float = 1.0
+    """Largest norm of the network's gradient; 0 switches clipping off."""
+    ema: float | None = None
+    """EMA rate of the target encoder at the start (default: 0.992 scaled to the steps)."""
+    ema_final: float | None = None
+    """EMA rate at the end (default: 0.9999 scaled to the steps)."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware has it."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how often it reports."""
+
+    seed: int = 0
+    """Seed of weights, order, masks and augmentation."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads; all cores if not given."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between online evaluations (k-NN, RankMe); ten a run if not given."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; twenty a run if not given."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one pretraining run."""
+
+    data: str = "scenes"
+    preset: str = "best"
+    images: DataConfig = field(default_factory=DataConfig)
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    groups: GroupConfig = field(default_factory=GroupConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def replace(self, **flat: Any) -> Config:
+        """Return a copy with the named settings changed; names are flat (``lam=0.1``).
+
+        Raises UserError for a name that is no setting.
+        """
+        fields = flat_fields()
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in flat.items():
+            if name not in fields:
+                raise UserError(f"unknown setting '{name}'{nearest(name, fields)}")
+            changes.setdefault(fields[name], {})[name] = _coerce(name, value)
+        top = changes.pop("", {})
+        sections = {s: dataclasses.replace(getattr(self, s), **kw) for s, kw in changes.items()}
+        return dataclasses.replace(self, **top, **sections)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its flat name, in order."""
+        return {
+            name: getattr(getattr(self, section) if section else self, name)
+            for name, section in flat_fields().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain values for TOML and JSON; settings that are None are left out."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
+        """Rebuild from `to_dict`'s form. Raises UserError naming `source` for unknown settings."""
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            flat.update(value if isinstance(value, Mapping) else {name: value})
+        try:
+            return cls().replace(**flat)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+    @property
+    def encoder_shape(self) -> tuple[int, int, int]:
+        """Width, depth and heads of the encoder."""
+        return ENCODER_SIZES[self.model.encoder]
+
+    @property
+    def group_dim(self) -> int:
+        """Width P of a group's latent."""
+        return self.groups.group_dim or max(1, self.encoder_shape[0] // self.groups.num_groups)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether W is under a sparsity penalty at all."""
+        return self.groups.groups != "none" and (
+            self.groups.density is not None or self.groups.lam > 0
+        )
+
+    def check(self) -> Config:
+        """Return self. Raises UserError for the first setting that cannot work on any data."""
+        flat = self.flat()
+        for name, (low, high) in _RANGES.items():
+            values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
+            for value in values:
+                if value is not None and not (low <= value <= high):
+                    bound = f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
+                    raise UserError(f"{flag(name)} {value:g}: must be {bound}")
+        for name in ("crop_scale", "target_scale", "target_aspect_ratio", "context_scale"):
+            if flat[name][0] > flat[name][1]:
+                raise UserError(f"{flag(name)}: the smaller number comes first, got {flat[name]}")
+        if len(self.images.img_size) > 2:
+            raise UserError("--img-size takes one number or height and width")
+        if self.groups.groups != "none":
+            width, count = self.encoder_shape[0], self.groups.num_groups
+            if count > width:
+                raise UserError(
+                    f"--num-groups {count} is more than the {width} latents of --encoder "
+                    f"{self.model.encoder}; use at most {width}"
+                )
+            if self.groups.groups == "feature" and width % count:
+                raise UserError(
+                    f"--num-groups {count} does not divide the width {width} of --encoder "
+                    f"{self.model.encoder}, which --groups feature needs; use e.g. "
+                    f"{max(g for g in range(1, count) if width % g == 0)}"
+                )
+            if self.groups.density is not None and self.groups.density < 1 / count:
+                raise UserError(
+                    f"--density {self.groups.density:g} is below 1/{count}: each latent keeps at "
+                    f"least one of the --num-groups {count}"
+                )
+        if self.model.predictor == "transformer" and self.model.predictor_dim % 4:
+            raise UserError(f"--predictor-dim {self.model.predictor_dim}: must be a multiple of 4")
+        return self
+
+    def check_image(self, size: tuple[int, int]) -> Config:
+        """Return self. Raises UserError if `size` (h, w) does not fit patches, masks or groups."""
+        patch = self.model.patch_size
+        for side in size:
+            if side % patch:
+                divisors = [p for p in range(2, min(size) + 1) if not (size[0] % p or size[1] % p)]
+                raise UserError(
+                    f"--patch-size {patch} does not divide the image, {size[0]}x{size[1]} pixels; "
+                    f"use one of {', '.join(map(str, divisors[:-1] or divisors))} or set --img-size"
+                )
+        patches = (size[0] // patch) * (size[1] // patch)
+        if patches < 9:
+            raise UserError(
+                f"--patch-size {patch} leaves {patches} patches of an image of {size[0]}x{size[1]} "
+                "pixels, too few for masks; use a smaller --patch-size or a larger --img-size"
+            )
+        if self.groups.groups == "region" and self.groups.num_groups > patches:
+            raise UserError(
+                f"--num-groups {self.groups.num_groups} is more than the {patches} patches that "
+                f"--groups region shares out; use at most {patches}"
+            )
+        return self
+
+
+_BIG = 1e9
+_RANGES: dict[str, tuple[float, float]] = {
+    "img_size": (4, 4096), "limit": (2, _BIG), "crop_scale": (0.01, 1), "randaugment": (0, 30),
+    "patch_size": (1, 256), "drop_path": (0, 0.9), "predictor_dim": (4, _BIG),
+    "predictor_depth": (1, 64), "num_targets": (1, 64), "target_scale": (0.001, 0.99),
+    "target_aspect_ratio": (0.05, 20), "context_scale": (0.01, 1), "context_counts": (1, _BIG),
+    "num_groups": (1, _BIG), "group_dim": (1, _BIG), "lam": (0, _BIG), "density": (0, 1),
+    "group_weight": (0, _BIG), "group_detach": (0, 1), "balance": (0, _BIG), "ridge": (0, _BIG),
+    "debias": (0, 1), "w_lr_sum": (0, _BIG), "beta": (0, _BIG), "kl_marginal": (0, _BIG),
+    "kl_correlation": (0, _BIG), "epochs": (1, _BIG), "steps": (1, _BIG), "batch_size": (2, _BIG),
+    "lr": (0, _BIG), "lr_final": (0, _BIG), "warmup": (0, 1), "weight_decay": (0, _BIG),
+    "adam_beta2": (0, 1), "clip": (0, _BIG), "ema": (0, 1), "ema_final": (0, 1),
+    "threads": (1, 4096), "log_every": (1, _BIG), "eval_every": (1, _BIG),
+    "checkpoint_every": (1, _BIG),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of settings, with what to expect of it."""
+
+    about: str
+    settings: Mapping[str, Any]
+
+
+PRESETS: dict[str, Preset] = {
+    "best": Preset(
+        "our recipe for small images: ViT-Tiny/4, 300 epochs (a starting point, tuned later)",
+        {},
+    ),
+    "nano": Preset(
+        "our recipe for two CPU cores: ViT-Nano/4, batch 128, minutes for 5,000 images",
+        {
+            "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
+            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 20,
+        },
+    ),
+    "paper": Preset(
+        "the SparseJEPA paper read literally: MLP predictor, L2 loss, plain W with ridge, "
+        "posterior KL, fixed lambda",
+        {
+            "predictor": "mlp", "predictor_depth": 2, "predictor_dim": 256, "loss": "l2",
+            "w_form": "plain", "kl": "posterior", "beta": 0.01, "group_weight": 1.0, "balance": 0.0,
+            "debias": 0.0, "augment": "crop",
+        },
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """Return the settings of a preset. Raises UserError for an unknown name."""
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UserError(f"--preset {name}: unknown{nearest(name, PRESETS)}; there are {known}")
+    return Config(preset=name).replace(**PRESETS[name].settings)
+
+
+def flat_fields() -> dict[str, str]:
+    """Return {flat field name: section}, section "" for the top level."""
+    names: dict[str, str] = {}
+    for outer in dataclasses.fields(Config):
+        inner = outer.default_factory
+        if dataclasses.is_dataclass(inner):
+            names.update((f.name, outer.name) for f in dataclasses.fields(inner))
+        else:
+            names[outer.name] = ""
+    return names
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises UserError naming the file when it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from None
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """Bring a keyword or TOML value to the field's type: lists to tuples, paths, one image size."""
+    if name == "img_size" and isinstance(value, int):
+        return (value,)
+    if name == "data_root" and isinstance(value, str):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

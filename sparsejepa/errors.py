@@ -1,0 +1,19 @@
+"""The one kind of error that is the user's to mend, and the nearest-name hint that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the flag or file at fault and the remedy.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the closest option, ``""`` if none is close."""
+    match = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""

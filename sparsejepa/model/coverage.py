@@ -1,0 +1,310 @@
+"""How often a mask sampler uses each patch: exact enumeration, and an audit of what it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, islice
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import special
+from torch import Tensor
+
+from sparsejepa.errors import UserError
+from sparsejepa.model.masks import MaskSampler, Shape, StepPlan, block_indices, cover
+
+MAX_SETS = 1_000_000
+"""Sets of M target places per shape that are enumerated at most (four targets: about 12x12)."""
+_PARTS, _PART_SETS = 8, 1 << 13  # independent parts of a Monte-Carlo estimate, sets of each
+_CHUNK_CELLS = 1 << 20  # sets times patches that are held at once
+
+
+class _Coverage(NamedTuple):
+    """By plan: P(patch is context), P(it is a target) [plans, N]; P(no candidate fits) [plans]."""
+
+    context: np.ndarray
+    target: np.ndarray
+    last_resort: np.ndarray
+
+
+def exact_coverage(sampler: MaskSampler) -> tuple[np.ndarray, np.ndarray]:
+    """Return each patch's probability of being context, and of being a target, float64 [N] each.
+
+    Enumerates the plans, every set of M target places and every place of the context block. The
+    choice among candidates is exact: the first feasible one is distributed as a candidate given
+    that it is feasible, and all T - 1 fail together with probability (1 - P(feasible))^(T - 1).
+
+    Raises:
+        UserError: if a target shape has more than a million sets of places.
+    """
+    if not _enumerable(sampler):
+        rows, cols = sampler.grid_size
+        raise UserError(
+            f"--num-targets {sampler.num_targets} on {rows}x{cols} patches: over {MAX_SETS:,} sets "
+            "of places, too many to enumerate; use a smaller grid (up to about 12x12)"
+        )
+    coverage = _coverage(sampler, None)
+    weights = np.array(list(sampler.plans.values()))
+    return weights @ coverage.context, weights @ coverage.target
+
+
+def _enumerable(sampler: MaskSampler) -> bool:
+    rows, cols = sampler.grid_size
+    return all(
+        math.comb((rows - h + 1) * (cols - w + 1), sampler.num_targets) <= MAX_SETS
+        for h, w in sampler.target_shapes
+    )
+
+
+def _sets(
+    places: int, targets: int, chunk: int, random: np.random.Generator | None
+) -> Iterator[np.ndarray]:
+    """Yield all sets of `targets` places, or random ones, int [at most chunk, M]."""
+    if random is None:
+        every = combinations(range(places), targets)
+        while part := list(islice(every, chunk)):
+            yield np.array(part)
+    else:
+        for _ in range(0, _PART_SETS, chunk):
+            keys = random.random((min(chunk, _PART_SETS), places))
+            yield np.argpartition(keys, targets - 1, axis=1)[:, :targets]
+
+
+def _coverage(sampler: MaskSampler, random: np.random.Generator | None) -> _Coverage:
+    """Return the coverage over all sets of target places, or over random ones, in plan order."""
+    grid, patches, tries = sampler.grid_size, math.prod(sampler.grid_size), sampler.candidates - 1
+    chunk = max(1, _CHUNK_CELLS // patches)
+    found: dict[StepPlan, tuple[np.ndarray, np.ndarray, float]] = {}
+    for shape in sampler.target_shapes:
+        plans = [plan for plan in sampler.plans if plan.target == shape]
+        covered = cover(block_indices(grid, shape), patches).numpy()  # [P, N]
+        blocks = {p.context: cover(block_indices(grid, p.context), patches).numpy() for p in plans}
+        total, feasible = 0, dict.fromkeys(plans, 0.0)
+        context = {plan: np.zeros(patches) for plan in plans}
+        target = {plan: np.zeros(patches) for plan in plans}
+        for sets in _sets(len(covered), sampler.num_targets, chunk, random):
+            total += len(sets)
+            hidden = covered[sets].any(1).astype(np.float64)  # [chunk, N]
+            shown = 1 - hidden
+            visible = {s: shown @ block.T for s, block in blocks.items()}  # counts [chunk, Q]
+            for plan in plans:
+                block, seen = blocks[plan.context], visible[plan.context]
+                enough = seen >= plan.count
+                feasible[plan] += float(enough.mean(1).sum())
+                target[plan] += enough.mean(1) @ hidden
+                taken = np.where(enough, plan.count / np.maximum(seen, 1), 0)  # share in context
+                context[plan] += (taken.T @ shown * block).mean(0)
+        single = covered.mean(0)  # the last resort: one place for all M blocks, the whole grid
+        for plan in plans:
+            none = (1 - feasible[plan] / total) ** tries
+            given = (1 - none) / feasible[plan] if feasible[plan] else 0.0
+            left = plan.count / (patches - math.prod(shape))
+            found[plan] = (
+                given * context[plan] + none * left * (1 - single),
+                given * target[plan] + none * single,
+                none,
+            )
+    columns = zip(*(found[plan] for plan in sampler.plans), strict=True)
+    return _Coverage(*(np.array(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class UseAudit:
+    """How often each patch was used in one role; all arrays [N], float64, row by row."""
+
+    share: np.ndarray
+    """Share of images in which the patch was used."""
+    expected: np.ndarray
+    """Its probability."""
+    z: np.ndarray
+    """share - expected, in standard errors."""
+    z_given_plans: np.ndarray
+    """The same against the probability given the shapes and counts drawn: a sharper test."""
+    z_symmetry: np.ndarray
+    """share - mean share of the patches that the grid's symmetries carry it to, likewise."""
+
+    @property
+    def worst_z(self) -> float:
+        """Largest deviation from the expectation, in standard errors."""
+        return float(max(abs(self.z).max(), abs(self.z_given_plans).max()))
+
+    @property
+    def ratio(self) -> float:
+        """Smallest over largest probability of use."""
+        return float(self.expected.min() / self.expected.max())
+
+    @property
+    def measured_ratio(self) -> float:
+        """Smallest over largest share."""
+        return float(self.share.min() / self.share.max())
+
+
+@dataclass(frozen=True)
+class CoverageAudit:
+    """What `audit` found."""
+
+    grid_size: tuple[int, int]
+    batch_size: int
+    batches: int
+    context: UseAudit
+    target: UseAudit
+    exact: bool
+    """Whether the expectation was enumerated; otherwise it is a Monte-Carlo estimate."""
+    symmetries: int
+    """Symmetries of grid and shapes: 8, or 4 if the grid is not square."""
+    counts_right: bool
+    """Every image had exactly the planned number of context patches, all different."""
+    blocks_whole: bool
+    """Every target was a whole block of the planned shape."""
+    disjoint: bool
+    """No context patch was in a target."""
+    last_resort: float
+    """Share of images for which no drawn candidate is expected to leave enough context."""
+
+    @property
+    def z_limit(self) -> float:
+        """Standard errors allowed: 4, or more above 64 patches, of which some stray by chance."""
+        tail = NormalDist().cdf(-4) * min(1.0, 64 / self.context.share.size)
+        return -NormalDist().inv_cdf(tail)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether no patch strays from its mirror images by more than `z_limit`."""
+        worst = max(abs(use.z_symmetry).max() for use in (self.context, self.target))
+        return bool(worst <= self.z_limit)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every image was right and no patch strays by more than `z_limit`."""
+        right = self.counts_right and self.blocks_whole and self.disjoint and self.symmetric
+        return right and max(self.context.worst_z, self.target.worst_z) <= self.z_limit
+
+    def summary(self) -> dict[str, Any]:
+        """Return the findings as plain numbers, for a table or JSON."""
+        uses = {"context": self.context, "target": self.target}
+        return {
+            "passed": self.passed,
+            "grid_size": list(self.grid_size),
+            "images": self.batch_size * self.batches,
+            "reference": "exact enumeration" if self.exact else "Monte Carlo",
+            **{f"{name}_worst_z": use.worst_z for name, use in uses.items()},
+            **{f"{name}_min_over_max": use.ratio for name, use in uses.items()},
+            **{f"{name}_min_over_max_measured": use.measured_ratio for name, use in uses.items()},
+            "z_limit": self.z_limit,
+            "symmetries": self.symmetries,
+            "symmetric": self.symmetric,
+            "counts_right": self.counts_right,
+            "blocks_whole": self.blocks_whole,
+            "disjoint": self.disjoint,
+            "last_resort": self.last_resort,
+        }
+
+
+def audit(
+    sampler: MaskSampler, *, batch_size: int = 256, batches: int = 400, seed: int = 0
+) -> CoverageAudit:
+    """Draw `batches` steps of masks and compare them with what the sampler should do.
+
+    Images of a step share shapes and count, so their uses are not independent. With p_i(q) the
+    probability that patch i is used under plan q, a share over S steps of B images has variance
+    (Var_q p_i + E_q p_i (1 - p_i) / B) / S; given the plans drawn it has the second part only. The
+    expectation is enumerated where `exact_coverage` can, and otherwise a Monte-Carlo estimate over
+    random sets of places, whose own variance is added. Deviations from symmetry need no
+    expectation: their variance is taken between steps, and Student's t is turned into a normal z.
+
+    Raises:
+        UserError: if there are fewer than two batches.
+    """
+    if batches < 2:
+        raise UserError(f"--batches {batches}: an audit needs at least 2")
+    exact = _enumerable(sampler)
+    random = np.random.default_rng(seed)
+    parts = [_coverage(sampler, None if exact else random) for _ in range(1 if exact else _PARTS)]
+    plans, patches = list(sampler.plans), math.prod(sampler.grid_size)
+    drawn = np.array([plans.index(sampler.plan(seed=seed, step=step)) for step in range(batches)])
+    use = np.zeros((2, batches, patches))
+    counts_right = blocks_whole = disjoint = True
+    for step, plan in enumerate(plans[i] for i in drawn):
+        masks = sampler.sample(batch_size, seed=seed, step=step)
+        context = torch.zeros(batch_size, patches).scatter_(1, masks.context, 1.0)
+        target = torch.zeros(batch_size, patches).scatter_(1, masks.targets.flatten(1), 1.0)
+        counts_right &= bool((context.sum(1) == plan.count).all())
+        blocks_whole &= _whole_blocks(masks.targets, sampler, plan.target)
+        disjoint &= not bool((context * target).any())
+        use[:, step] = context.mean(0), target.mean(0)
+
+    weights = np.array(list(sampler.plans.values()))
+    maps = symmetries(sampler)
+
+    def compare(steps: np.ndarray, estimates: np.ndarray) -> UseAudit:
+        """`steps` [S, N]: shares of each step; `estimates` [parts, plans, N]."""
+        p = estimates.mean(0)
+        slack = 0.0 if exact else estimates.var(0, ddof=1).max(0) / _PARTS
+        share, expected = steps.mean(0), weights @ p
+        between, within = weights @ (p - expected) ** 2, p * (1 - p) / batch_size
+        uneven = steps - steps[:, maps].mean(1)
+        return UseAudit(
+            share,
+            expected,
+            _ratio(share - expected, (between + weights @ within) / batches + slack),
+            _ratio(share - p[drawn].mean(0), within[drawn].mean(0) / batches + slack),
+            _normal(_ratio(uneven.mean(0), uneven.var(0, ddof=1) / batches), batches - 1),
+        )
+
+    return CoverageAudit(
+        grid_size=sampler.grid_size,
+        batch_size=batch_size,
+        batches=batches,
+        context=compare(use[0], np.array([part.context for part in parts])),
+        target=compare(use[1], np.array([part.target for part in parts])),
+        exact=exact,
+        symmetries=len(maps),
+        counts_right=counts_right,
+        blocks_whole=blocks_whole,
+        disjoint=disjoint,
+        last_resort=float(weights @ np.mean([part.last_resort for part in parts], 0)),
+    )
+
+
+def symmetries(sampler: MaskSampler) -> np.ndarray:
+    """Return the permutations [4 or 8, N] of the patches under which the masks look the same.
+
+    Mirror images and the half turn; on a square grid also the diagonals and quarter turns, if every
+    target shape is as likely as the same shape turned.
+    """
+    grid = np.arange(math.prod(sampler.grid_size)).reshape(sampler.grid_size)
+    plans = sampler.plans
+    turned = {StepPlan(_turn(p.target), _turn(p.context), p.count): w for p, w in plans.items()}
+    square = grid.shape[0] == grid.shape[1] and turned == plans
+    grids = [grid, grid.T] if square else [grid]
+    return np.array([g[::i, ::j].ravel() for g in grids for i in (1, -1) for j in (1, -1)])
+
+
+def _turn(shape: Shape) -> Shape:
+    return shape[1], shape[0]
+
+
+def _whole_blocks(targets: Tensor, sampler: MaskSampler, shape: Shape) -> bool:
+    """Return whether `targets` [B, M, K] are M rectangles of `shape` per image, row by row."""
+    cols, step = sampler.grid_size[1], torch.arange(math.prod(shape))
+    row, col = targets // cols, targets % cols
+    return targets.shape[1:] == (sampler.num_targets, len(step)) and bool(
+        (row - row[..., :1] == step // shape[1]).all()
+        and (col - col[..., :1] == step % shape[1]).all()
+    )
+
+
+def _normal(t: np.ndarray, degrees: int) -> np.ndarray:
+    """Return the standard normal quantiles that are as unlikely as Student's `t`."""
+    return -np.sign(t) * special.ndtri(special.stdtr(degrees, -abs(t)))
+
+
+def _ratio(difference: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Return difference / sqrt(variance); 0 where both vanish, infinite if only the second does."""
+    same = (variance <= 1e-20) & (abs(difference) < 1e-9)
+    with np.errstate(divide="ignore"):
+        return np.where(same, 0.0, difference / np.sqrt(np.where(same, 1.0, variance)))

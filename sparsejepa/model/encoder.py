@@ -1,0 +1,253 @@
+"""Vision transformer that encodes only the patches it is given, with timm's parameter names.
+
+Dosovitskiy et al. 2021 (pre-norm ViT, sizes Ti/S/B/L/H as in DeiT), used as in I-JEPA (Assran et
+al. 2023): the context encoder sees the visible patches only, so hidden ones cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsejepa.errors import UserError
+
+
+def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
+    """Return the fixed 2-D sine-cosine embedding [N, dim] of a grid of (rows, cols), row-major.
+
+    A quarter of the dimensions each: sin(c w), cos(c w), sin(r w), cos(r w) of the column c and
+    the row r, with w_i = 10000^(-4i/dim): the order of MAE and I-JEPA, so that their weights fit.
+    Raises UserError if `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"width {dim}: sine-cosine positions need a multiple of 4")
+    rows, cols = grid_size
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    column_angle, row_angle = (x.reshape(-1, 1) * omega for x in (col, row))
+    parts = [column_angle.sin(), column_angle.cos(), row_angle.sin(), row_angle.cos()]
+    return torch.cat(parts, dim=1).to(torch.get_default_dtype())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v [..., C, d].
+
+    On the CPU in bfloat16 the explicit form is faster than the fused kernel; elsewhere the fused
+    one is used.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. Raises UserError if `num_heads` does not divide `dim`."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise UserError(f"{num_heads} attention heads do not divide the width {dim}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]."""
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        # One copy brings all heads into the layout of the batched matmuls; otherwise each of them
+        # would copy its own operand.
+        q, k, v = heads.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with an erf GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [..., D] to [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth (Huang et al. 2016).
+
+    In training each sample skips each of the two branches with probability `drop_path`, drawn from
+    torch's default generator of the device; the others are scaled up to keep the mean.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]."""
+        x = x + self._thin(self.attn(self.norm1(x)))
+        return x + self._thin(self.mlp(self.norm2(x)))
+
+    def _thin(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * (branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of a patch's pixels, stored as the convolution that timm has."""
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, index: Tensor | None) -> Tensor:
+        """Embed the patches `index` [B, C] (all if None) of images [B, 3, H, W] to [B, C, D]."""
+        height, width = self.proj.kernel_size
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, rows, cols, 3, h, w], still a view
+        if index is None:
+            patches = patches.flatten(1, 2)
+        else:
+            image = torch.arange(len(images), device=index.device).unsqueeze(1)
+            cols = patches.shape[2]
+            patches = patches[image, index // cols, index % cols]
+        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """Vision transformer encoder; its state_dict is that of timm's ``VisionTransformer``.
+
+    Args:
+        img_size: height and width of the images in pixels; one number for a square.
+        patch_size: height and width of a patch in pixels; one number for a square.
+        embed_dim: width D of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads; divides `embed_dim`.
+        mlp_ratio: width of a block's MLP over D.
+        in_chans: colour channels.
+        class_token: put a learned token before the patches; it is not among the outputs.
+        pos_embed: fixed sine-cosine positions (zero for the class token), or learned ones.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+
+    Raises UserError if patches do not tile the image or heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int | tuple[int, int] = 4,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        *,
+        in_chans: int = 3,
+        class_token: bool = False,
+        pos_embed: Literal["sincos", "learned"] = "sincos",
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+        self.patch_size = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+        (height, width), (patch_h, patch_w) = self.img_size, self.patch_size
+        if height % patch_h or width % patch_w:
+            raise UserError(
+                f"patches of {patch_h}x{patch_w} pixels do not tile images of {height}x{width}"
+            )
+        self.grid_size = (height // patch_h, width // patch_w)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.num_prefix_tokens = int(class_token)
+
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.num_prefix_tokens + self.num_patches, embed_dim),
+            requires_grad=pos_embed == "learned",
+        )
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.Sequential(
+            *(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        self.apply(init_weights)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if pos_embed == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            positions = sincos_position_embedding(self.grid_size, embed_dim)
+            self.pos_embed.data[0, self.num_prefix_tokens :] = positions
+
+    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the patch tokens after the final norm.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            index: int64 [B, C], the patches to encode (row-major numbers in 0..N-1); all if None.
+                The others' pixels are never read.
+
+        Returns:
+            [B, C, D] in the order of `index`, or [B, N, D].
+
+        Raises ValueError for images of another size or of integers, or an index of another shape.
+        """
+        return self.norm(self.blocks(self._embed(images, index)))[:, self.num_prefix_tokens :]
+
+    def forward_intermediates(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the patch tokens [B, N, D] of the last `n` blocks, each through the final norm.
+
+        Raises ValueError as `forward`, or if the encoder has fewer than `n` blocks.
+        """
+        if not 1 <= n <= self.depth:
+            raise ValueError(f"the last {n} blocks of an encoder that has {self.depth}")
+        x = self._embed(images, None)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= self.depth - n:
+                outputs.append(self.norm(x)[:, self.num_prefix_tokens :])
+        return outputs
+
+    def _embed(self, images: Tensor, index: Tensor | None) -> Tensor:
+        """Check the input; return the prefix and patch tokens with their positions added."""
+        if images.ndim != 4 or images.shape[1:] != (self.in_chans, *self.img_size):
+            wanted = ", ".join(map(str, (self.in_chans, *self.img_size)))
+            raise ValueError(f"images must be [B, {wanted}], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"images must be normalised floats, got {images.dtype}")
+        positions = self.pos_embed[:, self.num_prefix_tokens :]
+        if index is not None:
+            if index.ndim != 2 or len(index) != len(images) or index.dtype != torch.int64:
+                raise ValueError(
+                    f"index must be int64 [{len(images)}, C], got {index.dtype} {list(index.shape)}"
+                )
+            positions = positions[0, index]
+        x = self.patch_embed(images, index) + positions
+        if self.cls_token is None:
+            return x
+        prefix = self.cls_token + self.pos_embed[:, : self.num_prefix_tokens]
+        return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw weights of linear and patch layers from a normal (0.02) cut at 2; biases are zero."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,390 @@
+"""The group map: which latent dimensions feed which group, learned under a group lasso.
+
+Group g sees the latents z only through u_g = W^(g) z and predicts with a network of its own.
+Column j of W^(g), written W_gj, says how latent j feeds group g; the penalty sum_gj ||W_gj|| makes
+whole columns exactly zero. The form is oi-VAE's (Ainsworth et al. 2018, "Output Interpretable
+VAEs", eqs. 4-7), used by SparseJEPA (Hartman and Varshney 2025, section 3).
+
+Nothing before W mixes latents (z is only centred and scaled per dimension) and nothing after W
+mixes groups, so a zero means that this latent does not reach that group's prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsejepa.errors import UserError
+from sparsejepa.model.encoder import attend, sincos_position_embedding
+
+Kind = Literal["region", "concept", "feature"]
+
+# Block norms start at 1/sqrt(G) give or take 14 %. Exactly equal norms are a fixed point of the
+# spherical prox; with this spread thresholds that sum to 0.06, 0.6 and 6 leave 16, 10 and 1 of 16
+# groups per latent, whatever the group width.
+_SPREAD = 0.14
+# Without the sphere a block loses lr * lam per step outright; from this scale it survives a total
+# threshold of 4/sqrt(G) (oi-VAE starts W large as well).
+_PLAIN_SCALE = 4.0
+# Small outputs at the start (as in the ViT), so that the untrained head does not push the encoder.
+_OUT_STD = 0.02
+_TINY = 1e-30
+
+
+def prox_group_lasso(W: Tensor, t: float | Tensor) -> Tensor:
+    """Shrink every block by `t`: W_gj * max(0, 1 - t / ||W_gj||).
+
+    The exact minimiser over X of 1/2 ||X - W||^2 + t sum_gj ||X_gj|| (oi-VAE eq. 7).
+
+    Args:
+        W: [G, P, D], block (g, j) is W[g, :, j].
+        t: threshold >= 0, a number or a 0-d tensor.
+
+    Returns:
+        [G, P, D]. Zero blocks stay zero, also for t = 0.
+    """
+    norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+    return W * (1 - t / norms.clamp_min(_TINY)).clamp_min(0)
+
+
+def prox_sphere(W: Tensor, t: float | Tensor) -> Tensor:
+    """Return the exact proximal point of the group lasso on unit spheres, one per latent.
+
+    For every j the minimiser over sum_g ||X_gj||^2 = 1 of 1/2 ||X_j - W_j||^2 + t sum_g ||X_gj||.
+    With v_g = ||W_gj|| the block norms of the solution are r = (v - t)_+ / ||(v - t)_+||; if no v_g
+    exceeds t, all weight goes to the largest block. Directions are kept.
+
+    Args:
+        W: [G, P, D], any scale.
+        t: threshold >= 0, a number or a 0-d tensor.
+
+    Returns:
+        [G, P, D], norm 1 for every latent. Where W_j is zero altogether every one-hot point is a
+        minimiser; group 0 and its first axis are taken.
+    """
+    v = torch.linalg.vector_norm(W, dim=1)  # [G, D]
+    excess = (v - t).clamp_min(0)
+    largest = excess.amax(0)
+    one_hot = F.one_hot(v.argmax(0), len(v)).T.to(v.dtype)
+    # Dividing by the largest first keeps the squares from underflowing just above the threshold.
+    r = torch.where(largest > 0, excess / largest.clamp_min(_TINY), one_hot)
+    r = r / torch.linalg.vector_norm(r, dim=0)
+    first_axis = torch.zeros_like(W)
+    first_axis[:, 0] = 1
+    direction = torch.where((v > 0)[:, None], W / v.clamp_min(_TINY)[:, None], first_axis)
+    return direction * r[:, None]
+
+
+def partition_cells(grid_size: tuple[int, int], num_groups: int) -> Tensor:
+    """Share a grid of patches out to `num_groups` rectangles of nearly equal size.
+
+    The rows are cut into R bands of nearly equal height, and band i into k_i cells of nearly equal
+    width; the k_i differ by at most one and the taller bands get the larger ones, so any
+    1 <= G <= N works, prime or not. R is the number that makes the cells most equal in size, then
+    most square: 16 cells of 2x2 on 8x8.
+
+    Returns:
+        int64 [N]: the cell of each patch (row-major), cells numbered row by row.
+
+    Raises UserError if there are more groups than patches.
+    """
+    rows, cols = grid_size
+    if not 1 <= num_groups <= rows * cols:
+        raise UserError(
+            f"--num-groups {num_groups}: a grid of {rows}x{cols} patches has room for 1 to "
+            f"{rows * cols} regions"
+        )
+
+    def shares(total: int, parts: int) -> list[int]:
+        return [total // parts + (i < total % parts) for i in range(parts)]
+
+    def layout(bands: int) -> list[tuple[int, list[int]]]:
+        pairs = zip(shares(rows, bands), shares(num_groups, bands), strict=True)
+        return [(height, shares(cols, k)) for height, k in pairs]
+
+    def cost(bands: int) -> tuple[int, float]:
+        cells = [(h, w) for h, widths in layout(bands) for w in widths]
+        sizes = [h * w for h, w in cells]
+        return max(sizes) - min(sizes), max(max(h / w, w / h) for h, w in cells)
+
+    fewest = -(-num_groups // cols)  # no band can hold more cells than there are columns
+    best = min(range(fewest, min(rows, num_groups) + 1), key=cost)
+    cells, first = [], 0
+    for height, widths in layout(best):
+        line = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)) + first
+        cells.append(line.repeat(height))
+        first += len(widths)
+    return torch.cat(cells)
+
+
+def _weight(*shape: int, std: float) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) * std)
+
+
+class RegionNetworks(nn.Module):
+    """One network per cell: from u_g [P] to a prediction for each of the cell's patches.
+
+    hidden = GELU(A_g u_g + b_g + position_n), prediction = B_g hidden + c_g.
+    """
+
+    def __init__(self, cells: Tensor, embed_dim: int, group_dim: int, hidden: int, gain: float):
+        super().__init__()
+        groups, patches = int(cells.max()) + 1, len(cells)
+        self.A = _weight(groups, hidden, group_dim, std=gain / math.sqrt(group_dim))
+        self.b = nn.Parameter(torch.zeros(groups, hidden))
+        self.position = _weight(patches, hidden, std=0.1)
+        self.B = _weight(groups, embed_dim, hidden, std=_OUT_STD)
+        self.c = nn.Parameter(torch.zeros(groups, 1, embed_dim))
+        # Patches by cell, rows padded (with the cell's last patch) to the largest cell, so that all
+        # groups are one batched product; `slot` finds each patch in that table.
+        members = [torch.nonzero(cells == g).flatten() for g in range(groups)]
+        width = max(map(len, members))
+        table = torch.stack([m[torch.arange(width).clamp_max(len(m) - 1)] for m in members])
+        rank = torch.cat([torch.arange(len(m)) for m in members])
+        slot = torch.empty_like(cells)
+        slot[torch.cat(members)] = cells[torch.cat(members)] * width + rank
+        self.members: Tensor  # [G, n]
+        self.slot: Tensor  # [N]
+        self.register_buffer("members", table, persistent=False)
+        self.register_buffer("slot", slot, persistent=False)
+
+    def forward(self, u: Tensor, query_index: Tensor) -> Tensor:
+        """Map u [B, G, P] and patches [B, T] to predictions [B, T, D]."""
+        hidden = torch.einsum("ghp,bgp->gbh", self.A, u) + self.b[:, None]
+        # [G, B, n, h]: only the position differs between the patches of a cell.
+        hidden = F.gelu(hidden[:, :, None] + self.position[self.members][:, None])
+        out = torch.einsum("gdh,gbnh->bgnd", self.B, hidden) + self.c
+        index = self.slot[query_index][..., None].expand(-1, -1, out.shape[-1])
+        return out.flatten(1, 2).gather(1, index)
+
+    def weights(self) -> list[Tensor]:
+        """Return the matrices that a ridge applies to."""
+        return [self.A, self.B]
+
+
+class AttentionNetworks(nn.Module):
+    """One predictor per group: cross attention from the queries to the context's u_g, then an MLP.
+
+    Keys and values are linear in u_g and the patch's position, queries are a mask token plus the
+    position; queries do not see each other. There is no layer norm: it would undo the scale that
+    the ridge of the plain form pins.
+    """
+
+    def __init__(
+        self,
+        grid_size: tuple[int, int],
+        num_groups: int,
+        group_dim: int,
+        out_dim: int,
+        hidden: int,
+        gain: float,
+    ) -> None:
+        super().__init__()
+        self.heads = hidden // 32 if hidden % 32 == 0 else 1
+        positions = sincos_position_embedding(grid_size, 4 * -(-hidden // 4))
+        self.positions: Tensor  # [N, E], fixed
+        self.register_buffer("positions", positions, persistent=False)
+        from_group, from_position = gain / math.sqrt(group_dim), 1 / math.sqrt(positions.shape[1])
+        self.A = _weight(num_groups, 2 * hidden, group_dim, std=from_group)  # key and value
+        self.E = _weight(num_groups, 4 * hidden, positions.shape[1], std=from_position)
+        self.mask_token = _weight(num_groups, hidden, std=0.1)
+        self.M = _weight(num_groups, hidden, hidden, std=1 / math.sqrt(hidden))
+        self.b = nn.Parameter(torch.zeros(num_groups, hidden))
+        self.B = _weight(num_groups, out_dim, hidden, std=_OUT_STD)
+        self.c = nn.Parameter(torch.zeros(num_groups, out_dim))
+
+    def forward(self, u: Tensor, context_index: Tensor, query_index: Tensor) -> Tensor:
+        """Map u [B, C, G, P] to hidden units [B, T, G, h] for the patches `query_index` [B, T]."""
+        # The same for all images, so once per patch: [G, N, h] each.
+        positions = torch.einsum("ghe,ne->gnh", self.E, self.positions)
+        key_p, value_p, query, hidden_p = positions.to(u.dtype).chunk(4, dim=-1)
+        query = query + self.mask_token[:, None].to(u.dtype)
+        hidden_p = hidden_p + self.b[:, None].to(u.dtype)
+        key, value = torch.einsum("ghp,bcgp->gbch", self.A, u).chunk(2, dim=-1)
+        key = key + key_p[:, context_index]
+        value = value + value_p[:, context_index]
+        seen = attend(*map(self._split, (query[:, query_index], key, value)))  # [G, B, heads, T, .]
+        seen = seen.transpose(2, 3).flatten(3)
+        mixed = torch.einsum("gkh,gbth->gbtk", self.M, seen)
+        return F.gelu(mixed + hidden_p[:, query_index]).permute(1, 2, 0, 3)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
+
+    def weights(self) -> list[Tensor]:
+        """Return the matrices that a ridge applies to."""
+        return [self.A, self.E, self.M, self.B]
+
+
+class GroupMap(nn.Module):
+    """W and the group networks: predict target tokens from the latents, each group by itself.
+
+    * ``region``: a group is a cell of the grid (`partition_cells`); u_g = W^(g) z with z the mean
+      context token; each asked patch is predicted by its own cell's group.
+    * ``concept``: groups are learned; u_g = W^(g) z per context token; predictions add up.
+    * ``feature``: as ``concept``, but group g predicts dimensions g D/G to (g + 1) D/G.
+
+    Args:
+        kind: what a group is.
+        embed_dim: D.
+        grid_size: rows and columns of patches, N in all.
+        num_groups: G.
+        group_dim: P.
+        sphere: keep sum_g ||W_gj||^2 = 1 for every latent j; otherwise oi-VAE's plain form, which
+            needs `ridge` in the loss to pin the scale.
+        hidden: width of the group networks.
+
+    Raises UserError if there are more regions than patches, or G does not divide D for ``feature``.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        embed_dim: int,
+        grid_size: tuple[int, int],
+        num_groups: int = 16,
+        group_dim: int = 12,
+        *,
+        sphere: bool = True,
+        hidden: int = 64,
+    ) -> None:
+        super().__init__()
+        if kind == "feature" and embed_dim % num_groups:
+            raise UserError(
+                f"--num-groups {num_groups} does not divide the width {embed_dim}, which "
+                "--groups feature needs"
+            )
+        self.kind: Kind = kind
+        self.sphere = sphere
+        scale = 1.0 if sphere else _PLAIN_SCALE
+        blocks = F.normalize(torch.randn(num_groups, group_dim, embed_dim), dim=1)
+        spread = (1 + _SPREAD * torch.randn(num_groups, 1, embed_dim)).clamp_min(0.1)
+        self.W = nn.Parameter(prox_sphere(blocks * spread, 0.0) * scale)
+        # Running statistics take over in evaluation; no affine part, which could hide a latent.
+        self.norm = nn.BatchNorm1d(embed_dim, affine=False)
+        # Unit preactivations at the start: the variance of u is scale^2 D / (G P).
+        gain = math.sqrt(num_groups * group_dim / embed_dim) / scale
+        self.cells: Tensor | None
+        if kind == "region":
+            self.register_buffer("cells", partition_cells(grid_size, num_groups), persistent=False)
+            assert self.cells is not None
+            self.networks = RegionNetworks(self.cells, embed_dim, group_dim, hidden, gain)
+        else:
+            self.register_buffer("cells", None)
+            out_dim = embed_dim // num_groups if kind == "feature" else embed_dim
+            self.networks = AttentionNetworks(
+                grid_size, num_groups, group_dim, out_dim, hidden, gain
+            )
+
+    def forward(self, z: Tensor, context_index: Tensor, query_index: Tensor) -> Tensor:
+        """Predict the target tokens of the patches `query_index`.
+
+        Args:
+            z: [B, C, D], context tokens.
+            context_index: int64 [B, C], their patches.
+            query_index: int64 [B, T], the patches to predict.
+
+        Returns:
+            [B, T, D].
+
+        Raises ValueError in training if the normalisation has a single value per dimension.
+        """
+        if isinstance(self.networks, RegionNetworks):
+            pooled = self.norm(z.float().mean(1))
+            return self.networks(torch.einsum("gpd,bd->bgp", self.W, pooled), query_index)
+        z = self.norm(z.float().flatten(0, 1)).view_as(z)
+        u = torch.einsum("gpd,bcd->bcgp", self.W, z)
+        hidden = self.networks(u, context_index, query_index)  # [B, T, G, h]
+        if self.kind == "concept":  # contracting g as well adds the groups up
+            return torch.einsum("gdh,btgh->btd", self.networks.B, hidden) + self.networks.c.sum(0)
+        parts = torch.einsum("gdh,btgh->btgd", self.networks.B, hidden) + self.networks.c
+        return parts.flatten(2)
+
+    def block_norms(self) -> Tensor:
+        """Return ||W_gj||, [G, D]."""
+        return torch.linalg.vector_norm(self.W, dim=1)
+
+    def penalty(self) -> Tensor:
+        """Return the group lasso sum_gj ||W_gj||; on the sphere between D and D sqrt(G)."""
+        return self.block_norms().sum()
+
+    def ridge(self) -> Tensor:
+        """Return the sum of squares of the group networks' matrices (oi-VAE's N(0, 1) prior)."""
+        return torch.stack([w.square().sum() for w in self.networks.weights()]).sum()
+
+    def balance(self) -> Tensor:
+        """Return log G minus the entropy of the groups' usage, in nats; 0 when all are used alike.
+
+        The usage of group g is mean_j ||W_gj||^2 over the sum of all groups'.
+        """
+        usage = self.W.square().mean((1, 2))
+        usage = usage / usage.sum().clamp_min(_TINY)
+        # The floor inside the logarithm keeps a dead group's gradient at 0 instead of NaN.
+        return math.log(len(usage)) + (usage * usage.clamp_min(1e-12).log()).sum()
+
+    @torch.no_grad()
+    def proximal_step(
+        self, lr: float, lam: float | Tensor, *, freeze_pattern: bool = False
+    ) -> None:
+        """Take one step of proximal gradient descent on W, and clear W.grad (which may be None).
+
+        W <- prox_{lr lam}(W - lr W.grad). With `freeze_pattern` lam is ignored and blocks that are
+        zero stay zero. A `lam` that is a tensor is not read on the host.
+        """
+        W = self.W if self.W.grad is None else self.W - lr * self.W.grad
+        if freeze_pattern:
+            W = W * (self.block_norms() > 0)[:, None]
+        t = 0.0 if freeze_pattern else lr * lam
+        self.W.copy_(prox_sphere(W, t) if self.sphere else prox_group_lasso(W, t))
+        self.W.grad = None
+
+    def group_activations(self, z: Tensor) -> Tensor:
+        """Return ||W^(g) z||, [B, C, G], for tokens z [B, C, D] under the running normalisation."""
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        z = F.batch_norm(z.float().flatten(0, 1), mean, variance, eps=self.norm.eps).view_as(z)
+        return torch.einsum("gpd,bcd->bcgp", self.W, z).norm(dim=-1)
+
+
+class DensityController(nn.Module):
+    """Steers lam so that the density (the share of non-zero blocks) follows a wanted path.
+
+    Proportional-integral control of log lam, with limits on how fast log lam moves. Two regimes set
+    the gains. While the prox is stronger than W's gradient a zero block never comes back, so lam
+    must fall fast once the density is reached, and may rise only slowly, as the density answers
+    late. Once lam is as small as the gradient, density answers within a step, and the limits keep
+    the loop from ringing. All state is in buffers: a checkpoint restores it and no step reads a
+    value on the host.
+
+    Args:
+        total_steps: steps of the run. Gains and limits are per run, so that the course over a run
+            does not depend on its length.
+        lam: where lam starts; low enough to remove nothing by itself.
+    """
+
+    proportional = 60.0  # log lam per unit of density
+    integral_gain = 50.0  # the same, per run
+    rise, fall = 30.0, 150.0  # limits on the change of log lam, per run
+    low, high = math.log(1e-6), math.log(1e2)
+
+    def __init__(self, total_steps: int, lam: float = 2e-3) -> None:
+        super().__init__()
+        self.total_steps = total_steps
+        self.lam: Tensor  # 0-d
+        self.integral: Tensor  # 0-d
+        self.register_buffer("lam", torch.tensor(lam))
+        self.register_buffer("integral", torch.tensor(math.log(lam)))
+
+    @torch.no_grad()
+    def step(self, density: float | Tensor, wanted: float | Tensor) -> None:
+        """Update `lam` from the density now and the one wanted now."""
+        error = density - wanted
+        integral = self.integral + error * (self.integral_gain / self.total_steps)
+        self.integral.copy_(integral.clamp(self.low, self.high))
+        now = self.lam.log()
+        change = self.integral + self.proportional * error - now
+        change = change.clamp(-self.fall / self.total_steps, self.rise / self.total_steps)
+        self.lam.copy_((now + change).clamp(self.low, self.high).exp())

@@ -1,0 +1,212 @@
+"""SparseJEPA: context encoder, EMA target encoder, predictor and group map together.
+
+I-JEPA (Assran et al. 2023) predicts the target encoder's embeddings of masked blocks from the
+visible context. SparseJEPA (Hartman and Varshney 2025) adds a map from latent dimensions to groups
+under a group lasso, and a KL term. The objective is
+
+    prediction + group_weight * group + beta * KL + balance + lam * sum_gj ||W_gj||
+
+The last term never enters `Losses.total`: a proximal step on W applies it exactly (`after_step`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import DensityController, GroupMap
+from sparsejepa.model.losses import (
+    RunningMoments,
+    aggregate_kl,
+    normalize_targets,
+    posterior_kl,
+    prediction_loss,
+)
+from sparsejepa.model.masks import Masks, MaskSampler
+from sparsejepa.rng import generator
+
+
+class Rates(Protocol):
+    """The schedules that a step of the model reads: pure functions of the step."""
+
+    def ema(self, step: int) -> float: ...
+    def w_lr(self, step: int) -> float: ...
+    def lam(self, step: int) -> float: ...
+    def wanted_density(self, step: int) -> float: ...
+    def frozen(self, step: int) -> bool: ...
+    def group_detached(self, step: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss terms there are and their weights."""
+
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+    kl: Literal["aggregate", "posterior"] = "aggregate"
+    group_weight: float = 0.1
+    beta: float = 0.05
+    kl_marginal: float = 1.0
+    kl_correlation: float = 1.0
+    balance: float = 0.03
+    ridge: float = 1e-3
+
+
+@dataclass
+class Losses:
+    """The loss terms of one step, scalar tensors, unweighted; `total` is what is minimised."""
+
+    total: Tensor
+    prediction: Tensor
+    group: Tensor
+    kl: Tensor
+    kl_marginal: Tensor
+    kl_correlation: Tensor
+    penalty: Tensor
+    balance: Tensor
+
+    def stacked(self) -> Tensor:
+        """Return the detached terms as one fp32 vector in field order."""
+        return torch.stack([getattr(self, f.name).detach().float() for f in fields(self)])
+
+
+class SparseJEPA(nn.Module):
+    """The model of one run. ``groups=None`` is the dense JEPA.
+
+    One step of one's own loop::
+
+        losses = model(images, step=step)
+        losses.total.backward()
+        optimizer.step()          # over model.network_parameters()
+        model.after_step(step)    # W: gradient and proximal step; target encoder: EMA
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        predictor: nn.Module,
+        sampler: MaskSampler,
+        groups: GroupMap | None,
+        *,
+        rates: Rates,
+        objective: Objective | None = None,
+        total_steps: int = 1000,
+        steer_density: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.context_encoder = encoder
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.predictor = predictor
+        self.groups = groups
+        self.sampler = sampler
+        self.rates = rates
+        self.objective = objective or Objective()
+        self.seed = seed
+        self.moments = RunningMoments(encoder.embed_dim)
+        self.controller = DensityController(total_steps) if groups and steer_density else None
+        # oi-VAE's sigma. Without a group map nothing reads the sample, and the term is left out.
+        posterior = groups is not None and self.objective.kl == "posterior"
+        self.log_variance = nn.Linear(encoder.embed_dim, encoder.embed_dim) if posterior else None
+
+    def forward(self, images: Tensor, *, step: int, masks: Masks | None = None) -> Losses:
+        """Return the loss terms for normalised `images` [B, 3, H, W]; draws masks if none given."""
+        if masks is None:
+            masks = self.sampler.sample(
+                len(images), seed=self.seed, step=step, device=images.device
+            )
+        with torch.no_grad():
+            self.target_encoder.eval()  # the target has no stochastic depth
+            targets = normalize_targets(self.target_encoder(images))  # [B, N, D]
+        context = self.context_encoder(images, masks.context)  # [B, C, D]
+        predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D]
+        wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
+        prediction = prediction_loss(predicted, wanted, self.objective.loss)
+        return self._combine(prediction, context, targets, masks, step)
+
+    def _combine(
+        self, prediction: Tensor, context: Tensor, targets: Tensor, masks: Masks, step: int
+    ) -> Losses:
+        weights = self.objective
+        zero = prediction.new_zeros(())
+        total, group, penalty, balance = prediction, zero, zero, zero
+
+        kl = marginal = correlation = zero
+        latent = context
+        pooled = context.float().mean(1)  # [B, D], before any normalisation
+        if weights.kl == "aggregate" and weights.beta:
+            marginal, correlation = aggregate_kl(*self.moments(pooled))
+            kl = weights.kl_marginal * marginal + weights.kl_correlation * correlation
+        elif self.log_variance is not None:
+            logvar = self.log_variance(pooled).float()
+            kl = posterior_kl(pooled, logvar)
+            noise = torch.empty_like(pooled).normal_(
+                generator=generator(self.seed, step, "posterior", pooled.device)
+            )
+            # One sample per image, added to each of its tokens: their mean is mu + sigma * eps.
+            latent = context + ((0.5 * logvar).exp() * noise)[:, None]
+        total = total + weights.beta * kl
+
+        if self.groups is not None:
+            if self.rates.group_detached(step):
+                latent = latent.detach()
+            query = self._queries(masks, targets.shape[1])
+            grouped = self.groups(latent, masks.context, query)  # [B, T, D]
+            group = prediction_loss(grouped, gather_tokens(targets, query), weights.loss)
+            penalty, balance = self.groups.penalty(), self.groups.balance()
+            total = total + weights.group_weight * group + weights.balance * balance
+            if not self.groups.sphere:
+                total = total + weights.ridge * self.groups.ridge()
+        return Losses(total, prediction, group, kl, marginal, correlation, penalty, balance)
+
+    def _queries(self, masks: Masks, num_patches: int) -> Tensor:
+        """Return the patches that the groups predict, [B, T].
+
+        `region`: all that are hidden from the context, so that every cell has its share;
+        `concept` and `feature`: the target blocks.
+        """
+        assert self.groups is not None
+        if self.groups.kind != "region":
+            return masks.targets.flatten(1)
+        seen = torch.zeros(
+            len(masks.context), num_patches, dtype=torch.uint8, device=masks.context.device
+        )
+        seen.scatter_(1, masks.context, 1)
+        hidden = num_patches - masks.context.shape[1]
+        return seen.argsort(dim=1, stable=True)[:, :hidden]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Take the proximal gradient step on W and the EMA step of the target encoder."""
+        if self.groups is not None:
+            frozen = self.rates.frozen(step)
+            lam: float | Tensor = self.rates.lam(step)
+            if self.controller is not None and not frozen:
+                self.controller.step(
+                    (self.groups.block_norms() > 0).float().mean(), self.rates.wanted_density(step)
+                )
+                lam = self.controller.lam
+            self.groups.proximal_step(self.rates.w_lr(step), lam, freeze_pattern=frozen)
+        torch._foreach_lerp_(
+            [p for p in self.target_encoder.parameters() if p.dtype.is_floating_point],
+            [p for p in self.context_encoder.parameters() if p.dtype.is_floating_point],
+            1 - self.rates.ema(step),
+        )
+
+    def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return (matrices, the rest) of all that AdamW trains: everything but W and the target.
+
+        Weight decay belongs to the first list only.
+        """
+        w = self.groups.W if self.groups is not None else None
+        trained = [p for p in self.parameters() if p.requires_grad and p is not w]
+        return [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Return the tokens [B, T, D] at `index` [B, T] of `tokens` [B, N, D]."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,133 @@
+"""Predictors of the embeddings of hidden patches from those of visible ones.
+
+`TransformerPredictor` is I-JEPA's (Assran et al. 2023, section 3); `MLPPredictor` is the shallow
+one that the SparseJEPA paper names. Both have fixed sine-cosine positions and one interface.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsejepa.model.encoder import Block, init_weights, sincos_position_embedding
+
+
+class TransformerPredictor(nn.Module):
+    """Narrow transformer over the context tokens and one mask token per target patch.
+
+    Each target block is predicted on its own: it sees the context and its own mask tokens, never
+    those of another block.
+
+    Args:
+        embed_dim: width D of the encoder's tokens.
+        grid_size: (rows, cols) of patches.
+        dim: width of the predictor, a multiple of 4.
+        depth: number of blocks.
+        num_heads: attention heads; the largest count with heads of at least 32 if not given.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+
+    Raises UserError if `dim` is not a multiple of 4 or of `num_heads`.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        grid_size: tuple[int, int],
+        dim: int = 128,
+        depth: int = 4,
+        num_heads: int | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads is None:
+            num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
+        self.embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.register_buffer(
+            "positions", sincos_position_embedding(grid_size, dim), persistent=False
+        )
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*(Block(dim, num_heads, drop_path=rate) for rate in rates))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.proj = nn.Linear(dim, embed_dim)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
+        """Predict the embeddings of the target patches.
+
+        Args:
+            context: [B, C, D] tokens of the context encoder.
+            context_index: int64 [B, C], their patch numbers.
+            target_index: int64 [B, M, K], the patch numbers of the target blocks.
+
+        Returns:
+            [B, M, K, D]. Raises ValueError if the shapes do not fit together.
+        """
+        _check(context, context_index, target_index)
+        blocks, patches = target_index.shape[1:]
+        seen = self.embed(context) + self.positions[context_index]
+        hidden = self.mask_token + self.positions[target_index]
+        # One batch of B*M sequences, each the whole context followed by one block's mask tokens.
+        seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
+        tokens = self.blocks(torch.cat([seen, hidden], dim=2).flatten(0, 1))
+        return self.proj(self.norm(tokens[:, -patches:])).unflatten(0, (-1, blocks))
+
+
+class MLPPredictor(nn.Module):
+    """Shallow MLP on the mean context token and the position of the target patch.
+
+    Args:
+        embed_dim: width D of the encoder's tokens.
+        grid_size: (rows, cols) of patches.
+        dim: width of the hidden layers, a multiple of 4.
+        depth: number of hidden layers, at least 1.
+
+    Raises UserError if `dim` is not a multiple of 4.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, embed_dim: int, grid_size: tuple[int, int], dim: int = 256, depth: int = 2
+    ) -> None:
+        super().__init__()
+        self.register_buffer(
+            "positions", sincos_position_embedding(grid_size, dim), persistent=False
+        )
+        # The first layer of an MLP on [mean context, position], written as a sum of two maps so
+        # that each is computed once per image and once per patch of the grid.
+        self.embed = nn.Linear(embed_dim, dim)
+        self.embed_position = nn.Linear(dim, dim, bias=False)
+        self.hidden = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth - 1))
+        self.proj = nn.Linear(dim, embed_dim)
+
+    def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
+        """Predict the embeddings of the target patches; arguments as TransformerPredictor's.
+
+        The positions of the context, `context_index`, do not enter: the pooled vector has none.
+        """
+        _check(context, context_index, target_index)
+        x = self.embed(context.mean(1))[:, None, None]
+        x = x + self.embed_position(self.positions)[target_index]
+        for layer in self.hidden:
+            x = layer(F.gelu(x))
+        return self.proj(F.gelu(x))
+
+
+def _check(context: Tensor, context_index: Tensor, target_index: Tensor) -> None:
+    fits = (
+        context.ndim == 3
+        and context_index.shape == context.shape[:2]
+        and target_index.ndim == 3
+        and len(target_index) == len(context)
+    )
+    if not fits:
+        shapes = [list(x.shape) for x in (context, context_index, target_index)]
+        raise ValueError(
+            "expected context [B, C, D], context_index [B, C], target_index [B, M, K], "
+            f"got {shapes[0]}, {shapes[1]}, {shapes[2]}"
+        )

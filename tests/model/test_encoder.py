@@ -1,0 +1,327 @@
+"""The encoder against timm, against arithmetic written out by hand, and against closed forms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+
+from sparsejepa.config import ENCODER_SIZES
+from sparsejepa.errors import UserError
+from sparsejepa.model.encoder import Attention, Block, ViT, attend, sincos_position_embedding
+
+
+def small(seed: int = 0, **kwargs) -> ViT:
+    """A float64 encoder of 4 x 6 patches (3 x 2 pixels each), with every weight random."""
+    torch.manual_seed(seed)
+    kwargs = {"img_size": (12, 12), "patch_size": (3, 2), "embed_dim": 16, "depth": 2} | kwargs
+    model = ViT(num_heads=kwargs.pop("num_heads", 2), **kwargs).double().eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def from_timm(reference: Any, **kwargs) -> ViT:
+    """Our encoder with the weights of a timm model; strict, apart from timm's classifier."""
+    model = ViT(pos_embed="learned", **kwargs).double().eval()
+    weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("head.")}
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def by_hand(model: Any, image: torch.Tensor, patches: list[int]) -> torch.Tensor:
+    """Encode one image [3, H, W] from the definition: token by token, head by head."""
+    h, w = model.patch_size
+    cols = model.grid_size[1]
+    p = dict(model.named_parameters())
+    rows = []
+    for n in patches:
+        top, left = n // cols * h, n % cols * w
+        pixels = image[:, top : top + h, left : left + w]
+        projected = torch.einsum("dchw,chw->d", p["patch_embed.proj.weight"], pixels)
+        position = p["pos_embed"][0, n + model.num_prefix_tokens]
+        rows.append(projected + p["patch_embed.proj.bias"] + position)
+    if model.num_prefix_tokens:
+        rows.insert(0, p["cls_token"][0, 0] + p["pos_embed"][0, 0])
+    x = torch.stack(rows)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        scale = centred.square().mean(1, keepdim=True).add(1e-6).sqrt()
+        return centred / scale * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    for i in range(model.depth):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=1)
+        d = model.embed_dim // model.blocks[i].attn.num_heads
+        heads = []
+        for s in range(0, model.embed_dim, d):
+            scores = q[:, s : s + d] @ k[:, s : s + d].T / math.sqrt(d)
+            weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+            heads.append(weights @ v[:, s : s + d])
+        x = x + linear(torch.cat(heads, dim=1), f"blocks.{i}.attn.proj")
+        hidden = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        x = x + linear(gelu, f"blocks.{i}.mlp.fc2")
+    return norm(x, "norm")[model.num_prefix_tokens :]
+
+
+def test_timm_with_class_token():
+    torch.manual_seed(0)
+    reference: Any = timm.create_model("vit_tiny_patch16_224", pretrained=False).double().eval()
+    model = from_timm(reference, img_size=224, patch_size=16, class_token=True)
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = reference.forward_features(images)
+        torch.testing.assert_close(model(images), wanted[:, 1:], rtol=0, atol=1e-10)
+        layers = reference.get_intermediate_layers(images, n=4, norm=True)
+        for ours, theirs in zip(model.forward_intermediates(images, 4), layers, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_timm_average_pooled_and_not_square():
+    torch.manual_seed(1)
+    reference = VisionTransformer(
+        img_size=(24, 40), patch_size=(8, 4), embed_dim=48, depth=3, num_heads=4, mlp_ratio=3.0,
+        class_token=False, global_pool="avg", fc_norm=False,
+    ).double().eval()  # fmt: skip
+    for parameter in reference.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    model = from_timm(
+        reference, img_size=(24, 40), patch_size=(8, 4), embed_dim=48, depth=3, num_heads=4,
+        mlp_ratio=3.0,
+    )  # fmt: skip
+    images = torch.randn(3, 3, 24, 40, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = reference.forward_features(images)
+        torch.testing.assert_close(model(images), wanted, rtol=0, atol=1e-10)
+
+
+def test_weights_return_to_timm():
+    reference = VisionTransformer(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
+    model = ViT(32, 4, 96, 6, 3, class_token=True)
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and set(missing) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("size", "published"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)]
+)
+def test_parameter_counts_are_the_published_ones(size: str, published: int):
+    """DeiT (Touvron et al. 2021, table 1): 5M, 22M and 86M with a head of 1000 classes."""
+    dim, depth, heads = ENCODER_SIZES[size]
+    with torch.device("meta"):
+        model = ViT(224, 16, dim, depth, heads, class_token=True)
+    assert sum(p.numel() for p in model.parameters()) + 1000 * (dim + 1) == published
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_encodes_the_given_patches_only(class_token: bool, data: st.DataObject):
+    model = small(class_token=class_token)
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    count = data.draw(st.integers(1, model.num_patches))
+    order = st.permutations(range(model.num_patches))
+    index = [data.draw(order)[:count] for _ in images]
+    with torch.no_grad():
+        tokens = model(images, torch.tensor(index))
+        wanted = torch.stack([by_hand(model, *pair) for pair in zip(images, index, strict=True)])
+    torch.testing.assert_close(tokens, wanted, rtol=0, atol=1e-9)
+
+
+def test_hidden_pixels_are_never_read():
+    model = small()
+    images = torch.randn(1, 3, 12, 12, dtype=torch.float64)
+    index = torch.tensor([[9, 0, 23]])
+    spoilt = torch.full_like(images, math.nan)
+    for n in index[0].tolist():
+        top, left = n // 6 * 3, n % 6 * 2
+        window = (..., slice(top, top + 3), slice(left, left + 2))
+        spoilt[window] = images[window]
+    assert torch.equal(model(spoilt, index), model(images, index))
+
+
+def test_all_patches_in_order_is_the_whole_image():
+    model = small(class_token=True)
+    images = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    everything = torch.arange(model.num_patches).expand(3, -1)
+    torch.testing.assert_close(model(images, everything), model(images), rtol=0, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(10)), seed=st.integers(0, 99))
+def test_order_of_the_index_is_the_order_of_the_tokens(order: list[int], seed: int):
+    model = small(class_token=True)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator)
+    index = torch.rand(2, model.num_patches, generator=generator).argsort(1)[:, :10]
+    with torch.no_grad():
+        shuffled, straight = model(images, index[:, order]), model(images, index)[:, order]
+    torch.testing.assert_close(shuffled, straight, rtol=0, atol=1e-10)
+
+
+def test_gradients_reach_every_weight_and_the_given_pixels_only():
+    model = small()
+    images = torch.randn(1, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    model(images, torch.tensor([[7, 8]])).square().mul(torch.arange(16) + 1.0).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name == "pos_embed":
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert images.grad is not None
+    touched = torch.zeros(12, 12, dtype=torch.bool)
+    touched[3:6, 2:6] = True  # patches 7 and 8: row 1, columns 1 and 2
+    assert torch.equal(images.grad[0].abs().sum(0) > 0, touched)
+
+
+def test_gradient_of_a_block_against_finite_differences():
+    torch.manual_seed(0)
+    block = Block(8, 2).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, (x,))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.04), (torch.float64, 1e-12)])
+def test_attention_of_either_form(dtype: torch.dtype, atol: float):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 3, 20, 32).to(dtype)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(attend(q, k, v).double(), exact, rtol=0, atol=atol)
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    torch.manual_seed(0)
+    model, images = ViT(32, 4, 96, 6, 3), torch.randn(4, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tokens = model(images)
+    exact = model(images)
+    assert ((tokens - exact).norm() / exact.norm()) < 0.02
+
+
+def test_sincos_formula():
+    rows, cols, dim = 3, 5, 24
+    embedding = sincos_position_embedding((rows, cols), dim)
+    assert embedding.shape == (15, 24)
+    for n in range(15):
+        for i in range(6):
+            w = 10000 ** (-i / 6)
+            r, c = n // cols, n % cols
+            wanted = [math.sin(c * w), math.cos(c * w), math.sin(r * w), math.cos(r * w)]
+            assert embedding[n, i::6].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 12), st.integers(2, 12), st.sampled_from([16, 64, 96, 192]))
+def test_sincos_has_constant_norm_and_tells_patches_apart(rows: int, cols: int, dim: int):
+    embedding = sincos_position_embedding((rows, cols), dim)
+    torch.testing.assert_close(embedding.square().sum(1), torch.full((rows * cols,), dim / 2))
+    distance = torch.cdist(embedding, embedding) + torch.eye(rows * cols) * dim
+    assert distance.min() > 0.5
+
+
+def test_fixed_positions_are_saved_but_not_trained():
+    model = ViT(32, 4, 96, 2, 3, class_token=True)
+    assert not model.pos_embed.requires_grad
+    assert torch.equal(model.pos_embed[0, 0], torch.zeros(96))
+    saved = model.state_dict()["pos_embed"][0, 1:]
+    assert torch.equal(saved, sincos_position_embedding((8, 8), 96))
+
+
+def test_initial_weights_are_a_truncated_normal():
+    torch.manual_seed(0)
+    model = ViT(32, 4, 192, 3, 3, pos_embed="learned")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.all(parameter == float(name.endswith("weight")))
+        elif name.endswith("bias"):
+            assert torch.all(parameter == 0)
+        else:
+            error = 0.02 / math.sqrt(2 * parameter.numel())
+            assert abs(parameter.std().item() - 0.02) < 5 * error, name
+            assert abs(parameter.mean().item()) < 5 * 0.02 / math.sqrt(parameter.numel()), name
+
+
+def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    block = Block(8, 2, drop_path=0.4).double()
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    attention = block.attn(block.norm1(x)) / 0.6
+    with torch.no_grad():
+        outputs = block(x.expand(4000, -1, -1))
+        full = x + attention
+        cases = torch.cat([
+            start + kept * block.mlp(block.norm2(start)) / 0.6
+            for start in (x, full) for kept in (0, 1)
+        ])  # fmt: skip
+    distance = (outputs[:, None] - cases).flatten(2).norm(dim=2)
+    assert distance.min(1).values.max() < 1e-10
+    share = torch.bincount(distance.argmin(1), minlength=4) / 4000
+    for got, wanted in zip(share.tolist(), [0.16, 0.24, 0.24, 0.36], strict=True):
+        assert abs(got - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / 4000)
+    assert torch.equal(block.eval()(x), Block.forward(block, x))
+
+
+def test_stochastic_depth_rises_linearly_and_rests_in_evaluation():
+    model = ViT(8, 4, 16, 5, 2, drop_path=0.2)
+    assert [b.drop_path for b in model.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    images = torch.randn(8, 3, 8, 8)
+    assert not torch.equal(model.train()(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
+
+
+def test_shapes_and_attributes_of_an_oblong_image():
+    model = ViT((16, 40), (4, 8), 32, 2, 4, in_chans=1)
+    assert (model.img_size, model.patch_size, model.grid_size) == ((16, 40), (4, 8), (4, 5))
+    assert (model.num_patches, model.embed_dim, model.depth) == (20, 32, 2)
+    assert model(torch.zeros(2, 1, 16, 40)).shape == (2, 20, 32)
+    assert [t.shape for t in model.forward_intermediates(torch.zeros(2, 1, 16, 40), 2)] == [
+        (2, 20, 32)
+    ] * 2
+
+
+def test_last_intermediate_is_the_output():
+    model = small(class_token=True)
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    assert torch.equal(model.forward_intermediates(images, 1)[0], model(images))
+
+
+def test_impossible_sizes():
+    with pytest.raises(UserError, match="5x5 pixels do not tile images of 32x32"):
+        ViT(32, 5)
+    with pytest.raises(UserError, match="3x4 pixels do not tile images of 32x16"):
+        ViT((32, 16), (3, 4))
+    with pytest.raises(UserError, match="5 attention heads do not divide the width 96"):
+        ViT(32, 4, 96, 2, 5)
+    with pytest.raises(UserError, match="multiple of 4"):
+        sincos_position_embedding((4, 4), 30)
+    with pytest.raises(UserError, match="7 attention heads"):
+        Attention(32, 7)
+
+
+def test_impossible_inputs():
+    model = ViT(8, 4, 16, 2, 2)
+    images = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 8, 8\], got \[2, 3, 8, 12\]"):
+        model(torch.zeros(2, 3, 8, 12))
+    with pytest.raises(ValueError, match=r"got \[3, 8, 8\]"):
+        model(images[0])
+    with pytest.raises(ValueError, match=r"normalised floats, got torch\.uint8"):
+        model(images.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"index must be int64 \[2, C\], got torch\.int32"):
+        model(images, torch.zeros(2, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"torch\.int64 \[1, 2\]"):
+        model(images, torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the last 3 blocks of an encoder that has 2"):
+        model.forward_intermediates(images, 3)

@@ -1,0 +1,318 @@
+"""The mask sampler: exact shapes and counts, whole blocks, and the flaws that it avoids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from sparsejepa.errors import UserError
+from sparsejepa.model.masks import Masks, MaskSampler, StepPlan, block_indices, block_shapes
+
+GRIDS = [
+    (8, 8),
+    (14, 14),
+    (16, 16),
+    (7, 7),
+    (4, 8),
+    (8, 4),
+    (3, 3),
+    (4, 4),
+    (6, 6),
+    (3, 11),
+]
+
+
+def check(masks: Masks, sampler: MaskSampler, plan: StepPlan, batch_size: int) -> None:
+    """Assert in plain Python everything that is promised of every single image."""
+    rows, cols = sampler.grid_size
+    height, width = plan.target
+    assert masks.context.dtype == masks.targets.dtype == torch.int64
+    assert masks.context.shape == (batch_size, plan.count)
+    assert masks.targets.shape == (batch_size, sampler.num_targets, height * width)
+    places = set()
+    for context, targets in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
+        assert context == sorted(set(context))
+        assert set(context) <= set(range(rows * cols))
+        for block in targets:
+            top, left = divmod(block[0], cols)
+            assert top + height <= rows and left + width <= cols
+            wanted = [(top + r) * cols + left + c for r in range(height) for c in range(width)]
+            assert block == wanted
+            assert not set(block) & set(context)
+        places.add(len({block[0] for block in targets}))
+    # Target blocks are distinct, or in the last resort all one.
+    assert places <= {1, sampler.num_targets}
+
+
+def test_defaults_on_8x8() -> None:
+    sampler = MaskSampler((8, 8))
+    assert sampler.target_shapes == ((3, 3), (3, 4), (4, 3))
+    assert sampler.context_counts == (16, 20, 24)
+    assert {plan.context for plan in sampler.plans} == {(8, 8)}  # 7x7 is 0.77 of the patches
+    shapes = dict.fromkeys(sampler.target_shapes, 0.0)
+    for plan, probability in sampler.plans.items():
+        shapes[plan.target] += probability
+    assert shapes == pytest.approx({(3, 3): 1 / 2, (3, 4): 1 / 4, (4, 3): 1 / 4})
+
+
+@pytest.mark.parametrize(
+    ("grid", "shapes"),
+    [
+        ((3, 3), [(1, 1)]),
+        ((4, 4), [(2, 2)]),
+        ((6, 6), [(2, 3), (3, 2)]),
+        ((7, 7), [(3, 3)]),
+        ((4, 8), [(2, 2), (2, 3), (3, 2)]),
+        ((14, 14), [(5, 6), (5, 7), (6, 5), (6, 6), (7, 5)]),
+        ((16, 16), [(6, 7), (6, 8), (7, 6), (7, 7), (8, 6)]),
+    ],
+)
+def test_target_shapes_of_other_grids(grid: tuple[int, int], shapes: list) -> None:
+    assert list(MaskSampler(grid).target_shapes) == shapes
+
+
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.floats(0.05, 0.9), st.floats(0.05, 0.9)).map(sorted),
+    st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)).map(sorted),
+)
+def test_block_shapes_keep_to_their_ranges(
+    grid: tuple[int, int], scale: list, aspect: list
+) -> None:
+    rows, cols = grid
+    shapes = block_shapes(grid, tuple(scale), tuple(aspect))
+    assert sum(shapes.values()) == pytest.approx(1)
+    assert all(1 <= h <= rows and 1 <= w <= cols for h, w in shapes)
+    flat, tall = aspect
+    if flat < 1 < tall:  # equally wide on both sides of a square
+        flat, tall = min(flat, 1 / tall), max(tall, 1 / flat)
+    fits = {
+        (h, w)
+        for h in range(1, rows + 1)
+        for w in range(1, cols + 1)
+        if int(scale[0] * rows * cols) <= h * w < scale[1] * rows * cols + 1
+        and flat - 1e-9 <= h / w <= tall + 1e-9
+    }
+    if len(fits) > 6:
+        assert set(shapes) < fits or len(shapes) >= 6
+        assert set(shapes) <= fits
+    elif fits:
+        assert set(shapes) == fits
+    if rows == cols and flat < 1 < tall:
+        assert {(w, h): p for (h, w), p in shapes.items()} == pytest.approx(shapes)
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(3, 12), st.integers(3, 12)),
+    st.integers(1, 4),
+    st.tuples(st.floats(0.3, 1), st.floats(0.3, 1)).map(sorted),
+    st.integers(2, 9),
+    st.integers(0, 2**40),
+    st.integers(0, 10**7),
+)
+def test_every_image_is_as_planned(
+    grid: tuple[int, int], targets: int, scale: list, candidates: int, seed: int, step: int
+) -> None:
+    try:
+        sampler = MaskSampler(
+            grid, num_targets=targets, context_scale=tuple(scale), candidates=candidates
+        )
+    except UserError as error:
+        assert scale[0] < 0.8, error  # only a small context block can be too little
+        return
+    plan = sampler.plan(seed=seed, step=step)
+    masks = sampler.sample(5, seed=seed, step=step)
+    check(masks, sampler, plan, 5)
+    again = sampler.sample(5, seed=seed, step=step)
+    assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_defaults_work_on_any_grid(grid: tuple[int, int]) -> None:
+    sampler = MaskSampler(grid)
+    drawn = set()
+    for step in range(30):
+        plan = sampler.plan(seed=3, step=step)
+        drawn.add(plan.target)
+        check(sampler.sample(32, seed=3, step=step), sampler, plan, 32)
+    assert drawn == set(sampler.target_shapes)
+
+
+def test_steps_and_seeds_differ_and_do_not_disturb_global_randomness() -> None:
+    sampler = MaskSampler((8, 8), context_counts=(20,), target_aspect_ratio=(1, 1))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    drawn = {
+        (tuple(m.context.flatten().tolist()), tuple(m.targets.flatten().tolist()))
+        for m in (sampler.sample(2, seed=seed, step=step) for seed in range(9) for step in range(9))
+    }
+    assert len(drawn) == 81
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_places_of_target_blocks_are_uniform() -> None:
+    """One block: every place equally often. Two blocks: every set of two places equally often."""
+    for targets in (1, 2):
+        sampler = MaskSampler(
+            (4, 5), num_targets=targets, target_scale=(0.2, 0.2), target_aspect_ratio=(1, 1),
+            context_counts=(1,),
+        )  # fmt: skip
+        assert sampler.target_shapes == ((2, 2),)
+        masks = sampler.sample(12_000, seed=1, step=0)
+        found = Counter(tuple(sorted(b)) for b in masks.targets[:, :, 0].tolist())
+        corners = [r * 5 + c for r in range(3) for c in range(4)]
+        sets = list(combinations(corners, targets))
+        assert set(found) == set(sets)
+        assert stats.chisquare([found[s] for s in sets]).pvalue > 1e-4
+
+
+def test_context_is_a_random_subset_of_what_is_visible() -> None:
+    """With one target that nearly fills the grid, every pair of the rest is equally likely."""
+    sampler = MaskSampler(
+        (3, 3), num_targets=1, target_scale=(0.44, 0.44), target_aspect_ratio=(1, 1),
+        context_counts=(2,), context_scale=(1, 1),
+    )  # fmt: skip
+    assert sampler.target_shapes == ((2, 2),)
+    masks = sampler.sample(12_000, seed=5, step=0)
+    corner = masks.context[masks.targets[:, 0, 0] == 0]  # the rest: 2, 5, 6, 7, 8
+    found = Counter(tuple(pair) for pair in corner.tolist())
+    pairs = list(combinations((2, 5, 6, 7, 8), 2))
+    assert set(found) == set(pairs)
+    assert stats.chisquare([found[p] for p in pairs]).pvalue > 1e-4
+
+
+def test_last_resort_is_whole_and_rare() -> None:
+    """One drawn candidate and a demanding count: a part of images needs the last resort."""
+    sampler = MaskSampler((8, 8), context_counts=(28,), candidates=2)
+    resort = []
+    for step in range(40):
+        masks = sampler.sample(64, seed=0, step=step)
+        check(masks, sampler, sampler.plan(seed=0, step=step), 64)
+        first = masks.targets[:, :, 0]
+        resort.append((first == first[:, :1]).all(1).double().mean().item())
+    assert 0.1 < np.mean(resort) < 0.5
+
+
+def test_block_indices_against_slices() -> None:
+    for grid, shape in (((4, 6), (2, 3)), ((5, 5), (5, 5)), ((3, 7), (1, 1))):
+        index = block_indices(grid, shape).numpy()
+        patches = np.arange(grid[0] * grid[1]).reshape(grid)
+        wanted = [
+            patches[top : top + shape[0], left : left + shape[1]].ravel()
+            for top in range(grid[0] - shape[0] + 1)
+            for left in range(grid[1] - shape[1] + 1)
+        ]
+        assert np.array_equal(index, wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_targets": 0}, "--num-targets 0: must be at least 1"),
+        ({"num_targets": 40}, "--num-targets 40: .* only 30 places"),
+        ({"num_targets": 20}, "--num-targets 20 blocks .* --context-counts"),
+        ({"context_counts": (0, 4)}, "--context-counts 0: must be at least 1"),
+        ({"context_counts": (16, 60)}, "--context-counts: .* at most --context-counts 52"),
+        ({"context_counts": (44,)}, "--context-counts, or a larger --context-scale"),
+        ({"target_scale": (1, 1)}, "--target-scale: .* leaves 0 of 8x8"),
+        ({"target_scale": (0.7, 0.75)}, "--target-scale: .* use at most --context-counts 16"),
+        ({"target_scale": (0.2, 0.1)}, "--target-scale 0.2 0.1: .* smaller first"),
+        ({"target_scale": (0.0, 0.1)}, "--target-scale 0 0.1: two numbers above 0"),
+        ({"target_aspect_ratio": (2, 1)}, "--target-aspect-ratio"),
+        ({"context_scale": (0.9, 1.1)}, "--context-scale .* at most 1"),
+        ({"context_scale": (0.2, 0.2)}, "larger --context-scale"),
+    ],
+)
+def test_impossible_settings_name_flag_and_remedy(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        MaskSampler((8, 8), **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_synchronisation_on_a_gpu() -> None:
+    sampler = MaskSampler((8, 8))
+    sampler.sample(64, seed=0, step=0, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masks = sampler.sample(64, seed=0, step=1, device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plan = sampler.plan(seed=0, step=1)
+    check(Masks(masks.context.cpu(), masks.targets.cpu()), sampler, plan, 64)
+
+
+class WidelyCopiedSampler:
+    """The multi-block collator that most I-JEPA code shares, written afresh from its description.
+
+    One random number gives scale and aspect ratio; sides are cut below the grid's; the upper end of
+    a corner's range is excluded; the contexts of a batch are cut to the shortest, first indices
+    first. `min_keep` is 4 here: with the usual 10 it never returns on 8x8.
+    """
+
+    def __init__(self, side: int = 8, min_keep: int = 4) -> None:
+        self.side, self.min_keep = side, min_keep
+
+    def size(self, u: float, scale: tuple, aspect: tuple) -> tuple[int, int]:
+        area = int(self.side**2 * (scale[0] + u * (scale[1] - scale[0])))
+        ratio = aspect[0] + u * (aspect[1] - aspect[0])
+        sides = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        return min(sides[0], self.side - 1), min(sides[1], self.side - 1)
+
+    def block(self, size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
+        mask = np.zeros((self.side, self.side), bool)
+        top, left = draw.integers(self.side - size[0]), draw.integers(self.side - size[1])
+        mask[top : top + size[0], left : left + size[1]] = True
+        return mask
+
+    def sample(self, batch: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple]:
+        """Return contexts [B, C], hidden [B, N] and the target shape."""
+        u = draw.random()  # the same seed draws both sizes
+        target = self.size(u, (0.15, 0.2), (0.75, 1.5))
+        context = self.size(u, (0.85, 1.0), (1.0, 1.0))
+        contexts, hidden = [], []
+        for _ in range(batch):
+            blocks = np.any([self.block(target, draw) for _ in range(4)], 0)
+            visible = np.zeros_like(blocks)
+            while visible.sum() <= self.min_keep:
+                visible = self.block(context, draw) & ~blocks
+            contexts.append(np.flatnonzero(visible))
+            hidden.append(blocks.ravel())
+        shortest = min(map(len, contexts))
+        return np.array([c[:shortest] for c in contexts]), np.array(hidden), target
+
+
+def test_flaws_of_the_widely_copied_sampler() -> None:
+    reference, draw = WidelyCopiedSampler(), np.random.default_rng(0)
+    context, target = np.zeros(64), np.zeros(64)
+    counts, top_half, shapes = [], [], set()
+    for _ in range(30):
+        contexts, hidden, shape = reference.sample(256, draw)
+        context += np.bincount(contexts.ravel(), minlength=64)
+        target += hidden.sum(0)
+        counts.append(contexts.shape[1])
+        top_half.append((contexts < 32).mean())
+        shapes.add(shape)
+    edge = np.zeros((8, 8), bool)
+    edge[-1], edge[:, -1] = True, True
+    assert edge.mean() == pytest.approx(0.234, abs=1e-3)  # 23 % of patches are never used
+    assert np.array_equal(target.reshape(8, 8) == 0, edge)
+    assert (context.reshape(8, 8)[edge] == 0).all()
+    assert max(counts) <= 16 and min(counts) < 12  # of about 30 visible patches
+    assert np.mean(top_half) > 0.8
+    assert shapes == {(3, 3), (4, 3)}  # a large block is never lying: 3x4 does not occur
+
+    ours, steps = MaskSampler((8, 8)), 30
+    used = [ours.sample(256, seed=0, step=step) for step in range(steps)]
+    assert torch.cat([m.context.flatten() for m in used]).bincount(minlength=64).min() > 0
+    assert torch.cat([m.targets.flatten() for m in used]).bincount(minlength=64).min() > 0
+    half = np.mean([(m.context < 32).double().mean().item() for m in used])
+    assert half == pytest.approx(0.5, abs=0.01)

@@ -1,0 +1,107 @@
+"""The package as a whole: what importing costs, which floor may use which, what is pinned."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import sparsejepa
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sparsejepa"
+
+# From the ground up; a module imports from its own floor or one below it.
+FLOORS = [
+    ["errors"],
+    ["config", "files", "rng", "environment"],
+    ["model"],
+    ["data"],
+    ["interop"],
+    ["evaluation"],
+    ["training"],
+    ["report"],
+    ["runs"],
+    ["sweep"],
+    ["demo"],
+    ["verbs"],
+    ["cli"],
+    ["__main__"],
+]
+HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+@pytest.mark.parametrize("module", ["sparsejepa", "sparsejepa.config", "sparsejepa.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "pyarrow", "PIL", "timm", "rich"}
+    code = f"import sys, {module}; print(*{heavy!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in sparsejepa.__all__:
+        assert getattr(sparsejepa, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = sparsejepa.nonsense
+
+
+def test_rooms_import_only_from_floors_below() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith("sparsejepa."):
+                    room = name.split(".")[1]
+                    assert HEIGHT[room] <= HEIGHT[own], f"{path.name} imports {name}"
+
+
+def test_version_is_the_one_in_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert sparsejepa.__version__ == project["version"]
+    assert (PACKAGE / "py.typed").exists()
+
+
+def pins() -> dict[str, str]:
+    """The lines of constraints.txt, names normalised."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+
+
+def test_constraints_are_names_and_versions() -> None:
+    for name, version in pins().items():
+        assert re.fullmatch(r"[a-z0-9-]+", name)
+        assert re.fullmatch(r"[0-9][0-9a-z.]*", version)
+
+
+def test_constraints_pin_every_package_that_gets_installed() -> None:
+    pinned, seen = pins(), set()
+    waiting = [("sparsejepa", "dev"), ("sparsejepa", "timm"), ("sparsejepa", "")]
+    while waiting:
+        package, extra = waiting.pop()
+        for line in requires(package) or []:
+            wanted = Requirement(line)
+            name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+            # torch's own metadata pins the libraries of its platform.
+            if re.match(r"nvidia-|cuda-|triton$", name):
+                continue
+            if wanted.marker and not wanted.marker.evaluate({"extra": extra}):
+                continue
+            assert name in pinned or name == "sparsejepa", f"{name} (for {package}) has no pin"
+            for key in [(name, ""), *((name, e) for e in wanted.extras)]:
+                if key not in seen:
+                    seen.add(key)
+                    waiting.append(key)
+    assert {name for name, _ in seen} >= {"torch", "pytest", "timm", "numpy"}
