@@ -344,6 +344,13 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 20,
         },
     ),
+    "demo": Preset(
+        "the built-in scenes in minutes on two CPU cores, as `sparsejepa demo` runs them",
+        {
+            "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
+            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "limit": 10_000, "steps": 500,
+        },
+    ),
     "paper": Preset(
         "the SparseJEPA paper read literally: MLP predictor, L2 loss, plain W with ridge, "
         "posterior KL, fixed lambda",

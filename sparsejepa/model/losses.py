@@ -29,11 +29,14 @@ def prediction_loss(
         mask: [...], true for the tokens that count; all if None. With none the loss is 0.
     """
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
+    prediction, target = _full(prediction), _full(target)
     if mask is None:
-        return distance(_full(prediction), _full(target))
-    per_token = distance(_full(prediction), _full(target), reduction="none").mean(-1)
-    # `where`, not a product: a token that does not count may hold anything, NaN included.
-    return torch.where(mask, per_token, 0).sum() / mask.sum().clamp_min(1)
+        return distance(prediction, target)
+    # Both are replaced, so that a token that does not count may hold anything, NaN included.
+    prediction = torch.where(mask[..., None], prediction, 0)
+    target = torch.where(mask[..., None], target, 0)
+    counted = mask.sum().clamp_min(1) * target.shape[-1]
+    return distance(prediction, target, reduction="sum") / counted
 
 
 class KLParts(NamedTuple):

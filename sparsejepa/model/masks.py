@@ -164,7 +164,8 @@ class MaskSampler:
         size, patches = (batch_size, self.candidates), math.prod(self.grid_size)
         index = block_indices(self.grid_size, plan.target, draw.device)
         covered = cover(index, patches)
-        # M distinct places by Floyd's algorithm: every set of places is equally likely.
+        # M distinct places by Floyd's algorithm: every set is equally likely. The turn by a random
+        # number of places keeps that, and makes each single block uniform too.
         chosen: list[Tensor] = []
         for last in range(len(index) - self.num_targets, len(index)):
             new = torch.randint(last + 1, size, generator=draw, device=draw.device)
@@ -172,7 +173,8 @@ class MaskSampler:
             for earlier in chosen:
                 taken |= new == earlier
             chosen.append(new.masked_fill_(taken, last))
-        place = torch.stack(chosen, -1)
+        turn = torch.randint(len(index), size, generator=draw, device=draw.device)
+        place = (torch.stack(chosen, -1) + turn[..., None]) % len(index)
         place[:, -1] = place[:, -1, :1]
         hidden = covered[place[..., 0]]
         for target in range(1, self.num_targets):

@@ -113,6 +113,13 @@ def test_audit_on_8x8_meets_the_requirement() -> None:
     assert found.summary()["images"] == 102_400
 
 
+def test_audit_when_the_last_resort_is_common() -> None:
+    sampler = MaskSampler((8, 8), context_scale=(0.6, 0.6), context_counts=(10,), candidates=2)
+    assert {plan.context for plan in sampler.plans} == {(6, 6)}
+    found = audit(sampler, batch_size=256, batches=100, seed=0)
+    assert found.passed and found.last_resort > 0.1
+
+
 @pytest.mark.parametrize("grid", [(4, 8), (3, 3), (7, 7)])
 def test_audit_of_other_grids(grid: tuple[int, int]) -> None:
     found = audit(MaskSampler(grid), batch_size=64, batches=60, seed=1)

@@ -1,0 +1,600 @@
+"""Exact prox, isolation of the groups, cells and the density controller, against oracles."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from sparsejepa.errors import UserError
+from sparsejepa.model.encoder import sincos_position_embedding
+from sparsejepa.model.groups import (
+    AttentionNetworks,
+    DensityController,
+    GroupMap,
+    RegionNetworks,
+    partition_cells,
+    prox_group_lasso,
+    prox_sphere,
+)
+
+KINDS = ("region", "concept", "feature")
+GRID, D, G, P, B, C = (4, 4), 24, 4, 3, 5, 6
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def group_map(kind: str, *, seed: int = 0, **kwargs) -> GroupMap:
+    torch.manual_seed(seed)
+    model = GroupMap(kind, D, GRID, G, P, hidden=32, **kwargs)  # type: ignore[arg-type]
+    with torch.no_grad():  # biases and outputs of a size that shows every path
+        for name, parameter in model.networks.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if name in "Bbc" else 0.7))
+    return model
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens [B, C, D], their patches [B, C] and all other patches [B, N - C]."""
+    order = torch.rand(B, 16, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return normal(B, C, D, seed=seed), order[:, :C], order[:, C:]
+
+
+# ---------------------------------------------------------------- proximal operators
+
+
+def objective(X: torch.Tensor, W: torch.Tensor, t: float) -> torch.Tensor:
+    """1/2 ||X - W||^2 + t sum_g ||X_g||, for [..., G, P]."""
+    return 0.5 * (X - W).square().sum((-2, -1)) + t * X.norm(dim=-1).sum(-1)
+
+
+@settings(max_examples=60)
+@given(
+    groups=st.integers(1, 6),
+    width=st.integers(1, 4),
+    t=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0, 3.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_no_point_on_the_sphere_beats_prox_sphere(groups: int, width: int, t: float, seed: int):
+    W = normal(groups, width, seed=seed, dtype=torch.float64)
+    best = prox_sphere(W[..., None], t)[..., 0]
+    assert best.norm().item() == pytest.approx(1, abs=1e-12)
+    anywhere = normal(1000, groups, width, seed=seed + 1, dtype=torch.float64)
+    sparse = anywhere * (normal(1000, groups, 1, seed=seed + 2) > 0)
+    sparse = sparse[sparse.flatten(1).norm(dim=1) > 0]
+    one_hot = torch.eye(groups, dtype=torch.float64)[:, :, None] * W
+    near = best + torch.logspace(-6, -0.5, 500, dtype=torch.float64)[:, None, None] * anywhere[:500]
+    directed = W * anywhere[:, :, :1].abs()  # the right directions, any block norms
+    rivals = torch.cat([anywhere, sparse, one_hot, near, directed])
+    rivals = rivals / rivals.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
+    rivals = rivals[rivals.flatten(1).norm(dim=1) > 0.5]
+    assert (objective(rivals, W, t) >= objective(best, W, t) - 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_numeric_optimisation_finds_prox_sphere_and_nothing_better(seed: int):
+    rng = np.random.default_rng(seed)
+    groups, width = int(rng.integers(2, 4)), int(rng.integers(1, 3))
+    W, t = rng.normal(size=(groups, width)), float(rng.choice([0.05, 0.3, 0.8, 2.0]))
+
+    def value(x: np.ndarray) -> float:
+        X = x.reshape(groups, width) / np.linalg.norm(x)
+        return 0.5 * np.square(X - W).sum() + t * np.linalg.norm(X, axis=1).sum()
+
+    found = min(
+        minimize(value, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12}).fun
+        for start in rng.normal(size=(12, groups * width))
+    )
+    ours = value(prox_sphere(torch.from_numpy(W)[..., None], t).numpy().ravel())
+    assert ours <= found + 1e-12
+    assert ours == pytest.approx(found, abs=2e-3)
+
+
+def test_prox_sphere_of_two_groups_agrees_with_a_fine_search_over_the_quarter_circle():
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()], dim=1)[..., None]
+    for v in ([0.9, 0.4], [0.3, 0.29], [1.5, 1.5], [0.05, 0.2]):
+        for t in (0.0, 0.1, 0.28, 0.6):
+            W = torch.tensor(v, dtype=torch.float64)[:, None]
+            ours = prox_sphere(W[..., None], t)[..., 0]
+            assert objective(ours, W, t) == pytest.approx(
+                float(objective(circle, W, t).min()), abs=1e-9
+            )
+
+
+def test_prox_sphere_at_the_threshold():
+    def norms(v: list[float], t: float) -> list[float]:
+        W = torch.tensor(v, dtype=torch.float64)[:, None, None]
+        return prox_sphere(W, t).norm(dim=1)[:, 0].tolist()
+
+    assert norms([0.5, 0.25, 0.125], 0.125) == pytest.approx([0.375, 0.125, 0] / np.sqrt(0.15625))
+    assert norms([0.5, 0.25, 0.25], 0.25) == [1, 0, 0]
+    assert norms([0.5, 0.5], 0.5) == [1, 0]  # nothing exceeds t: the first of the largest
+    assert norms([0.25, 0.5, 0.5], 0.75) == [0, 1, 0]
+    assert norms([0.5, 0.5, 0.5, 0.5], 0.25) == [0.5] * 4  # equal blocks are a fixed point
+    assert norms([0.5 + 1e-15, 0.5, 0.1], 0.5) == [1, 0, 0]  # just above: no underflow
+    assert norms([1e-20, 3e-20], 0.0) == pytest.approx([10**-0.5, 3 * 10**-0.5])
+
+
+def test_prox_sphere_without_threshold_is_the_identity_on_the_sphere_and_normalises_elsewhere():
+    W = normal(6, 4, 10)
+    unit = W / W.square().sum((0, 1)).sqrt()
+    torch.testing.assert_close(prox_sphere(unit, 0.0), unit, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(prox_sphere(37 * unit, 0.0), unit, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), t=st.floats(0, 2), dead=st.integers(0, 63))
+def test_prox_sphere_keeps_directions_order_and_zero_blocks(seed: int, t: float, dead: int):
+    W = normal(6, 3, 20, seed=seed)
+    gone = torch.tensor([bool(dead >> g & 1) for g in range(6)])
+    W[gone] = 0
+    X = prox_sphere(W, torch.tensor(t))
+    r, v = X.norm(dim=1), W.norm(dim=1)
+    torch.testing.assert_close(r.square().sum(0), torch.ones(20))
+    if gone.all():  # no direction is given: any unit vector in one group is a minimiser
+        assert ((r > 0).sum(0) == 1).all()
+        return
+    assert (r[gone] == 0).all()
+    torch.testing.assert_close(X * v[:, None], W * r[:, None], rtol=1e-5, atol=1e-6)
+    assert (r[v <= t].max() if (v <= t).any() and (v > t).any(0).all() else 0) == 0
+    order = v.argsort(0)
+    assert (r.gather(0, order).diff(dim=0) >= -1e-6).all()
+
+
+def test_prox_sphere_limit_of_a_large_threshold_is_the_largest_block_alone():
+    W = normal(5, 3, 50)
+    X = prox_sphere(W, 1e6)
+    keeps = X.norm(dim=1) > 0
+    assert torch.equal(keeps.int().argmax(0), W.norm(dim=1).argmax(0))
+    assert (keeps.sum(0) == 1).all()
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), t=st.floats(0, 3))
+def test_plain_prox_satisfies_the_optimality_condition(seed: int, t: float):
+    W = normal(5, 3, 8, seed=seed, dtype=torch.float64)
+    W[0, :, 0] = 0
+    X = prox_group_lasso(W, t)
+    v, r = W.norm(dim=1), X.norm(dim=1)
+    torch.testing.assert_close(r, (v - t).clamp_min(0))  # the closed form
+    # 0 is in X - W + t * subdifferential of ||X||: the residual is t X/||X||, or no longer than t.
+    residual = W - X
+    alive = r > 0
+    unit = X / torch.where(alive, r, 1.0)[:, None]
+    torch.testing.assert_close(torch.where(alive[:, None], residual, 0.0), t * unit)
+    assert (residual.norm(dim=1)[~alive] <= t + 1e-12).all()
+    assert X.isfinite().all() and (X[0, :, 0] == 0).all()
+
+
+def test_threshold_sums_of_the_method_leave_16_10_and_1_groups():
+    """METHOD 2, rule 4: the learning rates of W sum to 60, prox alone, whatever P and the steps."""
+    for dim, width, steps in ((96, 6, 600), (192, 12, 100), (192, 3, 200)):
+        left = []
+        for lam in (0.001, 0.01, 0.1):
+            torch.manual_seed(0)
+            model = GroupMap("region", dim, GRID, 16, width, hidden=4)
+            for _ in range(steps):
+                model.proximal_step(60 / steps, lam)
+            left.append((model.block_norms() > 0).float().sum(0).mean().item())
+        assert left[0] == 16 and abs(left[1] - 10) < 1 and left[2] == 1
+
+
+# ---------------------------------------------------------------- cells
+
+
+@settings(max_examples=150)
+@given(rows=st.integers(1, 20), cols=st.integers(1, 20), data=st.data())
+def test_cells_are_rectangles_that_tile_any_grid(rows: int, cols: int, data: st.DataObject):
+    groups = data.draw(st.integers(1, rows * cols))
+    cells = partition_cells((rows, cols), groups).view(rows, cols)
+    sizes = torch.bincount(cells.flatten(), minlength=groups)
+    assert len(sizes) == groups and sizes.min() >= 1
+    for g in range(groups):
+        r, c = (cells == g).nonzero().T
+        assert (r.max() - r.min() + 1) * (c.max() - c.min() + 1) == len(r)
+    # Nearly equal: halving either side of a cell is the worst that rounding does.
+    assert sizes.max() <= 4 * sizes.min()
+    if rows % groups == 0 or cols % groups == 0:
+        assert sizes.max() == sizes.min()
+
+
+def test_cells_of_the_usual_grids():
+    eight = partition_cells((8, 8), 16).view(8, 8)
+    two_by_two = torch.arange(16).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(eight, two_by_two)
+    assert torch.equal(partition_cells((3, 5), 15), torch.arange(15))
+    assert torch.equal(partition_cells((3, 5), 1), torch.zeros(15, dtype=torch.long))
+    five = torch.bincount(partition_cells((8, 8), 5))  # two bands of two 3x4 cells, one of 2x8
+    assert five.tolist() == [12, 12, 12, 12, 16]
+
+
+@pytest.mark.parametrize("groups", [0, 17])
+def test_impossible_cells_are_refused(groups: int):
+    with pytest.raises(UserError, match=r"--num-groups .* 4x4 patches"):
+        partition_cells((4, 4), groups)
+
+
+def test_feature_groups_must_divide_the_width():
+    with pytest.raises(UserError, match="--num-groups 5 does not divide the width 24"):
+        GroupMap("feature", 24, GRID, 5)
+
+
+# ---------------------------------------------------------------- the map
+
+
+def reference(model: GroupMap, z: torch.Tensor, context: torch.Tensor, query: torch.Tensor):
+    """The prediction in float64, patch by patch and group by group, from the formulas."""
+    w = {k: v.double() for k, v in model.state_dict().items()}
+    W, z = w["W"], z.double()
+    net = {k.removeprefix("networks."): v for k, v in w.items() if k.startswith("networks.")}
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+    out = torch.zeros(*query.shape, D, dtype=torch.float64)
+    if model.kind == "region":
+        pooled = z.mean(1)
+        pooled = (pooled - pooled.mean(0)) / (pooled.var(0, correction=0) + 1e-5).sqrt()
+        cells = partition_cells(GRID, G)
+        for b in range(B):
+            for i, n in enumerate(query[b].tolist()):
+                g = cells[n]
+                hidden = gelu(net["A"][g] @ (W[g] @ pooled[b]) + net["b"][g] + net["position"][n])
+                out[b, i] = net["B"][g] @ hidden + net["c"][g, 0]
+        return out
+    flat = z.flatten(0, 1)
+    z = ((flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()).view_as(z)
+    position = sincos_position_embedding(GRID, 32).double()
+    share = D // G
+    for g in range(G):
+        A_key, A_value = net["A"][g].chunk(2)
+        E_key, E_value, E_query, E_hidden = net["E"][g].chunk(4)
+        for b in range(B):
+            u, p = z[b] @ W[g].T, position[context[b]]
+            key, value = u @ A_key.T + p @ E_key.T, u @ A_value.T + p @ E_value.T
+            for i, n in enumerate(query[b].tolist()):
+                score = key @ (net["mask_token"][g] + E_query @ position[n]) / math.sqrt(32)
+                seen = score.softmax(0) @ value
+                hidden = gelu(net["M"][g] @ seen + E_hidden @ position[n] + net["b"][g])
+                part = net["B"][g] @ hidden + net["c"][g]
+                if model.kind == "concept":
+                    out[b, i] += part
+                else:
+                    out[b, i, g * share : (g + 1) * share] = part
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prediction_is_the_documented_formula(kind: str):
+    model, (z, context, query) = group_map(kind), batch()
+    got = model(z, context, query)
+    assert got.shape == (B, 10, D)
+    torch.testing.assert_close(
+        got.double(), reference(model, z, context, query), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("groups", [3, 5, 7])
+def test_uneven_cells_give_each_patch_its_own_cell_and_position(groups: int):
+    torch.manual_seed(0)
+    cells = partition_cells((3, 4), groups)
+    net = RegionNetworks(cells, embed_dim=6, group_dim=2, hidden=5, gain=1.0)
+    u, query = normal(3, groups, 2), torch.arange(12).flip(0).expand(3, 12)
+    got = net(u, query)
+    for i, n in enumerate(query[0].tolist()):
+        g = cells[n]
+        hidden = torch.nn.functional.gelu(u[:, g] @ net.A[g].T + net.b[g] + net.position[n])
+        torch.testing.assert_close(got[:, i], hidden @ net.B[g].T + net.c[g])
+
+
+def test_attention_splits_wide_networks_into_heads():
+    net = AttentionNetworks(GRID, G, P, D, hidden=64, gain=1.0)
+    assert net.heads == 2
+    assert AttentionNetworks(GRID, G, P, D, hidden=10, gain=1.0).heads == 1
+    x = normal(G, B, 7, 64)
+    split = net._split(x)
+    assert torch.equal(split[:, :, 1], x[..., 32:])
+
+
+@pytest.mark.parametrize("kind", ["region", "feature"])
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_group_predicts_from_its_own_block_of_w_only(kind: str, group: int):
+    model, (z, context, query) = group_map(kind), batch()
+    out = model(z, context, query)
+    if kind == "region":
+        assert model.cells is not None
+        own = out[model.cells[query] == group]
+    else:
+        own = out[..., group * D // G : (group + 1) * D // G]
+    gradient = torch.autograd.grad((own * normal(*own.shape, seed=3)).sum(), model.W)[0]
+    others = [g for g in range(G) if g != group]
+    assert (gradient[others] == 0).all()
+    assert (gradient[group] != 0).any(0).all()
+
+
+def test_concept_predictions_are_sums_of_contributions_of_single_groups():
+    model, (z, context, query) = group_map("concept"), batch()
+    whole = model(z, context, query)
+
+    def only(keep: list[int]) -> torch.Tensor:
+        silenced = copy.deepcopy(model)
+        with torch.no_grad():
+            for g in set(range(G)) - set(keep):
+                silenced.networks.B[g] = 0
+                silenced.networks.c[g] = 0
+        return silenced(z, context, query)
+
+    for g in range(G):
+        rest = only([h for h in range(G) if h != g])
+        torch.testing.assert_close(whole - rest, only([g]), rtol=1e-4, atol=1e-4)
+        # and a contribution depends on its own block of W only
+        contribution = only([g])
+        with torch.no_grad():
+            other = copy.deepcopy(model)
+            model.W[[h for h in range(G) if h != g]] += 1.0
+        assert torch.equal(only([g]), contribution)
+        model = other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_latent_without_blocks_reaches_nothing_and_no_latent_reaches_another(kind: str):
+    model, (z, context, query) = group_map(kind), batch()
+    with torch.no_grad():
+        model.W[:, :, 5] = 0
+    z.requires_grad_()
+    gradient = torch.autograd.grad(model(z, context, query).square().sum(), z)[0]
+    assert (gradient[..., 5] == 0).all()
+    assert (gradient.abs().sum((0, 1)) > 0).sum() == D - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_do_not_see_each_other_and_context_order_does_not_matter(kind: str):
+    model, (z, context, query) = group_map(kind), batch()
+    model.eval()
+    whole = model(z, context, query)
+    some = torch.tensor([7, 2, 2])
+    alone = model(z, context, query[:, some])
+    torch.testing.assert_close(alone, whole[:, some], rtol=1e-4, atol=1e-4)
+    order = torch.randperm(C)
+    shuffled = model(z[:, order], context[:, order], query)
+    torch.testing.assert_close(shuffled, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scale_and_shift_of_a_latent_do_not_matter(kind: str):
+    model, (z, context, query) = group_map(kind), batch()
+    scale, shift = torch.rand(D) * 3 + 0.5, torch.randn(D) * 4
+    torch.testing.assert_close(
+        model(z * scale + shift, context, query), model(z, context, query), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_statistics_serve_evaluation_and_activations(kind: str):
+    model, (z, context, query) = group_map(kind), batch()
+    model.norm.momentum = None  # a plain average, so one batch is enough
+    model(z, context, query)
+    mean, var = model.norm.running_mean, model.norm.running_var
+    assert mean is not None and var is not None
+    seen = z.mean(1) if kind == "region" else z.flatten(0, 1)
+    torch.testing.assert_close(mean, seen.mean(0))
+    torch.testing.assert_close(var, seen.var(0))
+    before = copy.deepcopy(model.state_dict())
+    got = model.group_activations(z)
+    latents = (z - mean) / (var + 1e-5).sqrt()
+    want = torch.stack([(latents @ W.T).norm(dim=-1) for W in model.W], dim=-1)
+    torch.testing.assert_close(got, want)
+    model.eval()
+    model(z, context, query)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_predicts_nearly_the_same(kind: str):
+    model, (z, context, query) = group_map(kind), batch()
+    full = model(z, context, query)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(z, context, query)
+    assert (half.float() - full).norm() < 0.03 * full.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_start(kind: str):
+    torch.manual_seed(0)
+    sphere, plain = (
+        GroupMap(kind, 96, (8, 8), 16, 6, sphere=s)  # type: ignore[arg-type]
+        for s in (True, False)
+    )
+    torch.testing.assert_close(sphere.W.square().sum((0, 1)), torch.ones(96))
+    assert (sphere.block_norms() - 0.25).abs().mean() < 0.05
+    # The plain form has no lower bound, so it starts where lambda = 0.01 takes 0.6 and leaves W.
+    plain.proximal_step(60, 0.01)
+    assert (plain.block_norms() > 0).float().mean() > 0.99
+    # Unit variance of the hidden units' input, in both forms.
+    z = torch.randn(64, 96)
+    for model in (sphere, plain):
+        u = torch.einsum("gpd,bd->bgp", model.W, z)
+        if model is sphere:
+            first = torch.einsum("ghp,bgp->bgh", model.networks.A, u)
+            assert first.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_penalty_ridge_and_balance_are_their_formulas():
+    model = group_map("region")
+    W = model.W.detach().double().numpy()
+    norms = np.sqrt(np.square(W).sum(1))
+    assert model.penalty().item() == pytest.approx(norms.sum(), rel=1e-5)
+    assert D <= model.penalty().item() <= D * math.sqrt(G)
+    net = model.networks
+    assert isinstance(net, RegionNetworks)
+    want = float(net.A.detach().square().sum() + net.B.detach().square().sum())
+    assert model.ridge().item() == pytest.approx(want, rel=1e-5)
+    usage = np.square(norms).mean(1)
+    usage /= usage.sum()
+    want = math.log(G) + (usage * np.log(usage)).sum()
+    assert model.balance().item() == pytest.approx(want, abs=1e-6)
+    with torch.no_grad():
+        model.W.fill_(0.1)
+    assert model.balance().item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        model.W[1:] = 0
+    assert model.balance().item() == pytest.approx(math.log(G), abs=1e-6)
+
+
+@pytest.mark.parametrize("alive", [0, 1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dead_groups_have_finite_gradients(kind: str, alive: int):
+    model, (z, context, query) = group_map(kind), batch()
+    with torch.no_grad():
+        model.W[alive:] = 0
+    loss = model(z, context, query).square().mean() + model.balance() + model.penalty()
+    (loss + model.ridge()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- the step on W
+
+
+@pytest.mark.parametrize("sphere", [True, False])
+def test_proximal_step_is_gradient_descent_then_prox(sphere: bool):
+    model = group_map("region", sphere=sphere)
+    W, gradient = model.W.detach().clone(), normal(*model.W.shape, seed=4) * 0.1
+    model.W.grad = gradient.clone()
+    model.proximal_step(0.5, torch.tensor(0.3))
+    prox = prox_sphere if sphere else prox_group_lasso
+    assert torch.equal(model.W, prox(W - 0.5 * gradient, torch.tensor(0.15)))
+    assert model.W.grad is None and model.W.requires_grad
+    W = model.W.detach().clone()
+    model.proximal_step(0.5, 0.3)  # no gradient
+    torch.testing.assert_close(model.W.detach(), prox(W, 0.15))
+
+
+@pytest.mark.parametrize("sphere", [True, False])
+def test_a_frozen_pattern_stays_and_the_rest_moves_without_shrinkage(sphere: bool):
+    model = group_map("region", sphere=sphere)
+    with torch.no_grad():
+        model.W.mul_((normal(G, 1, D, seed=1) > 0) | (torch.arange(G)[:, None, None] == 0))
+    zero = model.block_norms() == 0
+    W, gradient = model.W.detach().clone(), normal(*model.W.shape, seed=4)
+    model.W.grad = gradient.clone()
+    model.proximal_step(0.1, 1e9, freeze_pattern=True)
+    assert torch.equal(model.block_norms() == 0, zero)
+    moved = (W - 0.1 * gradient) * ~zero[:, None]
+    want = moved / moved.square().sum((0, 1)).sqrt() if sphere else moved
+    torch.testing.assert_close(model.W.detach(), want)
+
+
+def test_many_steps_neither_drift_from_the_sphere_nor_produce_nan():
+    model = group_map("region")
+    for i in range(300):
+        model.W.grad = normal(*model.W.shape, seed=i) * (100 if i % 50 == 0 else 0.1)
+        model.proximal_step(0.2, 10 ** (i % 7 - 4))
+        if i % 60 == 0:
+            with torch.no_grad():
+                model.W[:, :, 3] = 0  # a lost latent comes back to the sphere
+    torch.testing.assert_close(model.W.detach().square().sum((0, 1)), torch.ones(D))
+
+
+def test_the_step_reads_nothing_on_the_host():
+    """On the meta device every read of a value (.item(), bool(), nonzero) raises."""
+    for sphere in (True, False):
+        model = GroupMap("region", D, GRID, G, P, sphere=sphere, hidden=4).to("meta")
+        controller = DensityController(100).to("meta")
+        model.W.grad = torch.zeros_like(model.W)
+        controller.step((model.block_norms() > 0).float().mean(), 0.5)
+        model.proximal_step(0.1, controller.lam)
+        model.proximal_step(0.1, controller.lam, freeze_pattern=True)
+
+
+# ---------------------------------------------------------------- density controller
+
+
+def wanted_density(share: float, target: float) -> float:
+    """1 for the first tenth of a run, a line to the target at six tenths, then constant."""
+    return 1 + (target - 1) * min(1.0, max(0.0, (share - 0.1) / 0.5))
+
+
+def steered(
+    target: float, steps: int, *, sphere: bool = True, noise: float = 0.0, dim: int = 24
+) -> list[float]:
+    """Return the density at each step of a run whose learning rates of W sum to 60.
+
+    With `noise`, W also has a gradient: a pull to a fixed point, of lognormal strength per block,
+    and as much noise.
+    """
+    torch.manual_seed(0)
+    model = GroupMap("region", dim, GRID, 16, 4, sphere=sphere, hidden=2)
+    controller = DensityController(steps)
+    pull = torch.randn_like(model.W) * torch.exp(1.5 * torch.randn(16, 1, dim)) * noise
+    course = []
+    for i in range(steps):
+        if noise:
+            model.W.grad = -pull + pull.abs() * torch.randn_like(pull)
+        density = (model.block_norms() > 0).float().mean()
+        controller.step(density, wanted_density(i / steps, target))
+        model.proximal_step(60 / steps, controller.lam)
+        course.append(float(density))
+    return course
+
+
+@pytest.mark.parametrize("target", [1 / 16, 0.125, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("sphere", [True, False])
+def test_prox_alone_settles_at_the_wanted_density(target: float, sphere: bool):
+    tail = steered(target, 300, sphere=sphere)[240:]
+    assert abs(np.mean(tail) - target) < 0.04
+    assert np.std(tail) < 0.03
+
+
+@pytest.mark.parametrize("target", [1 / 16, 0.25, 0.75])
+@pytest.mark.parametrize("noise", [1e-3, 1e-2])
+def test_gradients_do_not_keep_it_from_settling(target: float, noise: float):
+    tail = steered(target, 600, noise=noise)[480:]
+    assert abs(np.mean(tail) - target) < 0.06
+    assert np.std(tail) < 0.05
+
+
+def test_the_course_does_not_depend_on_the_number_of_steps():
+    short, long = steered(0.25, 300), steered(0.25, 1500)
+    assert max(abs(a - b) for a, b in zip(short, long[::5], strict=True)) < 0.08
+    assert abs(short[-1] - long[-1]) < 0.03
+
+
+@pytest.mark.slow
+def test_a_long_run_settles_too():
+    for target in (1 / 16, 0.25, 0.75):
+        tail = steered(target, 30_000, dim=12)[24_000:]
+        assert abs(np.mean(tail) - target) < 0.04
+
+
+def test_lambda_stays_in_its_limits_and_moves_the_right_way():
+    controller = DensityController(10)
+    start = float(controller.lam)
+    controller.step(0.9, 0.5)
+    assert float(controller.lam) > start
+    controller.step(torch.tensor(0.1), 0.5)
+    assert float(controller.lam) < start
+    for density, wanted, limit in ((1.0, 0.0, 1e2), (0.0, 1.0, 1e-6)):
+        for _ in range(100):
+            controller.step(density, wanted)
+        assert float(controller.lam) == pytest.approx(limit, rel=1e-4)
+        assert math.isfinite(float(controller.integral))
+
+
+def test_the_controller_resumes_to_the_bit():
+    first, second = DensityController(100), DensityController(100)
+    path = torch.rand(40, generator=torch.Generator().manual_seed(0)).tolist()
+    for density in path[:20]:
+        first.step(density, 0.4)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for density in path[20:]:
+        first.step(density, 0.4)
+        second.step(density, 0.4)
+    assert torch.equal(first.lam, second.lam) and torch.equal(first.integral, second.integral)

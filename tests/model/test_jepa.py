@@ -1,0 +1,159 @@
+"""The whole model: where gradients go, what the EMA does, what the arms share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsejepa.config import Config, preset
+from sparsejepa.model.jepa import SparseJEPA, gather_tokens
+from sparsejepa.training.build import build_model
+
+
+def small(**settings: object) -> Config:
+    return preset("nano").replace(**{"num_groups": 8, "lam": 0.01, **settings})
+
+
+def images(n: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def model_of(config: Config, total: int = 100) -> SparseJEPA:
+    return build_model(config, (32, 32), total)
+
+
+@pytest.mark.parametrize("groups", ["region", "concept", "feature"])
+@pytest.mark.parametrize("kl", ["aggregate", "posterior"])
+def test_gradients_reach_context_encoder_predictor_and_w_never_the_target(
+    groups: str, kl: str
+) -> None:
+    model = model_of(small(groups=groups, kl=kl))
+    model(images(), step=0).total.backward()
+    for name, p in model.named_parameters():
+        if name.startswith("target_encoder"):
+            assert p.grad is None, name
+            assert not p.requires_grad
+        elif p.requires_grad:
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_each_term_alone_reaches_the_parts_that_it_should() -> None:
+    model = model_of(small())
+
+    def reached(term: str) -> set[str]:
+        model.zero_grad()
+        getattr(model(images(), step=0), term).backward()
+        return {
+            name.split(".")[0] + (".W" if name == "groups.W" else "")
+            for name, p in model.named_parameters()
+            if p.grad is not None and p.grad.abs().sum() > 0
+        }
+
+    assert reached("prediction") == {"context_encoder", "predictor"}
+    assert reached("group") == {"context_encoder", "groups", "groups.W"}
+    assert reached("kl") == {"context_encoder"}
+    assert reached("balance") == {"groups.W"}
+    assert reached("penalty") == {"groups.W"}
+
+
+def test_detached_group_loss_leaves_the_encoder_alone() -> None:
+    model = model_of(small(group_detach=0.5, beta=0.0))
+    for step, expected in ((49, False), (50, True)):
+        model.zero_grad()
+        losses = model(images(), step=step)
+        losses.group.backward()
+        grads = [p.grad for p in model.context_encoder.parameters() if p.grad is not None]
+        assert any(g.abs().sum() > 0 for g in grads) == expected
+
+
+def test_total_is_the_weighted_sum_without_the_penalty() -> None:
+    model = model_of(small(group_weight=0.3, beta=0.2, balance=0.7, kl_correlation=2.0))
+    got = model(images(), step=3)
+    kl = got.kl_marginal + 2.0 * got.kl_correlation
+    torch.testing.assert_close(got.kl, kl)
+    expected = got.prediction + 0.3 * got.group + 0.2 * kl + 0.7 * got.balance
+    torch.testing.assert_close(got.total, expected)
+
+
+def test_ema_follows_its_closed_form() -> None:
+    model = model_of(small(groups="none", ema=0.8, ema_final=0.8))
+    start = [p.clone() for p in model.target_encoder.parameters()]
+    moved = [torch.randn_like(p) for p in start]
+    with torch.no_grad():
+        for p, value in zip(model.context_encoder.parameters(), moved, strict=True):
+            p.copy_(value)
+    for step in range(5):
+        model.after_step(step)
+    for p, a, b in zip(model.target_encoder.parameters(), start, moved, strict=True):
+        torch.testing.assert_close(p.data, 0.8**5 * a + (1 - 0.8**5) * b)
+
+
+def test_after_step_takes_the_proximal_gradient_step_on_w() -> None:
+    from sparsejepa.model.groups import prox_sphere
+
+    config = small(lam=0.2)
+    model = model_of(config, total=1000)
+    model(images(), step=0).total.backward()
+    assert model.groups is not None and model.groups.W.grad is not None
+    lr = model.rates.w_lr(0)
+    expected = prox_sphere(model.groups.W - lr * model.groups.W.grad, lr * 0.2)
+    model.after_step(0)
+    torch.testing.assert_close(model.groups.W, expected)
+    assert model.groups.W.grad is None
+
+
+def test_arms_with_one_seed_share_weights_and_masks() -> None:
+    dense, sparse = model_of(small(groups="none")), model_of(small(lam=0.5))
+    for part in ("context_encoder", "predictor"):
+        pairs = zip(
+            getattr(dense, part).parameters(), getattr(sparse, part).parameters(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+    dense.objective = sparse.objective
+    a, b = dense(images(), step=7), sparse(images(), step=7)
+    assert torch.equal(a.prediction, b.prediction)
+    other = model_of(small(groups="none", seed=1))
+    assert not torch.equal(
+        other.context_encoder.patch_embed.proj.weight, dense.context_encoder.patch_embed.proj.weight
+    )
+
+
+def test_w_is_not_among_the_parameters_of_adamw() -> None:
+    model = model_of(small())
+    matrices, rest = model.network_parameters()
+    assert model.groups is not None
+    ids = {id(p) for p in matrices + rest}
+    assert id(model.groups.W) not in ids
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert ids == trained - {id(model.groups.W)}
+    assert len(ids) == len(matrices) + len(rest)
+
+
+def test_region_groups_are_asked_for_every_hidden_patch() -> None:
+    model = model_of(small())
+    masks = model.sampler.sample(5, seed=0, step=0)
+    query = model._queries(masks, 64)
+    for seen, asked in zip(masks.context, query, strict=True):
+        assert sorted([*seen.tolist(), *asked.tolist()]) == list(range(64))
+
+
+def test_posterior_without_groups_is_the_plain_dense_jepa() -> None:
+    model = model_of(small(groups="none", kl="posterior", beta=0.1))
+    losses = model(images(), step=0)
+    assert torch.equal(losses.total, losses.prediction)
+    assert model.log_variance is None
+
+
+def test_gather_tokens_against_indexing() -> None:
+    x, index = torch.randn(3, 10, 4), torch.randint(10, (3, 5))
+    got = gather_tokens(x, index)
+    for b in range(3):
+        assert torch.equal(got[b], x[b, index[b]])
+
+
+def test_density_controller_reaches_the_wanted_density() -> None:
+    model = model_of(small(density=0.3, debias=0.2), total=400)
+    assert model.groups is not None
+    for step in range(400):
+        model.after_step(step)
+    assert float((model.groups.block_norms() > 0).float().mean()) == pytest.approx(0.3, abs=0.05)

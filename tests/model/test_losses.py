@@ -1,0 +1,272 @@
+"""Loss terms against torch.distributions, closed forms and finite differences."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import distributions
+
+from sparsejepa.model.losses import (
+    KLParts,
+    RunningMoments,
+    aggregate_kl,
+    normalize_targets,
+    posterior_kl,
+    prediction_loss,
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gaussian(dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a mean and a well-conditioned covariance with correlations, float64."""
+    mix = normal(dim, dim, seed=seed) / math.sqrt(dim)
+    scale = torch.exp(0.5 * normal(dim, seed=seed + 1))
+    cov = (mix @ mix.T + 0.1 * torch.eye(dim)) * scale[:, None] * scale
+    return normal(dim, seed=seed + 2), cov
+
+
+def exact(mu: torch.Tensor, cov: torch.Tensor) -> KLParts:
+    return aggregate_kl(mu, cov, jitter=0, variance_floor=0)
+
+
+def total(parts: KLParts) -> torch.Tensor:
+    return parts.marginal + parts.total_correlation
+
+
+# ---------------------------------------------------------------- aggregate KL
+
+
+@settings(max_examples=40)
+@given(dim=st.integers(1, 30), seed=st.integers(0, 10_000))
+def test_marginals_and_total_correlation_add_up_to_the_divergence(dim: int, seed: int):
+    mu, cov = gaussian(dim, seed)
+    parts = exact(mu, cov)
+    standard = distributions.MultivariateNormal(torch.zeros_like(mu), torch.eye(dim).double())
+    whole = distributions.kl_divergence(distributions.MultivariateNormal(mu, cov), standard)
+    assert (total(parts) * dim).item() == pytest.approx(whole.item(), rel=1e-9, abs=1e-9)
+    one = distributions.Normal(torch.zeros(1).double(), 1.0)
+    each = distributions.kl_divergence(distributions.Normal(mu, cov.diagonal().sqrt()), one)
+    assert (parts.marginal * dim).item() == pytest.approx(each.sum().item(), rel=1e-9, abs=1e-9)
+    tc = 0.5 * (cov.diagonal().log().sum() - torch.linalg.slogdet(cov)[1])
+    assert (parts.total_correlation * dim).item() == pytest.approx(tc.item(), rel=1e-9, abs=1e-9)
+    assert parts.total_correlation > -1e-12 and parts.marginal > -1e-12
+
+
+def test_total_correlation_ignores_scale_and_mean_and_vanishes_without_correlation():
+    mu, cov = gaussian(8, 0)
+    scale = torch.linspace(0.01, 100, 8, dtype=torch.float64)
+    tc = exact(mu, cov).total_correlation
+    scaled = exact(mu * 7 - 3, cov * scale[:, None] * scale).total_correlation
+    assert scaled.item() == pytest.approx(tc.item(), rel=1e-9)
+    assert exact(mu, torch.diag(scale)).total_correlation.item() == pytest.approx(0, abs=1e-12)
+    assert total(exact(torch.zeros(8), torch.eye(8))).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_pair_of_correlated_dimensions_has_the_textbook_value():
+    for r in (-0.9, 0.0, 0.5, 0.99):
+        cov = torch.tensor([[4.0, 2 * r], [2 * r, 1.0]], dtype=torch.float64)
+        tc = 2 * exact(torch.zeros(2).double(), cov).total_correlation.item()
+        assert tc == pytest.approx(-0.5 * math.log(1 - r * r), abs=1e-12)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-4])
+@pytest.mark.parametrize("part", [0, 1])
+def test_aggregate_kl_gradients(jitter: float, part: int):
+    x = (normal(20, 5) @ normal(5, 5, seed=1) + 0.5).requires_grad_()
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(0)
+        return aggregate_kl(x.mean(0), centred.T @ centred / len(x), jitter=jitter)[part]
+
+    assert torch.autograd.gradcheck(value, (x,))
+
+
+@pytest.mark.parametrize("dim,samples", [(96, 16), (192, 128), (192, 768), (384, 64)])
+@pytest.mark.parametrize("shape", ["white", "rank 3", "decaying", "constant", "huge", "dead"])
+def test_aggregate_kl_is_finite_for_singular_input_and_near_its_float64_value(
+    dim: int, samples: int, shape: str
+):
+    x = normal(samples, dim, seed=dim)
+    x = {
+        "white": x,
+        "rank 3": x[:, :3] @ normal(3, dim, seed=1) * 3,
+        "decaying": x * torch.logspace(0, -4, dim) @ torch.linalg.qr(normal(dim, dim, seed=2)).Q,
+        "constant": torch.ones_like(x) * 2,
+        "huge": x * 1e3 + 1e4 * normal(samples, 1, seed=3),
+        "dead": x * (torch.arange(dim) % 2),
+    }[shape]
+    x32 = x.float().requires_grad_()
+    parts = aggregate_kl(*RunningMoments(dim)(x32))
+    gradient = torch.autograd.grad(total(parts), x32)[0]
+    assert gradient.isfinite().all()
+    assert all(part.dtype == torch.float32 and part.isfinite() for part in parts)
+    for part, want in zip(parts, aggregate_kl(*RunningMoments(dim)(x)), strict=True):
+        assert part.item() == pytest.approx(want.item(), rel=1e-3, abs=2e-3)
+
+
+def test_default_jitter_changes_a_healthy_divergence_little():
+    mu, cov = gaussian(64, 5)
+    for part, want in zip(aggregate_kl(mu, cov), exact(mu, cov), strict=True):
+        assert part.item() == pytest.approx(want.item(), rel=5e-3)
+
+
+def test_gradient_descent_on_the_divergence_whitens():
+    x = torch.nn.Parameter(normal(400, 6) @ normal(6, 6, seed=1) + 2)
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    for _ in range(120):
+        optimizer.zero_grad()
+        total(aggregate_kl(*RunningMoments(6)(x))).backward()
+        optimizer.step()
+    np.testing.assert_allclose(np.cov(x.detach().numpy().T, bias=True), np.eye(6), atol=0.02)
+    np.testing.assert_allclose(x.detach().mean(0).numpy(), 0, atol=0.02)
+
+
+def test_autocast_changes_no_loss():
+    x, y = (
+        normal(500, 24, dtype=torch.float32) * 3 + 1,
+        normal(500, 24, seed=1, dtype=torch.float32),
+    )
+
+    def losses() -> torch.Tensor:
+        parts = aggregate_kl(*RunningMoments(24)(x))
+        distance = prediction_loss(x, normalize_targets(y))
+        return torch.stack([*parts, posterior_kl(x, y), distance, prediction_loss(x, y, "l2")])
+
+    full = losses()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses(), full)
+    assert aggregate_kl(x[0].bfloat16(), torch.eye(24).bfloat16()).marginal.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- running moments
+
+
+def test_a_large_batch_is_used_alone():
+    x = normal(40, 10)
+    moments = RunningMoments(10)
+    moments(normal(8, 10, seed=1))
+    before = copy.deepcopy(moments.state_dict())
+    mean, cov = moments(x)
+    np.testing.assert_allclose(mean, x.numpy().mean(0), atol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.numpy().T, bias=True), atol=1e-12)
+    assert all(torch.equal(before[k], v) for k, v in moments.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [1, 6, 39])
+def test_small_batches_are_a_weighted_sample_of_all_that_was_seen(size: int):
+    """Oracle: one weighted mean and covariance, a batch k steps old having weight (1 - m)^k."""
+    batches = [normal(size, 10, seed=s) * (1 + s) + s for s in range(7)]
+    moments = RunningMoments(10).double()
+    mean, cov = torch.zeros(0), torch.zeros(0)
+    for x in batches:
+        mean, cov = moments(x)
+    momentum = size / 40
+    age = np.repeat(np.arange(7)[::-1], size)
+    weights = (1 - momentum) ** age
+    samples = torch.cat(batches).numpy()
+    np.testing.assert_allclose(mean, np.average(samples, axis=0, weights=weights), rtol=1e-9)
+    want = np.cov(samples.T, aweights=weights, bias=True)
+    np.testing.assert_allclose(cov, want, rtol=1e-8, atol=1e-9)
+
+
+def test_small_batches_keep_their_own_gradient():
+    moments = RunningMoments(10).double()
+    moments(normal(8, 10, seed=1))
+    x = normal(8, 10, seed=2).requires_grad_()
+    mean, cov = moments(x)
+    probe_mean, probe_cov = normal(10, seed=3), normal(10, 10, seed=4)
+    got = torch.autograd.grad((mean * probe_mean).sum() + (cov * probe_cov).sum(), x)[0]
+    centred = x - x.mean(0)
+    own = (x.mean(0) * probe_mean).sum() + (centred.T @ centred / 8 * probe_cov).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(own, x)[0])
+
+
+def test_running_moments_beat_a_small_batch():
+    mu, cov = gaussian(24, 7)
+    root = torch.linalg.cholesky(cov)
+    moments = RunningMoments(24)
+    estimate = torch.zeros(0)
+    for step in range(100):
+        x = (normal(16, 24, seed=step) @ root.T + mu).float()
+        estimate = moments(x)[1].double()
+    alone = torch.cov(x.double().T, correction=0)
+    assert (estimate - cov).norm() < 0.5 * (alone - cov).norm()
+    assert torch.linalg.eigvalsh(estimate).min() > 0 > torch.linalg.eigvalsh(alone).min() - 1e-5
+
+
+def test_running_moments_resume_to_the_bit_and_rest_in_evaluation():
+    first, second = RunningMoments(10), RunningMoments(10)
+    for step in range(5):
+        first(normal(8, 10, seed=step).float())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    x = normal(8, 10, seed=9).float()
+    first.eval()
+    evaluated = first(x)
+    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
+    first.train()
+    for a, b, c in zip(first(x), second(x), evaluated, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_moments_survive_a_mean_far_from_zero():
+    x = normal(8, 10, dtype=torch.float32) * 1e-2 + 1e3
+    moments = RunningMoments(10)
+    for _ in range(5):
+        cov = moments(x)[1]
+    want = np.cov(x.double().numpy().T, bias=True)
+    np.testing.assert_allclose(cov, want, atol=1e-6)
+
+
+# ---------------------------------------------------------------- posterior KL and prediction
+
+
+@settings(max_examples=30)
+@given(samples=st.integers(1, 9), dim=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_posterior_kl_is_the_divergence_of_diagonal_gaussians(samples: int, dim: int, seed: int):
+    mu, logvar = normal(samples, dim, seed=seed), normal(samples, dim, seed=seed + 1)
+    each = distributions.kl_divergence(
+        distributions.Normal(mu, (0.5 * logvar).exp()),
+        distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu)),
+    )
+    want = each.sum(1).mean() / dim
+    assert posterior_kl(mu, logvar).item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def test_prediction_losses_are_their_formulas():
+    a, b = normal(3, 5, 4) * 2, normal(3, 5, 4, seed=1)
+    error = (a - b).abs()
+    smooth = torch.where(error < 1, 0.5 * error.square(), error - 0.5)
+    assert prediction_loss(a, b).item() == pytest.approx(smooth.mean().item())
+    assert prediction_loss(a, b, "l2").item() == pytest.approx(error.square().mean().item())
+    mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    for kind, each in (("smooth_l1", smooth), ("l2", error.square())):
+        got = prediction_loss(a, b, kind, mask)  # type: ignore[arg-type]
+        assert got.item() == pytest.approx(each[mask].mean().item())
+
+
+def test_masked_tokens_count_for_nothing_not_even_as_nan():
+    a, b = normal(2, 3, 4).requires_grad_(), normal(2, 3, 4, seed=1)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    b[~mask] = torch.nan
+    loss = prediction_loss(a, b, mask=mask)
+    gradient = torch.autograd.grad(loss, a)[0]
+    assert loss.isfinite() and (gradient[~mask] == 0).all() and (gradient[mask] != 0).all()
+    assert prediction_loss(a, b, mask=torch.zeros(2, 3, dtype=torch.bool)).item() == 0
+
+
+def test_normalized_targets_have_mean_0_and_variance_1():
+    x = normalize_targets(normal(4, 7, 48) * 9 + 5)
+    torch.testing.assert_close(x.mean(-1), torch.zeros(4, 7).double())
+    torch.testing.assert_close(
+        x.var(-1, correction=0), torch.ones(4, 7).double(), rtol=1e-4, atol=0
+    )
+    assert normalize_targets(torch.zeros(2, 8).bfloat16()).dtype == torch.float32
