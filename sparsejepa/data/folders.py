@@ -1,0 +1,215 @@
+"""Folders of image files: class folders, unlabelled images, or a table of labels."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsejepa.data.cache import Source
+from sparsejepa.data.decode import EXTENSIONS
+from sparsejepa.data.sources import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    Table,
+    category_names,
+    choose_splits,
+    in_test,
+    index_target,
+    make_source,
+)
+from sparsejepa.data.store import Target
+from sparsejepa.errors import UserError
+
+
+class ImageFile(NamedTuple):
+    """An image file, its path relative to the folder that was scanned, and size and age."""
+
+    path: Path
+    relative: str
+    stamp: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """The class folder, which may be nested; "" for a file at the top."""
+        return self.relative.rpartition("/")[0]
+
+
+def scan(folder: Path) -> list[ImageFile]:
+    """List the image files below `folder`, ordered by path.
+
+    Hidden files and folders are passed over, links are followed, loops of links are cut.
+    """
+    found: list[ImageFile] = []
+
+    def visit(directory: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
+        status = directory.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    visit(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append(ImageFile(Path(entry.path), prefix + entry.name, _age(entry)))
+
+    with _readable(folder):
+        visit(folder, "", ())
+    return sorted(found, key=lambda file: file.relative)
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Return the folder of each split; the whole folder as train if it has no train/ inside."""
+    with _readable(root):
+        present = [path.name for path in root.iterdir() if path.is_dir()]
+    if set(TRAIN_NAMES).isdisjoint(present):
+        return {"train": root}
+    return {split: root / folder for split, folder in choose_splits(present).items()}
+
+
+def read_folder(root: Path, name: str) -> dict[str, Source]:
+    """Read a folder of images.
+
+    Either factors.csv beside images/ (first column the file, other columns labels, `split` train or
+    test), or train/ and test/ (also val/, valid/, validation/), or one folder that is then split;
+    inside, class folders, possibly nested, or images without labels.
+
+    Raises UserError: no such folder, no images in it, or a table that cannot be read.
+    """
+    if not root.exists():
+        raise UserError(f"{root}: no such folder")
+    if not root.is_dir():
+        raise UserError(f"{root}: not a folder; give the folder that holds the images")
+    if (root / "factors.csv").is_file():
+        return _read_factors(root, name)
+    folders = split_folders(root)
+    parts = {}
+    for split, folder in folders.items():
+        files = scan(folder)
+        if not files:
+            raise UserError(f"{folder}: no images in it ({', '.join(EXTENSIONS)})")
+        parts[split] = _classify(files)
+    if "test" not in parts:
+        files, unusable = parts["train"]
+        test_part = in_test([f.relative for f in files], [f.label for f in files])
+        parts = {
+            "train": ([f for f, t in zip(files, test_part, strict=True) if not t], unusable),
+            "test": ([f for f, t in zip(files, test_part, strict=True) if t], ()),
+        }
+    classes = {split: [f.label for f in files] for split, (files, _) in parts.items()}
+    names = sorted({label for labels in classes.values() for label in labels if label})
+    sources = {}
+    for split, (files, unusable) in parts.items():
+        targets = _class_targets(classes[split], names)
+        origin = str(folders.get(split, folders["train"]))
+        sources[split] = _file_source(name, split, files, targets, unusable, origin)
+    return sources
+
+
+def _classify(files: list[ImageFile]) -> tuple[list[ImageFile], tuple[tuple[str, str], ...]]:
+    """Where images lie both at the top and in class folders, keep the more numerous kind."""
+    top = [file for file in files if not file.label]
+    below = [file for file in files if file.label]
+    if len(below) >= len(top):
+        return below, tuple((f.relative, "lies beside the class folders") for f in top)
+    return top, tuple((f.relative, "lies in a folder beside unlabelled images") for f in below)
+
+
+def _class_targets(labels: list[str], names: list[str]) -> dict[str, Target]:
+    """The class of each image, and for nested class folders the outermost folder as well."""
+    if not any(labels):
+        return {}
+    targets = {"class": index_target(labels, names)}
+    outer = sorted({name.partition("/")[0] for name in names})
+    if 1 < len(outer) < len(names):
+        targets["superclass"] = index_target([label.partition("/")[0] for label in labels], outer)
+    return targets
+
+
+def _file_source(
+    name: str,
+    split: str,
+    files: list[ImageFile],
+    targets: dict[str, Target],
+    unusable: tuple[tuple[str, str], ...],
+    origin: str,
+) -> Source:
+    def table() -> Table:
+        if not files:
+            raise UserError(f"{origin}: no images for the {split} split; add some")
+        return Table([(file.relative, file.path) for file in files], targets, unusable)
+
+    labels = {key: [t.names, t.values.tolist()] for key, t in targets.items()}
+    stamp = [[(f.relative, f.stamp) for f in files], labels, unusable]
+    return make_source(name, split, stamp, origin, table)
+
+
+def _read_factors(root: Path, name: str) -> dict[str, Source]:
+    header, rows = _read_csv(root / "factors.csv")
+    files = {file.relative: file for file in scan(root / "images")}
+    listed = [row[0] for row in rows]
+    unusable = tuple((f, "no such file in images/") for f in listed if f not in files)
+    unusable += tuple((f, "no row in factors.csv") for f in sorted(set(files) - set(listed)))
+    rows = [row for row in rows if row[0] in files]
+    if not rows:
+        raise UserError(f"{root / 'factors.csv'}: its first column names no image in images/")
+    columns = {key: [row[i] for row in rows] for i, key in enumerate(header) if i}
+    splits = columns.pop("split", None)
+    names = {key: category_names(column) for key, column in columns.items()}
+    targets = {key: index_target(columns[key], names[key]) for key in columns if names[key]}
+    if splits is None:
+        primary = next(iter(targets.values()), None)
+        labels = primary.values.tolist() if primary else [0] * len(rows)
+        test = in_test([row[0] for row in rows], labels)
+    else:
+        for split in splits:
+            if split not in TRAIN_NAMES + TEST_NAMES:
+                raise UserError(
+                    f"{root / 'factors.csv'}: split '{split}' is neither train nor test"
+                )
+        test = np.array([split in TEST_NAMES for split in splits])
+    sources = {}
+    for split, mask in (("train", ~test), ("test", test)):
+        chosen = {key: Target(t.values[mask], t.names) for key, t in targets.items()}
+        part = [files[row[0]] for row, inside in zip(rows, mask, strict=True) if inside]
+        left_out = unusable if split == "train" else ()
+        sources[split] = _file_source(name, split, part, chosen, left_out, str(root))
+    return sources
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from None
+    if len(table) < 2 or len(table[0]) < 1:
+        raise UserError(f"{path}: no rows; the first column names files in images/")
+    for number, row in enumerate(table[1:], 2):
+        if len(row) != len(table[0]):
+            raise UserError(f"{path}: row {number} has {len(row)} cells instead of {len(table[0])}")
+    return table[0], table[1:]
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def _age(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        status = entry.stat()
+    except OSError:  # a dangling link: decoding reports it
+        return (0, 0)
+    return (status.st_size, status.st_mtime_ns)

@@ -1,0 +1,359 @@
+"""The built-in images: single objects on a factor grid, and scenes of 3 to 10 objects.
+
+`SingleObjects` is a grid of seven factors in the manner of dSprites (Matthey et al. 2017) and
+3D Shapes (Burgess and Kim 2018): every combination has an index. `Scenes` holds 3 to 10
+overlapping objects, with the count as label (the convention of CLEVR/Count in VTAB, Zhai et al.
+2019), an object table and instance masks.
+
+Lengths are shares of the image's side; x and y are measured from its top left corner, so an index
+means the same picture at every resolution. Every random number is a hash of (seed, field, index,
+object, attempt): a picture never depends on which others are rendered with it.
+
+Letters: n images, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from sparsejepa.data.shapes import SHAPES, Shapes, instances, outlines, paint, rasterise
+from sparsejepa.errors import UserError
+
+# Object and background have the same mean colour. Otherwise a linear probe of the pixels would see
+# how often each place is covered, and so whether objects are few and large or many and small.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (235, 220, 60),
+    "green": (40, 180, 70),
+    "cyan": (40, 215, 220),
+    "blue": (40, 95, 230),
+    "purple": (135, 50, 190),
+    "pink": (245, 150, 205),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "charcoal": (48, 50, 56),
+    "slate": (98, 104, 122),
+    "olive": (108, 100, 70),
+    "brown": (114, 80, 68),
+    "sand": (182, 164, 136),
+    "silver": (182, 180, 188),
+}
+RIM = 0.45  # strength of the shading towards an object's edge
+MIN_COUNT, MAX_COUNT = 3, 10
+MIN_VISIBLE = 0.25  # share of itself that every object shows, in whole pixels as in area
+LEAST_SHARE = 0.30  # the area is measured on REFERENCE pixels a side: keep clear of the limit
+REFERENCE = 32
+
+
+def uniform(seed: int, field: str, *counters: np.ndarray) -> np.ndarray:
+    """Return float64 numbers in [0, 1): a hash of the seed, the field's name and whole numbers.
+
+    The counters broadcast against each other and give the result its shape. Each part is absorbed
+    by one round of SplitMix64's finaliser (Steele, Lea and Flood 2014).
+    """
+    name = np.uint64(zlib.crc32(field.encode()))
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        state = _mix(_mix(np.array(seed % 2**64, np.uint64)) ^ name)
+        for counter in counters:
+            state = _mix(state ^ counter.astype(np.uint64))
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    z = state + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _palette(colours: dict[str, tuple[int, int, int]], chosen: np.ndarray) -> np.ndarray:
+    return np.array(list(colours.values()), np.float32)[chosen]
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, n)) for i in range(0, max(n, 1), size))
+
+
+def _render_chunks(n: int, side: int) -> Iterator[slice]:
+    """Split n images so that the working arrays stay in the processor's cache."""
+    return _chunks(n, max(1, 2**16 // side**2))
+
+
+def _check_index(index: np.ndarray, limit: int) -> np.ndarray:
+    index = np.asarray(index)
+    if index.ndim != 1 or not (np.issubdtype(index.dtype, np.integer) or not index.size):
+        raise UserError("an image index must be a one-dimensional array of whole numbers")
+    if index.size and not 0 <= index.min() <= index.max() < limit:
+        raise UserError(f"image index {index.min()} to {index.max()}: not within 0 to {limit - 1}")
+    return index.astype(np.int64)
+
+
+def _check_side(img_size: int) -> int:
+    if img_size < 16:
+        raise UserError(f"--img-size {img_size} is too small for the built-in scenes: 16 or more")
+    return img_size
+
+
+class SingleObjects:
+    """One object per image on a grid of seven factors; every combination has an index.
+
+    The index counts with the last factor fastest, as np.ravel_multi_index does. An image follows
+    from its factors alone, nothing is random. Every combination lies whole inside the frame.
+    Orientations stay below 60 degrees since a star repeats after 72 and a square after 90: all
+    values can be told apart on all shapes.
+    """
+
+    SIZES: ClassVar = (0.10, 0.13, 0.16, 0.19)  # radius of the disc of the same area
+    ANGLES: ClassVar = (0, 18, 36, 54)  # degrees, counter-clockwise
+    PLACES: ClassVar = (0.32, 0.392, 0.464, 0.536, 0.608, 0.68)
+    FACTORS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "shape": SHAPES,
+        "colour": tuple(COLOURS),
+        "size": tuple(f"{value:g}" for value in SIZES),
+        "orientation": tuple(f"{value}°" for value in ANGLES),
+        "x": tuple(f"{value:g}" for value in PLACES),
+        "y": tuple(f"{value:g}" for value in PLACES),
+        "background": tuple(BACKGROUNDS),
+    }
+    _LEVELS: ClassVar = tuple(len(names) for names in FACTORS.values())
+
+    def __len__(self) -> int:
+        return math.prod(self._LEVELS)
+
+    def factors(self, index: np.ndarray) -> np.ndarray:
+        """Return the factor values int64 [n, 7] of images [n], in the order of FACTORS."""
+        index = _check_index(index, len(self))
+        return np.stack(np.unravel_index(index, self._LEVELS), 1).astype(np.int64)
+
+    def index(self, factors: np.ndarray) -> np.ndarray:
+        """Return the images int64 [n] with the factor values [n, 7]: the inverse of `factors`."""
+        factors = np.asarray(factors)
+        if factors.ndim != 2 or factors.shape[1] != len(self._LEVELS):
+            raise UserError("factor values must be [n, 7], one column per factor")
+        if ((factors < 0) | (factors >= self._LEVELS)).any():
+            raise UserError(f"factor values must be from 0 to below {self._LEVELS}")
+        return np.asarray(np.ravel_multi_index(tuple(factors.T), self._LEVELS), np.int64)
+
+    def render(self, index: np.ndarray, img_size: int = 32) -> np.ndarray:
+        """Return images uint8 [n, S, S, 3] of the indices [n] at S = `img_size` pixels."""
+        factors, side = self.factors(index), _check_side(img_size)
+        images = np.empty((len(factors), side, side, 3), np.uint8)
+        for part in _render_chunks(len(factors), side):
+            shapes, layer = self._shapes(factors[part])
+            ground = _palette(BACKGROUNDS, factors[part, 6])[:, None, None]
+            ground = np.broadcast_to(ground, images[part].shape)
+            colours = _palette(COLOURS, factors[part, 1])
+            rim = np.full(len(layer), -RIM)
+            images[part] = paint(rasterise(shapes, side), layer, colours, rim, ground)
+        return images
+
+    def masks(self, index: np.ndarray, img_size: int = 32) -> np.ndarray:
+        """Return uint8 [n, S, S]: 1 on the object, 0 on the background."""
+        factors, side = self.factors(index), _check_side(img_size)
+        masks = np.empty((len(factors), side, side), np.uint8)
+        for part in _render_chunks(len(factors), side):
+            shapes, layer = self._shapes(factors[part])
+            masks[part] = instances(rasterise(shapes, side), layer, len(layer), side)
+        return masks
+
+    def _shapes(self, factors: np.ndarray) -> tuple[Shapes, np.ndarray]:
+        shape, _, size, angle, x, y, _ = factors.T
+        places, n = np.array(self.PLACES), len(factors)
+        sizes, angles = np.array(self.SIZES)[size], np.radians(self.ANGLES)[angle]
+        return Shapes(np.arange(n), places[x], places[y], sizes, angles, shape), np.zeros(n, int)
+
+
+@dataclass(frozen=True)
+class SceneObjects:
+    """The objects of n scenes, each field [n, 10], from the back to the front.
+
+    Where a scene has fewer than ten objects, numbers are NaN and classes -1.
+    """
+
+    present: np.ndarray  # bool: is there an object in this column?
+    x: np.ndarray  # centroid, share of the image's side
+    y: np.ndarray
+    size: np.ndarray  # radius of the disc of the same area
+    angle: np.ndarray  # radians, counter-clockwise
+    shape: np.ndarray  # int64, position in SHAPES
+    colour: np.ndarray  # int64, position in COLOURS
+    visible: np.ndarray  # share of the object's area that the objects in front leave to be seen
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """Rendered scenes: pictures, labels, objects."""
+
+    images: np.ndarray  # uint8 [n, S, S, 3]
+    masks: np.ndarray  # uint8 [n, S, S]: 0 background, k + 1 the object in column k of the table
+    count: np.ndarray  # int64 [n], 3 to 10
+    factors: np.ndarray  # int64 [n, 4], in the order of Scenes.FACTORS
+    objects: SceneObjects
+
+
+class Scenes:
+    """Scenes of 3 to 10 overlapping objects; the count is the label.
+
+    Every aligned run of eight indices has every count once. The other labels are the background
+    and the shape and the colour of most objects: a scene has two shapes and two colours, and
+    three fifths of its objects, rounded up, have the first of them.
+
+    Nothing simple gives the count away. Objects share a total area that is drawn without regard
+    to their number, numbers of colours and of shapes are the same everywhere, and lighting,
+    gradient and texture vary. At least a quarter of every object can be seen.
+    """
+
+    FACTORS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "count": tuple(str(count) for count in range(MIN_COUNT, MAX_COUNT + 1)),
+        "shape": SHAPES,
+        "colour": tuple(COLOURS),
+        "background": tuple(BACKGROUNDS),
+    }
+    AREA: ClassVar = (0.24, 0.39)  # least and greatest sum of the objects' areas
+    ATTEMPTS: ClassVar = 30  # places that an object tries
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def factors(self, index: np.ndarray) -> np.ndarray:
+        """Return the labels int64 [n, 4] of scenes [n], in the order of FACTORS."""
+        index = _check_index(index, 2**62)
+        run = self._uniform("count", (index // 8)[:, None], np.arange(8)).argsort(1)
+        count = run[np.arange(len(index)), index % 8]
+        levels = [len(names) for names in self.FACTORS.values()][1:]
+        others = self._uniform("labels", index[:, None], np.arange(3)) * levels
+        return np.column_stack([count, others.astype(np.int64)])
+
+    def objects(self, index: np.ndarray) -> SceneObjects:
+        """Return the objects of scenes [n]; they are the same at every resolution."""
+        index = _check_index(index, 2**62)
+        tables = [vars(self._arrange(index[part])) for part in _chunks(len(index), 512)]
+        return SceneObjects(**{k: np.concatenate([t[k] for t in tables]) for k in tables[0]})
+
+    def render(self, index: np.ndarray, img_size: int = 32) -> SceneBatch:
+        """Return the scenes of the indices [n] at S = `img_size` pixels."""
+        index, side = _check_index(index, 2**62), _check_side(img_size)
+        factors, objects = self.factors(index), self.objects(index)
+        tone = 0.85 + 0.3 * self._uniform("tone", index[:, None], np.arange(MAX_COUNT))
+        # Dark rims alone would tell: at the frame's edge mostly rims are seen, broad ones of few.
+        rim = np.where(self._uniform("rim", index) < 0.5, -RIM, RIM)
+        images = np.empty((len(index), side, side, 3), np.uint8)
+        masks = np.empty((len(index), side, side), np.uint8)
+        for part in _render_chunks(len(index), side):
+            layer, image = np.nonzero(objects.present[part].T)
+            listed = part.start + image, layer
+            fields = (objects.x, objects.y, objects.size, objects.angle, objects.shape)
+            pixels = rasterise(Shapes(image, *(values[listed] for values in fields)), side)
+            light, ground = self._background(index[part], factors[part, 3], side)
+            colours = _palette(COLOURS, objects.colour[listed])
+            colours *= (light[image] * tone[listed])[:, None]
+            images[part] = paint(pixels, layer, colours, rim[listed[0]], ground)
+            masks[part] = instances(pixels, layer, len(ground), side)
+        return SceneBatch(images, masks, factors[:, 0] + MIN_COUNT, factors, objects)
+
+    def _uniform(self, field: str, *counters: np.ndarray) -> np.ndarray:
+        return uniform(self.seed, f"scenes/{field}", *counters)
+
+    def _arrange(self, index: np.ndarray) -> SceneObjects:
+        """Draw the objects of scenes [n] and find each a place where it can be seen."""
+        labels, slots = self.factors(index), np.arange(MAX_COUNT)
+        count = labels[:, :1] + MIN_COUNT
+        present = slots < count
+        share = np.where(present, 0.7 + 0.6 * self._uniform("size", index[:, None], slots), 0)
+        least, greatest = self.AREA
+        area = least + (greatest - least) * self._uniform("area", index[:, None])
+        area *= 1 + 0.15 / count  # few large objects hide more of each other: level what is seen
+        size = np.sqrt(area * share / share.sum(1, keepdims=True) / math.pi)
+        angle = 2 * math.pi * self._uniform("angle", index[:, None], slots)
+        shape = self._assign("shape", index, labels[:, [1]], count)
+        colour = self._assign("colour", index, labels[:, [2]], count)
+        x, y, visible = self._place(index, count[:, 0], size, angle, shape)
+        numbers = (np.where(present, v, np.nan) for v in (x, y, size, angle, visible))
+        x, y, size, angle, visible = numbers
+        shape, colour = (np.where(present, v, -1) for v in (shape, colour))
+        return SceneObjects(present, x, y, size, angle, shape, colour, visible)
+
+    def _assign(
+        self, name: str, index: np.ndarray, main: np.ndarray, count: np.ndarray
+    ) -> np.ndarray:
+        """Return each object's shape or colour [n, 10]: mostly `main` [n, 1], else one other."""
+        levels, slots = len(self.FACTORS[name]), np.arange(MAX_COUNT)
+        step = 1 + self._uniform(f"second {name}", index[:, None]) * (levels - 1)
+        draw = self._uniform(f"main {name}", index[:, None], slots) + (slots >= count)
+        rank = draw.argsort(1).argsort(1)
+        return np.where(rank < (3 * count + 4) // 5, main, (main + step.astype(np.int64)) % levels)
+
+    def _place(
+        self,
+        index: np.ndarray,
+        count: np.ndarray,
+        size: np.ndarray,
+        angle: np.ndarray,
+        shape: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return x, y and visible share [n, 10] of objects, all whole inside the frame.
+
+        Every scene places its objects from the front to the back, all scenes side by side: what
+        lies in front of an object is settled, so whether enough of it shows is known at once, and
+        if not it tries elsewhere. Enough is drawn per scene and falls with every attempt. If an
+        object has no place after ATTEMPTS, its scene is laid out on a lattice.
+        """
+        n, slots, columns = len(index), np.arange(MAX_COUNT), np.ceil(np.sqrt(count))[:, None]
+        lines = np.ceil(count[:, None] / columns)
+        cells = (slots % columns / (columns - 1), slots // columns / (lines - 1))
+        margin = size * outlines().reach[shape]
+        wanted = LEAST_SHARE + 0.6 * self._uniform("separation", index)
+        x, y, visible = np.zeros((3, n, MAX_COUNT))
+        through = np.ones((n, REFERENCE**2), np.float32)  # what the objects placed so far leave
+        free = np.ones((n, REFERENCE**2), bool)
+        slot, attempt, lattice = count - 1, np.zeros(n, int), np.zeros(n, bool)
+        while len(scene := np.flatnonzero(slot >= 0)):
+            k, trial, fixed = slot[scene], attempt[scene], lattice[scene]
+            edge = margin[scene, k]
+            for axis, place, cell in (("x", x, cells[0]), ("y", y, cells[1])):
+                draw = self._uniform(axis, index[scene], k, trial)
+                place[scene, k] = edge + (1 - 2 * edge) * np.where(fixed, cell[scene, k], draw)
+            drawn = (values[scene, k] for values in (x, y, size, angle, shape))
+            owner, at, cover, _ = rasterise(Shapes(np.arange(len(scene)), *drawn), REFERENCE)
+            at = scene[owner], at % REFERENCE**2
+            inside = cover >= 0.5
+            share = np.bincount(owner, cover * through[at]) / np.bincount(owner, cover)
+            counted = np.bincount(owner, inside & free[at]) / np.bincount(owner, inside)
+            enough = np.maximum(wanted[scene] - 0.02 * trial, LEAST_SHARE)
+            settled = fixed | ((share >= enough) & (counted >= MIN_VISIBLE))
+            visible[scene, k] = share
+            kept = settled[owner]
+            at = at[0][kept], at[1][kept]
+            through[at] *= 1 - cover[kept]
+            free[at] &= ~inside[kept]
+            slot[scene] -= settled
+            attempt[scene] = np.where(settled, 0, trial + 1)
+            lost = scene[(attempt[scene] >= self.ATTEMPTS) & ~fixed]
+            lattice[lost], slot[lost], attempt[lost] = True, count[lost] - 1, 0
+            through[lost], free[lost] = 1, True
+        return x, y, visible
+
+    def _background(
+        self, index: np.ndarray, kind: np.ndarray, side: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lighting [n] and the backgrounds float32 [n, S, S, 3] in units of 1/255."""
+        draw = self._uniform("background", index[:, None], np.arange(7)).astype(np.float32)
+        light, slope, toward, wave, turn, pitch, phase = draw.T[..., None]
+        light = 0.7 + 0.4 * light
+        middle = ((np.arange(side) + 0.5) / side - 0.5).astype(np.float32)
+        # A gradient and a wave; sin(a + b) = sin a cos b + cos a sin b makes their sum a product.
+        toward, turn = 2 * np.pi * toward, np.pi * turn
+        pitch = 2 * np.pi * (1.5 + 2.5 * pitch)
+        a, b = pitch * np.cos(turn) * middle + 2 * np.pi * phase, pitch * np.sin(turn) * middle
+        one, slope, wave = np.ones_like(a), 0.5 * slope, 0.12 * wave
+        across = [one + slope * np.cos(toward) * middle, one, wave * np.sin(a), wave * np.cos(a)]
+        down = [one, slope * np.sin(toward) * middle, np.cos(b), np.sin(b)]
+        field = light[..., None] * (np.stack(down, 2) @ np.stack(across, 1))
+        return light[:, 0], field[..., None] * _palette(BACKGROUNDS, kind)[:, None, None]

@@ -1,0 +1,358 @@
+"""The built-in images: bijection, determinism, occlusion by brute force, a count well hidden."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.path import Path
+from scipy.ndimage import laplace
+from scipy.stats import chi2, rankdata
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sparsejepa.data import scenes
+from sparsejepa.data.scenes import SceneBatch, Scenes, SingleObjects, uniform
+from sparsejepa.data.shapes import Shapes, outline, outlines, rasterise
+from sparsejepa.errors import UserError
+
+SINGLE = SingleObjects()
+REACH = outlines().reach
+
+
+@pytest.fixture(scope="module")
+def batch() -> SceneBatch:
+    """Return 8,000 scenes at 32 pixels."""
+    return Scenes(seed=0).render(np.arange(8000), 32)
+
+
+def chi_square(observed: np.ndarray) -> float:
+    """Return the p-value of counts [..., k] that should all be equal."""
+    expected = observed.mean()
+    return float(chi2.sf(((observed - expected) ** 2 / expected).sum(), observed.size - 1))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's correlation."""
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
+# Random numbers
+
+
+def test_the_hash_is_splitmix64():
+    # The first outputs of SplitMix64 seeded with 0, as published with the reference code.
+    states = np.array([0, 0x9E3779B97F4A7C15], np.uint64)
+    assert scenes._mix(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+def test_uniform_numbers_are_uniform_and_unrelated():
+    index, slot = np.arange(20_000)[:, None], np.arange(3)
+    draws = np.concatenate([uniform(seed, "x", index, slot) for seed in (0, 1)], 1)
+    draws = np.concatenate([draws, uniform(0, "y", index, slot)], 1)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    for column in draws.T:
+        assert chi_square(np.bincount((column * 50).astype(int), minlength=50)) > 1e-4
+    related = np.corrcoef(draws.T) - np.eye(9)
+    serial = np.corrcoef(draws[1:, 0], draws[:-1, 0])[0, 1]
+    assert max(np.abs(related).max(), abs(serial)) < 4.5 / math.sqrt(len(draws))
+
+
+# Single objects
+
+
+def test_every_combination_has_an_index():
+    levels = [len(names) for names in SINGLE.FACTORS.values()]
+    assert len(SINGLE) == math.prod(levels)
+    index = np.arange(len(SINGLE))
+    factors = SINGLE.factors(index)
+    assert factors.dtype == np.int64
+    assert len(np.unique(factors, axis=0)) == len(SINGLE)
+    assert (factors.min(0) == 0).all()
+    assert (factors.max(0) == np.array(levels) - 1).all()
+    assert (SINGLE.index(factors) == index).all()
+
+
+@given(st.data())
+def test_index_is_the_mixed_radix_number(data: st.DataObject):
+    levels = [len(names) for names in SINGLE.FACTORS.values()]
+    factors = [data.draw(st.integers(0, k - 1)) for k in levels]
+    place = 0
+    for factor, k in zip(factors, levels, strict=True):
+        place = place * k + factor
+    assert SINGLE.index(np.array([factors])) == [place]
+    assert SINGLE.factors(np.array([place])).tolist() == [factors]
+
+
+def test_single_objects_stay_inside_the_frame():
+    room = min(min(SINGLE.PLACES), 1 - max(SINGLE.PLACES))
+    assert max(SINGLE.SIZES) * REACH.max() < room
+    last = [len(names) - 1 for names in SINGLE.FACTORS.values()]
+    rows = [
+        [shape, 0, last[2], angle, x, y, 0]
+        for shape in range(last[0] + 1)
+        for angle in range(last[3] + 1)
+        for x in (0, last[4])
+        for y in (0, last[5])
+    ]
+    index = SINGLE.index(np.array(rows))
+    frame = np.ones((64, 64), bool)
+    frame[1:-1, 1:-1] = False
+    assert not SINGLE.masks(index, 64)[:, frame].any()
+
+
+def test_single_object_masks_have_the_area_and_the_place_of_the_factors():
+    index = np.random.default_rng(0).choice(len(SINGLE), 200)
+    _, _, size, _, x, y, ground = SINGLE.factors(index).T
+    masks = SINGLE.masks(index, 128)
+    assert set(np.unique(masks)) == {0, 1}
+    radius = np.array(SINGLE.SIZES)[size]
+    assert masks.mean((1, 2)) == pytest.approx(math.pi * radius**2, rel=0.04)
+    spot = (np.arange(128) + 0.5) / 128
+    centre = [(masks * axis).sum((1, 2)) / masks.sum((1, 2)) for axis in (spot, spot[:, None])]
+    assert centre[0] == pytest.approx(np.array(SINGLE.PLACES)[x], abs=4e-3)
+    assert centre[1] == pytest.approx(np.array(SINGLE.PLACES)[y], abs=4e-3)
+    images = SINGLE.render(index, 128)
+    colours = np.array(list(scenes.BACKGROUNDS.values()))[ground]
+    changed = (images != colours[:, None, None]).any(-1)
+    assert changed[masks == 1].all()
+    assert (changed.sum((1, 2)) < masks.sum((1, 2)) + 10 * 128 * radius).all()
+
+
+def test_all_shapes_sizes_orientations_and_places_can_be_told_apart():
+    first = np.zeros((6 * 4 * 4 * 9, 7), int)
+    values = np.mgrid[:6, :4, :4, :3, :3].reshape(5, -1)
+    first[:, [0, 2, 3, 4, 5]] = values.T
+    images = SINGLE.render(SINGLE.index(first), 32).reshape(len(first), -1).astype(np.float32)
+    squares = (images**2).sum(1)
+    distance = squares[:, None] + squares - 2 * images @ images.T
+    np.fill_diagonal(distance, np.inf)
+    noise = 3.0  # grey levels on every pixel of a small object
+    assert distance.min() > noise**2 * 3 * math.pi * (min(SINGLE.SIZES) * 32) ** 2
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_an_image_does_not_depend_on_its_batch(side):
+    index = np.arange(1000, 1075)
+    order = np.random.default_rng(0).permutation(75)[:40]
+    whole, part = (Scenes(3).render(rows, side) for rows in (index, index[order]))
+    for name in ("images", "masks", "count", "factors"):
+        assert (getattr(whole, name)[order] == getattr(part, name)).all()
+    for name, values in vars(whole.objects).items():
+        np.testing.assert_array_equal(values[order], getattr(part.objects, name))
+    alone = Scenes(3).render(index[7:8], side)
+    assert (alone.images[0] == whole.images[7]).all()
+    assert (SINGLE.render(index, side)[order] == SINGLE.render(index[order], side)).all()
+
+
+def test_the_labels_of_an_index_never_change():
+    known = [[0, 2, 0, 5], [2, 1, 5, 5], [7, 0, 2, 3], [6, 5, 2, 3], [4, 5, 6, 5]]
+    assert Scenes(0).factors(np.array([0, 1, 2, 3, 10**9])).tolist() == known
+    assert (Scenes(0).factors(np.arange(80)) != Scenes(1).factors(np.arange(80))).any()
+
+
+def test_no_index_is_an_empty_batch():
+    empty = np.zeros(0, np.int64)
+    assert Scenes().render(empty, 32).images.shape == (0, 32, 32, 3)
+    assert Scenes().render(empty, 32).objects.visible.shape == (0, 10)
+    assert SINGLE.render(empty, 32).shape == (0, 32, 32, 3)
+
+
+# Labels and object table
+
+
+def test_every_run_of_eight_has_every_count_in_a_shuffled_order(batch):
+    runs = batch.count.reshape(-1, 8)
+    assert (np.sort(runs, 1) == np.arange(3, 11)).all()
+    for place in runs.T:
+        assert chi_square(np.bincount(place - 3, minlength=8)) > 1e-4
+    names = Scenes.FACTORS["count"]
+    assert [int(names[k]) for k in batch.factors[:100, 0]] == batch.count[:100].tolist()
+
+
+def test_the_other_labels_are_uniform_and_unrelated_to_the_count(batch):
+    for column, names in enumerate(list(Scenes.FACTORS.values())[1:], 1):
+        table = np.zeros((8, len(names)))
+        np.add.at(table, (batch.factors[:, 0], batch.factors[:, column]), 1)
+        assert chi_square(table.sum(0)) > 1e-4
+        assert chi_square(table) > 1e-4
+
+
+def test_a_scene_has_two_shapes_and_two_colours_and_the_label_is_the_frequent_one(batch):
+    objects = batch.objects
+    assert (objects.present.sum(1) == batch.count).all()
+    for values, column in ((objects.shape, 1), (objects.colour, 2)):
+        main = values == batch.factors[:, [column]]
+        assert (main.sum(1) == -(-3 * batch.count // 5)).all()
+        other = np.where(objects.present & ~main, values, -1)
+        assert (
+            np.where(other >= 0, other, other.max(1, keepdims=True)) == other.max(1)[:, None]
+        ).all()
+        assert (other.max(1) >= 0).all()
+    assert (objects.shape[~objects.present] == -1).all()
+    assert (objects.colour[~objects.present] == -1).all()
+    for values in (objects.x, objects.y, objects.size, objects.angle, objects.visible):
+        assert (np.isnan(values) == ~objects.present).all()
+
+
+def test_scene_objects_stay_inside_the_frame(batch):
+    reach = batch.objects.size * REACH[batch.objects.shape]
+    for place in (batch.objects.x, batch.objects.y):
+        present = batch.objects.present
+        assert (place - reach)[present].min() > -1e-9
+        assert (place + reach)[present].max() < 1 + 1e-9
+
+
+# Occlusion
+
+
+def whole_pixel_shares(batch: SceneBatch) -> np.ndarray:
+    """Return the shares [n, 10] of an object's pixels, drawn alone, that its mask still holds."""
+    side, objects = batch.masks.shape[1], batch.objects
+    image, column = np.nonzero(objects.present)
+    fields = (objects.x, objects.y, objects.size, objects.angle, objects.shape)
+    pixels = rasterise(Shapes(image, *(v[image, column] for v in fields)), side)
+    own = np.bincount(pixels.owner[pixels.cover >= 0.5])
+    bins = 11 * np.arange(len(batch.masks))[:, None] + batch.masks.reshape(-1, side**2)
+    seen = np.bincount(bins.ravel(), minlength=11 * len(bins)).reshape(-1, 11)
+    shares = np.full(objects.present.shape, np.nan)
+    shares[image, column] = seen[image, column + 1] / own
+    return shares
+
+
+def test_a_quarter_of_every_object_can_be_seen(batch):
+    assert np.nanmin(batch.objects.visible) >= 0.25
+    assert np.nanmin(whole_pixel_shares(Scenes(6).render(np.arange(3000), 32))) >= 0.25
+    assert np.nanquantile(batch.objects.visible, 0.05) < 0.6  # and some of them do hide
+    finer = Scenes(0).render(np.arange(800), 64)
+    shares = whole_pixel_shares(finer)
+    assert np.nanmin(shares) >= 0.25
+    assert np.nanmax(np.abs(shares - finer.objects.visible)) < 0.1
+
+
+def test_the_lattice_of_last_resort_keeps_objects_visible(monkeypatch):
+    monkeypatch.setattr(Scenes, "ATTEMPTS", 0)
+    crowded = Scenes(1).render(np.arange(2000), 32)
+    assert np.nanmin(crowded.objects.visible) >= 0.25
+    assert np.nanmin(whole_pixel_shares(crowded)) >= 0.25
+
+
+def test_masks_and_visible_shares_agree_with_polygons_laid_over_each_other():
+    side = 160
+    scene = Scenes(5).render(np.arange(16), side)
+    spot = (np.arange(side) + 0.5) / side
+    grid = np.stack(np.meshgrid(spot, spot), -1).reshape(-1, 2)
+    for n, objects in enumerate(scene.masks):
+        mask, own = np.zeros(side**2, int), []
+        for k in range(scene.count[n]):
+            x, y, size, angle = (
+                getattr(scene.objects, name)[n, k] for name in ("x", "y", "size", "angle")
+            )
+            corners = outline(scenes.SHAPES[scene.objects.shape[n, k]])
+            corners = corners[:: max(1, len(corners) // 64)] * size * np.exp(1j * angle)
+            inside = Path(np.stack([x + corners.real, y - corners.imag], 1)).contains_points(grid)
+            mask[inside] = k + 1
+            own.append(inside.sum())
+            assert own[-1] / side**2 == pytest.approx(math.pi * size**2, rel=0.03)
+        seen = np.bincount(mask, minlength=11)[1 : scene.count[n] + 1]
+        assert (mask == objects.ravel()).mean() > 0.995
+        assert seen / own == pytest.approx(scene.objects.visible[n, : scene.count[n]], abs=0.04)
+
+
+def test_pixels_have_the_colour_of_the_object_in_the_mask():
+    scene = Scenes(2).render(np.arange(64), 128)
+    palette = np.array(list(scenes.COLOURS.values())) / 255
+    right = []
+    for n, k in zip(*np.nonzero(scene.objects.present), strict=True):
+        mine = scene.images[n][scene.masks[n] == k + 1].mean(0)
+        likeness = palette @ mine / np.linalg.norm(palette, axis=1)
+        right.append(likeness.argmax() == scene.objects.colour[n, k])
+    assert np.mean(right) > 0.97  # lighting and smooth edges shift a hue a little
+
+
+# Resolution
+
+
+def test_an_index_is_the_same_scene_at_every_resolution():
+    index = np.arange(40)
+    for coarse, fine in ((32, 64), (32, 128), (64, 128), (48, 96)):
+        low, high = Scenes(4).render(index, coarse), Scenes(4).render(index, fine)
+        for name, values in vars(low.objects).items():
+            np.testing.assert_array_equal(values, getattr(high.objects, name))
+        k = fine // coarse
+        shrunk = high.images.reshape(40, coarse, k, coarse, k, 3).mean((2, 4))
+        error = np.abs(shrunk - low.images)
+        assert error.mean() < 2.5
+        assert np.quantile(error, 0.99) < 25
+        centre = high.masks[:, k // 2 :: k, k // 2 :: k]
+        assert (centre == low.masks).mean() > 0.93
+    small, large = (SINGLE.render(index * 997, side).astype(float) for side in (32, 128))
+    error = np.abs(large.reshape(40, 32, 4, 32, 4, 3).mean((2, 4)) - small)
+    assert error.mean() < 0.5
+
+
+# The count is hidden from simple statistics
+
+
+def summaries(batch: SceneBatch) -> np.ndarray:
+    """Return visible area, mean colour and standard deviation of the colour [n, 7]."""
+    area = (batch.masks > 0).mean((1, 2))[:, None]
+    return np.column_stack([area, batch.images.mean((1, 2)), batch.images.std((1, 2))])
+
+
+def test_area_and_colour_do_not_rank_the_count(batch):
+    # One standard error is 0.011; the first column is the area, which occlusion moves a little.
+    for column, limit in zip(summaries(batch).T, (0.1, *[0.045] * 6), strict=True):
+        assert abs(rank_correlation(column, batch.count)) < limit
+
+
+def test_linear_probes_of_statistics_and_pixels_stay_near_chance(batch):
+    # Chance is 1/8; the standard error of a score on 4,000 scenes is 0.005.
+    train, test = slice(0, 4000), slice(4000, 8000)
+    x, count = summaries(batch), batch.count
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    assert probe.fit(x[train], count[train]).score(x[test], count[test]) < 0.15
+    pixels = batch.images.reshape(8000, -1) / np.float32(255) - np.float32(0.4)
+    for alpha in (100, 10_000):
+        probe = RidgeClassifier(alpha=alpha).fit(pixels[train], count[train])
+        assert probe.score(pixels[test], count[test]) < 0.15
+
+
+def test_the_count_is_there_for_those_who_look(batch):
+    assert all(
+        len(np.unique(mask)) - 1 == count
+        for mask, count in zip(batch.masks[:2000], batch.count, strict=False)
+    )
+    # Many small objects have more edges than few large ones: relative contrast of fine detail.
+    grey = batch.images.mean(-1)
+    detail = np.abs(laplace(grey, axes=(1, 2))).mean((1, 2)) / grey.std((1, 2))
+    assert rank_correlation(detail, batch.count) > 0.4
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Scenes().render(np.array([-1])), "image index -1"),
+        (lambda: Scenes().render(np.array([0.5])), "whole numbers"),
+        (lambda: Scenes().render(np.array([[1]])), "one-dimensional"),
+        (lambda: Scenes().render(np.array([1]), 8), "--img-size 8"),
+        (lambda: SINGLE.render(np.array([len(SINGLE)])), f"not within 0 to {len(SINGLE) - 1}"),
+        (lambda: SINGLE.masks(np.array([0]), 15), "--img-size 15"),
+        (lambda: SINGLE.index(np.zeros((2, 6), int)), "one column per factor"),
+        (lambda: SINGLE.index(np.full((1, 7), 8)), "factor values"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
