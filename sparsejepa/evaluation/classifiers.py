@@ -1,0 +1,309 @@
+"""Three classifiers on frozen features, in the manner of scikit-learn.
+
+`fit` returns self, fitted attributes end in ``_``. All standardise features with the statistics of
+what they are fitted on, and all work in torch. Letters: n images, D features, r principal axes,
+K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsejepa.errors import UserError
+from sparsejepa.evaluation.linear import (
+    BLOCK,
+    Standardized,
+    as_matrix,
+    leave_one_out,
+    minimise_logistic,
+    moments,
+    validation_part,
+)
+
+TEMPERATURE = 0.07
+"""Of the votes of k nearest neighbours, as in DINO (Caron et al. 2021)."""
+
+
+class Probe(ABC):
+    """What the probes share: labels of any kind to class numbers and back, and the score.
+
+    Attributes:
+        classes_: the K labels met in `fit`, sorted; `predict` gives no others.
+        settings_: the chosen hyperparameters, for tables.
+        mean_, scale_: [D], what `fit` standardises features with.
+    """
+
+    classes_: np.ndarray
+    settings_: dict[str, Any]
+    mean_: Tensor
+    scale_: Tensor
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+
+    @abstractmethod
+    def fit(self, x: Any, y: Any) -> Self:
+        """Fit features x [n, D] to labels y [n]."""
+
+    def predict(self, x: Any) -> np.ndarray:
+        """Return a label for every row of x [n, D]."""
+        x = as_matrix(x, self.device).to(self.mean_.dtype)
+        wanted = len(self.mean_)
+        if x.shape[1] != wanted:
+            raise UserError(f"features of width {x.shape[1]}, but the probe was fitted on {wanted}")
+        parts = [self._predict(part) for part in x.split(max(1, BLOCK // wanted))]
+        return self.classes_[torch.cat(parts).cpu().numpy()]
+
+    def score(self, x: Any, y: Any) -> float:
+        """Return the share of rows whose label is predicted; labels not met in `fit` are misses."""
+        return float(np.mean(self.predict(x) == np.asarray(y)))
+
+    @abstractmethod
+    def _predict(self, x: Tensor) -> Tensor:
+        """Return a class number for every row of x."""
+
+    def _labels(self, y: Any, n: int) -> Tensor:
+        """Set `classes_` and return the class numbers [n] of the labels y."""
+        y = np.asarray(y)
+        if y.shape != (n,):
+            raise UserError(f"labels must be one per row, got shape {y.shape} for {n} rows")
+        self.classes_, index = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise UserError("the labels name one class only; a probe needs two or more")
+        return torch.from_numpy(index.astype(np.int64)).to(self.device)
+
+
+class LinearProbe(Probe):
+    """A probe that is one affine map of the standardised features.
+
+    Attributes:
+        coef_: [K, D], intercept_: [K]: scores are coef_ @ ((x - mean_) / scale_) + intercept_.
+    """
+
+    coef_: Tensor
+    intercept_: Tensor
+
+    def decision_function(self, x: Any) -> np.ndarray:
+        """Return the scores [n, K]."""
+        return self._scores(as_matrix(x, self.device).to(self.mean_.dtype)).cpu().numpy()
+
+    def _scores(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.intercept_, (x - self.mean_) / self.scale_, self.coef_.T)
+
+    def _predict(self, x: Tensor) -> Tensor:
+        return self._scores(x).argmax(1)
+
+    def _keep(self, space: Standardized, weights: Tensor, intercept: Tensor) -> None:
+        """Turn weights [r, K] on the principal axes back to the features and keep them."""
+        self.mean_, self.scale_ = space.mean, space.scale
+        self.coef_ = (space.basis @ weights.double()).T.to(space.mean.dtype).contiguous()
+        self.intercept_ = intercept.to(space.mean.dtype)
+
+
+class LogisticProbe(LinearProbe):
+    """Multinomial logistic regression with an L2 penalty, the primary probe (METHOD section 6).
+
+    Minimises 1/2 ||W||^2 + C * sum of cross entropies, the intercepts free: scikit-learn's
+    `LogisticRegression` at the same C (for two classes at 2 C, as scikit-learn keeps one row then).
+    Full-batch L-BFGS on the principal axes of the features, each axis scaled by the inverse root of
+    its curvature, which changes the path but not the minimum.
+
+    Args:
+        C: inverse strength of the penalty; several to choose from; or, if None, 1 / (n lambda) for
+            lambda = 1, 0.1, ..., 1e-5. The choice is made by accuracy on a stratified fifth of the
+            training rows (a tie goes to the stronger penalty), then all rows are fitted. The values
+            are tried from the strongest penalty on, each from the solution before it, and the
+            search ends when two in a row fall below the best.
+        tol: largest entry of the scaled gradient of the mean loss at which to stop.
+        max_iter: L-BFGS iterations per value of C.
+        random_state: seed of the validation part.
+
+    Attributes:
+        C_, validation_score_ (None if C was given), n_iter_ (of the last fit).
+    """
+
+    def __init__(
+        self,
+        C: float | Sequence[float] | None = None,
+        *,
+        tol: float = 1e-4,
+        max_iter: int = 500,
+        random_state: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(device)
+        self.C, self.tol, self.max_iter, self.random_state = C, tol, max_iter, random_state
+
+    def fit(self, x: Any, y: Any) -> Self:
+        """Fit features x [n, D], or a `Standardized` of them, to labels y [n].
+
+        Raises UserError for features that are not finite, a single class, or too few images to
+        choose C on.
+        """
+        space = x if isinstance(x, Standardized) else Standardized(x, self.device)
+        rows = space.rotated
+        labels = self._labels(y, len(rows))
+        theta = self._start(rows, labels)
+        self.validation_score_: float | None = None
+        if isinstance(self.C, int | float):
+            self.C_ = float(self.C)
+        else:
+            self.C_, theta = self._choose(space, labels, theta)
+        theta, self.n_iter_ = self._minimise(rows, labels, space.variance, self.C_, theta)
+        self._keep(space, theta[:-1], theta[-1])
+        self.settings_ = {"C": self.C_}
+        return self
+
+    def predict_proba(self, x: Any) -> np.ndarray:
+        """Return the probabilities [n, K] of the classes."""
+        return torch.from_numpy(self.decision_function(x)).softmax(1).numpy()
+
+    def _start(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return weights [r + 1, K] of zero, the intercepts (last row) at the class frequencies."""
+        theta = rows.new_zeros(rows.shape[1] + 1, len(self.classes_))
+        theta[-1] = (labels.bincount() / len(labels)).log()
+        return theta
+
+    def _minimise(
+        self, rows: Tensor, labels: Tensor, variance: Tensor, C: float, theta: Tensor
+    ) -> tuple[Tensor, int]:
+        return minimise_logistic(
+            rows, labels, variance, C, theta, tol=self.tol, max_iter=self.max_iter
+        )
+
+    def _choose(self, space: Standardized, labels: Tensor, theta: Tensor) -> tuple[float, Tensor]:
+        """Return the best C on the validation part, and the weights found there."""
+        rows = space.rotated
+        default = [10.0**power / len(rows) for power in range(6)]
+        grid = sorted(default if self.C is None else self.C)  # type: ignore[arg-type]
+        chosen = validation_part(labels.cpu().numpy(), self.random_state)
+        held = torch.from_numpy(chosen).to(rows.device)
+        fit_rows, fit_labels = rows[~held], labels[~held]
+        held_rows, held_labels = rows[held], labels[held]
+        best, best_score, behind = (grid[0], theta), -1.0, 0
+        for C in grid:
+            theta, _ = self._minimise(fit_rows, fit_labels, space.variance, C, theta)
+            predicted = torch.addmm(theta[-1], held_rows, theta[:-1]).argmax(1)
+            score = float((predicted == held_labels).double().mean())
+            if score > best_score:
+                best, best_score, behind = (C, theta), score, 0
+            else:
+                behind += 1
+            if behind == 2:
+                break
+        self.validation_score_ = best_score
+        return best
+
+
+class RidgeProbe(LinearProbe):
+    """Least squares on one-hot labels with an L2 penalty, in closed form, the intercepts free.
+
+    Args:
+        alpha: strength, as scikit-learn's `Ridge` on standardised features; several to choose from;
+            or, if None, n lambda for lambda = 1e-4, 1e-3, ..., 1e3. The choice is made by the exact
+            leave-one-out accuracy (a tie goes to the stronger penalty); only the standardisation is
+            not done again for each row left out.
+
+    Attributes:
+        alpha_, validation_score_ (leave-one-out accuracy at alpha_).
+    """
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(device)
+        self.alpha = alpha
+
+    def fit(self, x: Any, y: Any) -> Self:
+        """Fit features x [n, D], or a `Standardized` of them, to labels y [n].
+
+        Raises UserError for features that are not finite or a single class.
+        """
+        space = x if isinstance(x, Standardized) else Standardized(x, self.device)
+        rows = space.rotated
+        labels = self._labels(y, len(rows))
+        share = labels.bincount().to(rows.dtype) / len(rows)
+        # One-hot labels never exist as a matrix: z^T Y is the sum of each class's rows.
+        sums = rows.new_zeros(len(share), rows.shape[1]).index_add_(0, labels, rows).T.double()
+        if isinstance(self.alpha, int | float):
+            grid = [float(self.alpha)]
+        else:
+            default = [10.0**power * len(rows) for power in range(-4, 4)]
+            grid = sorted(default if self.alpha is None else self.alpha, reverse=True)
+        self.validation_score_ = -1.0
+        for alpha in grid:
+            inverse = 1 / (space.variance * len(rows) + alpha)
+            weights = inverse.unsqueeze(1) * sums
+            score = leave_one_out(rows, labels, weights, share, inverse)
+            if score > self.validation_score_:
+                self.validation_score_, self.alpha_ = score, alpha
+                self._keep(space, weights, share)
+        self.settings_ = {"alpha": self.alpha_}
+        return self
+
+
+class KNNProbe(Probe):
+    """The k nearest training images by cosine of standardised features, votes exp(cosine / 0.07).
+
+    Temperature-weighted votes as in DINO (Caron et al. 2021); standardised first, because tokens
+    share a large common mean that would make all cosines alike. With fewer than k training images
+    all of them vote.
+    """
+
+    def __init__(self, k: int = 20, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(device)
+        if k < 1:
+            raise UserError(f"k {k}: a vote needs at least one neighbour")
+        self.k = k
+
+    def fit(self, x: Any, y: Any) -> Self:
+        """Keep features x [n, D] and labels y [n]. Raises UserError as the other probes do."""
+        x = as_matrix(x, self.device)
+        self._bank_labels = self._labels(y, len(x))
+        self.mean_, self.scale_ = moments(x)
+        self._bank = _unit_rows(x, self.mean_, self.scale_)
+        self.settings_ = {"k": self.k, "temperature": TEMPERATURE}
+        return self
+
+    def _predict(self, x: Tensor) -> Tensor:
+        queries = _unit_rows(x, self.mean_, self.scale_)
+        return _vote(self._bank, self._bank_labels, queries, self.k, len(self.classes_))
+
+
+def knn_accuracy(
+    bank_x: Tensor, bank_y: Tensor, query_x: Tensor, query_y: Tensor, k: int = 20
+) -> float:
+    """Return the accuracy of `KNNProbe` without its checks: features [n, D], labels [n] from 0 on.
+
+    For the training loop: never raises on NaN, which gives the accuracy of arbitrary neighbours.
+    """
+    mean, scale = moments(bank_x)
+    bank, queries = (_unit_rows(x, mean, scale) for x in (bank_x, query_x))
+    num_classes = int(bank_y.max()) + 1
+    predicted = _vote(bank, bank_y.long(), queries, k, num_classes)
+    return float((predicted == query_y).double().mean())
+
+
+def _unit_rows(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return F.normalize((x - mean) / scale, dim=1)
+
+
+def _vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int, num_classes: int) -> Tensor:
+    """Return the class [m] that the neighbours of unit rows `queries` [m, D] vote for."""
+    found = []
+    for part in queries.split(max(1, BLOCK // len(bank))):
+        similarity, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = similarity.new_zeros(len(part), num_classes)
+        votes.scatter_add_(1, labels[index], (similarity / TEMPERATURE).exp())
+        found.append(votes.argmax(1))
+    return torch.cat(found)

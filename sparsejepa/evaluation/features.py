@@ -1,0 +1,142 @@
+"""From images to one vector each: a frozen encoder's pooled tokens, or the pixels themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.store import DeviceImages, ImageSet, Target
+from sparsejepa.errors import UserError, nearest
+from sparsejepa.files import load_tensors, save_tensors
+from sparsejepa.interop import Encoder
+
+Pool = Literal["mean", "concat4"]
+POOLS = ("mean", "concat4")
+MAX_TOKENS = 65_536
+"""Tokens of one batch: bounds the memory of encoders with many patches."""
+PIXEL_SIDE = 32
+"""Height and width that pixel features are area-averaged down to, where images are larger."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """One vector per image: x [n, D'] float32, with the images' targets."""
+
+    x: np.ndarray
+    targets: dict[str, Target]
+    name: str
+    seconds: float
+    """Time that it took to compute x; near 0 when it came from a cache."""
+
+    @property
+    def y(self) -> np.ndarray:
+        """Values [n] of the primary target. Raises UserError if the images are unlabelled."""
+        return target(self.targets, None, self.name).values
+
+
+def target(targets: dict[str, Target], name: str | None, source: str) -> Target:
+    """Return a target by name, the primary one for None; `source` says whose, in an error."""
+    if not targets:
+        raise UserError(
+            f"{source}: has no labels; add class folders or a factors.csv, or use another data set"
+        )
+    if name is None:
+        return next(iter(targets.values()))
+    if name not in targets:
+        known = ", ".join(targets)
+        raise UserError(f"{source}: no target '{name}'{nearest(name, targets)}; it has {known}")
+    return targets[name]
+
+
+def embed(
+    encoder: Encoder,
+    images: ImageSet | str,
+    split: Literal["train", "test"] = "train",
+    *,
+    pool: Pool = "mean",
+    batch_size: int = 512,
+    cache_dir: Path | str | None = None,
+    data_root: Path | None = None,
+) -> Features:
+    """Return the pooled patch tokens of every image.
+
+    Args:
+        encoder: sees the images at its own size.
+        images: a loaded image set, or a data set's name, of which `split` is loaded.
+        pool: mean, the average of the last layer's tokens (D' = D), or concat4, those averages of
+            the last four layers side by side (D' = 4 D), in the order of depth.
+        batch_size: at most; smaller for encoders with many patches.
+        cache_dir: keep the result there and use it again for the same weights, images and pooling.
+        data_root: as for `load_dataset`.
+
+    Raises UserError for an unknown pooling, or if the encoder gives NaN or infinity.
+    """
+    if pool not in POOLS:
+        raise UserError(f"pool '{pool}' is not one of {', '.join(POOLS)}{nearest(pool, POOLS)}")
+    if isinstance(images, str):
+        images = load_dataset(images, split, data_root=data_root)
+    start = time.perf_counter()
+
+    def pooled(batch: Tensor) -> Tensor:
+        if pool == "mean":
+            return encoder.tokens(batch).mean(1)
+        return torch.cat([x.mean(1) for x in encoder.layers(batch, 4)], dim=1)
+
+    def compute() -> Tensor:
+        source = DeviceImages(images, encoder.device)
+        rows, cols = encoder.grid_size
+        batch = max(1, min(batch_size, MAX_TOKENS // (rows * cols)))
+        index = torch.arange(len(images))
+        return torch.cat([pooled(source.take(part)).cpu() for part in index.split(batch)])
+
+    if cache_dir is None:
+        x = compute()
+    else:
+        parts = (encoder.fingerprint(), images.fingerprint, images.split, str(len(images)), pool)
+        key = hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
+        x = _cached(Path(cache_dir) / f"{key}.safetensors", compute)
+    if not x.isfinite().all():
+        raise UserError(f"{encoder.name}: gives NaN or infinity on {images.name}; train it again")
+    return Features(x.numpy(), images.targets, images.name, time.perf_counter() - start)
+
+
+def pixel_features(images: ImageSet) -> Features:
+    """Return the raw pixels in [0, 1] as vectors [n, h * w * 3], the floor that costs no training.
+
+    Images larger than 32 pixels on a side are averaged over areas down to 32 on that side.
+    """
+    start = time.perf_counter()
+    source = DeviceImages(images, "cpu")
+    size = tuple(min(side, PIXEL_SIDE) for side in images.img_size)
+    parts = []
+    for index in torch.arange(len(images)).split(1024):
+        pixels = source.take(index).permute(0, 3, 1, 2).float() / 255
+        if size != images.img_size:
+            pixels = F.interpolate(pixels, size, mode="area")
+        parts.append(pixels.permute(0, 2, 3, 1).flatten(1))
+    x = torch.cat(parts).numpy()
+    return Features(x, images.targets, images.name, time.perf_counter() - start)
+
+
+def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """Read a cached tensor; compute and keep it if it is not there or damaged."""
+    try:
+        return load_tensors(path)[0]["x"]
+    except (UserError, KeyError):
+        x = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"x": x}, {})
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot keep features there ({error.strerror})") from None
+    return x

@@ -1,0 +1,282 @@
+"""What simple classifiers read from frozen encoders, with the floors beside every number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.store import ImageSet
+from sparsejepa.errors import UserError, nearest
+from sparsejepa.evaluation.classifiers import (
+    KNNProbe,
+    LogisticProbe,
+    Probe,
+    RidgeProbe,
+    knn_accuracy,
+)
+from sparsejepa.evaluation.features import Features, Pool, embed, pixel_features, target
+from sparsejepa.evaluation.linear import Standardized
+from sparsejepa.files import write_text
+from sparsejepa.interop import Encoder, load
+
+__all__ = [
+    "PROTOCOLS",
+    "KNNProbe",
+    "LogisticProbe",
+    "ProbeRow",
+    "RidgeProbe",
+    "evaluate",
+    "knn_accuracy",
+    "wilson_interval",
+]
+
+PROTOCOLS: dict[str, Callable[[int, torch.device | str], Probe]] = {
+    "logistic": lambda seed, device: LogisticProbe(random_state=seed, device=device),
+    "ridge": lambda seed, device: RidgeProbe(device=device),
+    "knn": lambda seed, device: KNNProbe(device=device),
+}
+"""Name: how to make the probe from a seed and a device."""
+
+FLOOR_VERSION = 1
+"""Part of the key of kept floors; to be raised when probes or pixel features change."""
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One probed number with its floors; accuracies are shares (0 to 1).
+
+    `chance` is the largest class's share of the test images, `untrained` the same probe on the same
+    architecture with random weights, `pixels` on the pixels themselves (at most 32 x 32). Intervals
+    are 95 % Wilson intervals over the test images; they say nothing about other seeds. Floors that
+    were not asked for are None.
+    """
+
+    encoder: str
+    data: str
+    target: str
+    protocol: str
+    accuracy: float
+    interval: tuple[float, float]
+    chance: float
+    untrained: float | None
+    untrained_interval: tuple[float, float] | None
+    pixels: float | None
+    pixels_interval: tuple[float, float] | None
+    n_train: int
+    n_test: int
+    n_classes: int
+    settings: dict[str, Any]
+    """Pooling, seed, image sizes (h, w), and what the probe chose, such as C."""
+    seconds: float
+    """Time to embed train and test and to fit; without the floors'."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return asdict(self)
+
+
+def evaluate(
+    refs: Encoder | str | Path | Sequence[Encoder | str | Path],
+    data: str | Sequence[str],
+    *,
+    protocols: Sequence[str] = ("logistic",),
+    targets: Sequence[str] | None = None,
+    floors: bool = True,
+    pool: Pool = "mean",
+    limit: int | None = None,
+    seed: int = 0,
+    data_root: Path | None = None,
+    cache_dir: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> list[ProbeRow]:
+    """Probe frozen encoders on labelled data sets (METHOD section 6).
+
+    Images come at the data set's own size; each encoder resizes them to the one it was made for.
+    Probes are fitted and tuned on train; test is used once. The floors of a data set are computed
+    once for each architecture (untrained) and once in all (pixels).
+
+    Args:
+        refs: encoders, or what `interop.load` takes.
+        data: names for `load_dataset`.
+        protocols: of logistic, ridge and knn.
+        targets: by name; if None, all of a data set that have two classes or more.
+        limit: at most so many training images, drawn by `seed`, each class in proportion.
+        seed: of that draw, the validation part, and the untrained encoder's weights.
+        cache_dir: keep the floors there, for other calls on equal data with equal settings.
+        progress: called with a line of text before each part of the work.
+
+    Returns rows by data set, encoder, target and protocol. Raises UserError for unlabelled data, an
+    unknown protocol or target, or a target with one class.
+    """
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            hint = nearest(protocol, PROTOCOLS)
+            raise UserError(f"--protocol {protocol}: there are {', '.join(PROTOCOLS)}{hint}")
+    refs = [refs] if isinstance(refs, Encoder | str | Path) else refs
+    encoders = [ref.to(device) if isinstance(ref, Encoder) else load(ref, device) for ref in refs]
+    say = progress or (lambda text: None)
+    rows: list[ProbeRow] = []
+    for name in [data] if isinstance(data, str) else data:
+        train = load_dataset(name, "train", data_root=data_root).subset(limit, seed)
+        test = load_dataset(name, "test", data_root=data_root)
+        chosen = _choose_targets(train, test, targets)
+        bench = _Bench(train, test, chosen, tuple(protocols), seed, device, cache_dir)
+        pixels: Scores = {}
+        untrained: dict[str, Scores] = {}
+        if floors:
+            say(f"{name}: raw pixels")
+            pixels = bench.floor("pixels", pixel_features)
+        for encoder in encoders:
+            say(f"{name}: {encoder.name}")
+            found = bench.scores(partial(embed, encoder, pool=pool))
+            kind = json.dumps([encoder.architecture, encoder.precision, pool])
+            if floors and kind not in untrained:
+                say(f"{name}: untrained encoder")
+                fresh = encoder.untrained(seed)
+                untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool))
+            about = {"pool": pool, "seed": seed, "img_size": encoder.img_size}
+            rows += bench.rows(encoder.name, found, untrained.get(kind, {}), pixels, about)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Test accuracy of one probe, what it chose, and the time it took."""
+
+    accuracy: float
+    settings: dict[str, Any]
+    seconds: float
+
+
+Scores = dict[tuple[str, str], _Score]
+"""By target and protocol."""
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One data set with everything that encoder and floors are probed with alike."""
+
+    train: ImageSet
+    test: ImageSet
+    targets: tuple[str, ...]
+    protocols: tuple[str, ...]
+    seed: int
+    device: torch.device | str
+    cache_dir: Path | None
+
+    def scores(self, features: Callable[[ImageSet], Features]) -> Scores:
+        """Fit every probe on `features` of train and score it on those of test."""
+        train, test = features(self.train), features(self.test)
+        seconds = train.seconds + test.seconds
+        start = time.perf_counter()
+        linear = set(self.protocols) - {"knn"}
+        space = Standardized(train.x, self.device) if linear else None
+        seconds += time.perf_counter() - start
+        found: Scores = {}
+        for name in self.targets:
+            labels = self.train.targets[name].values
+            wanted = self.test.targets[name].values
+            for protocol in self.protocols:
+                start = time.perf_counter()
+                probe = PROTOCOLS[protocol](self.seed, self.device)
+                try:
+                    probe.fit(train.x if protocol == "knn" else space, labels)
+                except UserError as error:
+                    raise UserError(f"{self.train.name}, target '{name}': {error}") from None
+                accuracy = probe.score(test.x, wanted)
+                spent = seconds + time.perf_counter() - start
+                found[name, protocol] = _Score(accuracy, probe.settings_, spent)
+        return found
+
+    def floor(self, kind: str, features: Callable[[ImageSet], Features]) -> Scores:
+        """Return `scores`, from the cache if they were computed before."""
+        if self.cache_dir is None:
+            return self.scores(features)
+        images = [self.train.fingerprint, self.test.fingerprint, len(self.train)]
+        about = [FLOOR_VERSION, kind, images, self.targets, self.protocols, self.seed]
+        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+        path = self.cache_dir / f"{digest.hexdigest()}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return {(name, protocol): _Score(**score) for name, protocol, score in kept}
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            found = self.scores(features)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
+        write_text(path, json.dumps(lines) + "\n")
+        return found
+
+    def rows(
+        self, encoder: str, found: Scores, untrained: Scores, pixels: Scores, about: dict[str, Any]
+    ) -> list[ProbeRow]:
+        """Put an encoder's scores and their floors side by side."""
+        n = len(self.test)
+
+        def with_interval(
+            score: _Score | None,
+        ) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+            if score is None:
+                return None, None
+            return score.accuracy, wilson_interval(score.accuracy, n)
+
+        rows = []
+        for (name, protocol), score in found.items():
+            below, below_interval = with_interval(untrained.get((name, protocol)))
+            pixel, pixel_interval = with_interval(pixels.get((name, protocol)))
+            labels = torch.from_numpy(self.test.targets[name].values)
+            rows.append(
+                ProbeRow(
+                    encoder=encoder,
+                    data=self.train.name,
+                    target=name,
+                    protocol=protocol,
+                    accuracy=score.accuracy,
+                    interval=wilson_interval(score.accuracy, n),
+                    chance=float(labels.bincount().max()) / n,
+                    untrained=below,
+                    untrained_interval=below_interval,
+                    pixels=pixel,
+                    pixels_interval=pixel_interval,
+                    n_train=len(self.train),
+                    n_test=n,
+                    n_classes=len(self.train.targets[name].names),
+                    settings={**about, "data_img_size": self.train.img_size, **score.settings},
+                    seconds=score.seconds,
+                )
+            )
+        return rows
+
+
+def _choose_targets(
+    train: ImageSet, test: ImageSet, names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the targets to probe. Raises UserError if there is none, or not in both splits."""
+    target(train.targets, None, train.name)  # labelled at all?
+    if names is None:
+        names = [k for k, t in train.targets.items() if len(set(t.values.tolist())) > 1]
+        if not names:
+            raise UserError(f"{train.name}: all images have the same label; a probe needs two")
+    for name in names:
+        for images in (train, test):
+            target(images.targets, name, f"{images.name} ({images.split})")
+    return tuple(names)
+
+
+def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share that was measured on n points."""
+    z = 1.959963984540054
+    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+    # Rounding must not put the ends on the wrong side of the share itself.
+    return max(0.0, min(centre - half, accuracy)), min(1.0, max(centre + half, accuracy))

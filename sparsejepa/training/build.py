@@ -1,0 +1,174 @@
+"""From settings to parts: the data, the model and the optimiser of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsejepa.config import Config
+from sparsejepa.data.augment import Augment
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.store import ImageSet
+from sparsejepa.errors import UserError
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.jepa import Objective, SparseJEPA
+from sparsejepa.model.masks import MaskSampler
+from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
+from sparsejepa.rng import derive_seed
+from sparsejepa.training.schedule import Schedule
+
+
+def arm_name(config: Config) -> str:
+    """Return the arm that a run belongs to: dense, lam=0, lam=0.01 or density=0.25."""
+    if config.groups.groups == "none":
+        return "dense"
+    if config.groups.density is not None:
+        return f"density={config.groups.density:g}"
+    return f"lam={config.groups.lam:g}"
+
+
+def run_name(config: Config) -> str:
+    """Return the folder name that a run gets when none is given."""
+    data = "".join(c if c.isalnum() or c in "-_." else "-" for c in config.data).strip("-.")
+    return f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
+
+
+def load_images(config: Config) -> ImageSet:
+    """Load the training images. Raises UserError if they do not suit the settings."""
+    size = config.images.img_size
+    image_set = load_dataset(
+        config.data,
+        "train",
+        img_size=(size[0], size[-1]) if size else None,
+        data_root=config.images.data_root,
+        upscale=config.images.upscale,
+    )
+    if config.images.limit is not None and config.images.limit < len(image_set):
+        image_set = image_set.subset(config.images.limit, config.images.subset_seed)
+    config.check_image(image_set.img_size)
+    if config.optim.batch_size > len(image_set):
+        raise UserError(
+            f"--batch-size {config.optim.batch_size} is more than the {len(image_set)} training "
+            f"images of {config.data}; use at most {len(image_set)}"
+        )
+    return image_set
+
+
+def total_steps(config: Config, num_images: int) -> int:
+    """Return the optimiser steps of a run; the last, incomplete batch of an epoch is dropped."""
+    return config.optim.steps or config.optim.epochs * (num_images // config.optim.batch_size)
+
+
+def build_model(config: Config, img_size: tuple[int, int], total: int) -> SparseJEPA:
+    """Build the model of a run of `total` steps on images of `img_size` (h, w) pixels.
+
+    Each part's initial weights are keyed on (seed, part): runs with one seed start from the same
+    encoder and predictor whatever their arm.
+    """
+    config.check().check_image(img_size)
+    seed, (width, depth, heads) = config.run.seed, config.encoder_shape
+    patch = config.model.patch_size
+    grid = (img_size[0] // patch, img_size[1] // patch)
+    masks = config.masks
+    sampler = MaskSampler(
+        grid,
+        num_targets=masks.num_targets,
+        target_scale=masks.target_scale,
+        target_aspect_ratio=masks.target_aspect_ratio,
+        context_scale=masks.context_scale,
+        context_counts=masks.context_counts,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, 0, "init-encoder"))
+        encoder = ViT(
+            img_size,
+            patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            drop_path=config.model.drop_path,
+        )
+        torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
+        dim, layers = config.model.predictor_dim, config.model.predictor_depth
+        if config.model.predictor == "mlp":
+            predictor = MLPPredictor(width, grid, dim=dim, depth=layers)
+        else:
+            predictor = TransformerPredictor(width, grid, dim=dim, depth=layers)
+        torch.manual_seed(derive_seed(seed, 0, "init-groups"))
+        kind = config.groups.groups
+        groups = None
+        if kind != "none":
+            groups = GroupMap(
+                kind,
+                width,
+                grid,
+                num_groups=config.groups.num_groups,
+                group_dim=config.group_dim,
+                sphere=config.groups.w_form == "sphere",
+            )
+        return SparseJEPA(
+            encoder,
+            predictor,
+            sampler,
+            groups,
+            rates=Schedule(config, total),
+            objective=Objective(
+                loss=config.loss.loss,
+                kl=config.loss.kl,
+                group_weight=config.groups.group_weight,
+                beta=config.loss.beta,
+                kl_marginal=config.loss.kl_marginal,
+                kl_correlation=config.loss.kl_correlation,
+                balance=config.groups.balance,
+                ridge=config.groups.ridge,
+            ),
+            total_steps=total,
+            steer_density=config.groups.density is not None,
+            seed=seed,
+        )
+
+
+def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:
+    """Return AdamW over everything but W, which the model moves itself."""
+    matrices, rest = model.network_parameters()
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.optim.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        lr=config.optim.lr,
+        betas=(0.9, config.optim.adam_beta2),
+        fused=True,
+    )
+
+
+def build_augment(config: Config, image_set: ImageSet) -> Augment:
+    """Return the augmentation of a run; ``--augment none`` leaves only the normalisation."""
+    crop = config.images.augment != "none"
+    return Augment(
+        image_set.img_size,
+        mean=image_set.mean,
+        std=image_set.std,
+        crop_scale=config.images.crop_scale if crop else (1.0, 1.0),
+        crop_ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
+        flip=config.images.flip and crop,
+        randaugment=config.images.randaugment if config.images.augment == "randaugment" else None,
+    )
+
+
+def default_run_dir(config: Config) -> Path:
+    """Return runs/NAME below the working folder."""
+    return Path("runs") / run_name(config)
+
+
+def describe_parameters(model: SparseJEPA) -> dict[str, Any]:
+    """Return the number of parameters of each part."""
+    parts = {
+        "encoder": model.context_encoder,
+        "predictor": model.predictor,
+        "groups": model.groups,
+    }
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part}

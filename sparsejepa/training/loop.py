@@ -1,0 +1,421 @@
+"""The training loop: `_train` reads from top to bottom, the rest prepares it or tidies up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparsejepa.config import Config, flag, load_toml, preset
+from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.environment import environment, has_bf16, resolve_device
+from sparsejepa.errors import UserError
+from sparsejepa.files import save_tensors, write_text
+from sparsejepa.interop import Encoder, load, save_encoder
+from sparsejepa.model.jepa import Losses, SparseJEPA
+from sparsejepa.rng import derive_seed, generator
+from sparsejepa.training.build import (
+    arm_name,
+    build_augment,
+    build_model,
+    build_optimizer,
+    default_run_dir,
+    describe_parameters,
+    load_images,
+    total_steps,
+)
+from sparsejepa.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from sparsejepa.training.monitor import (
+    METRICS,
+    Alarms,
+    MetricsLog,
+    OnlineEvaluation,
+    first_bad,
+    group_state,
+)
+from sparsejepa.training.schedule import Schedule
+
+TERMS = [field.name for field in fields(Losses)]
+# Settings that may differ between a run and its resumption: they change no weight.
+_FREE_ON_RESUME = {"data_root", "device", "threads", "checkpoint_every", "preset"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, settings and last numbers."""
+
+    path: Path
+    config: Config
+    summary: dict[str, Any]
+
+    def encoder(self, device: str = "cpu") -> Encoder:
+        """Load the frozen EMA encoder."""
+        return load(self.path, device)
+
+
+def pretrain(
+    data: str | Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> Run:
+    """Pretrain on a data set and return the finished run.
+
+    `data` names the images (see ``sparsejepa data list``) or is a whole `Config`; `settings` are
+    the flat names of `Config` (``lam=0.01, epochs=20, preset="nano"``). The run is written to
+    `out`; with `resume` it goes on from the newest checkpoint there, if there is one. Ctrl-C and
+    SIGTERM write a checkpoint and raise KeyboardInterrupt.
+
+    Raises UserError for settings or data that cannot work and when a loss is not finite.
+    """
+    if isinstance(data, Config):
+        config = data.replace(**settings)
+    else:
+        config = preset(settings.pop("preset", "best")).replace(data=data, **settings)
+    config.check()
+    run_dir = Path(out) if out is not None else default_run_dir(config)
+    done = _open_run(run_dir, config, resume)
+    if done is not None:
+        return done
+    device = torch.device(resolve_device(config.run.device))
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    image_set = load_images(config)
+    total = total_steps(config, len(image_set))
+    model = build_model(config, image_set.img_size, total).to(device)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
+    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    with _stop_on_signal() as stop:
+        summary = _train(run_dir, config, image_set, model, total, stop, console)
+    return Run(run_dir, config, summary)
+
+
+def _train(
+    run_dir: Path,
+    config: Config,
+    image_set: ImageSet,
+    model: SparseJEPA,
+    total: int,
+    stop: list[int],
+    console: Console | None,
+) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    schedule, seed, batch = Schedule(config, total), config.run.seed, config.optim.batch_size
+    images = DeviceImages(image_set, device)
+    augment, autocast = build_augment(config, image_set), build_autocast(config, device)
+    optimizer = build_optimizer(config, model)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    order = EpochOrder(len(image_set), batch, seed)
+    evaluate = OnlineEvaluation(image_set, images)
+    eval_every = config.run.eval_every or max(1, total // 10)
+    save_every = config.run.checkpoint_every or max(1, total // 20)
+
+    start, seconds = 0, 0.0
+    if (run_dir / CHECKPOINT).exists():
+        progress = load_checkpoint(run_dir, model, optimizer)
+        start, seconds = progress["step"], progress["seconds"]
+    log = MetricsLog(run_dir, start)
+    alarms = Alarms(config.penalised, log.alarms)
+    pending = torch.zeros(config.run.log_every, len(TERMS) + 1, device=device)
+    report = ProgressLine(console, arm_name(config), start, total, batch)
+    model.train()
+
+    with report, contextlib.closing(log):
+        since, counted = time.perf_counter(), start
+        for step in range(start, total):
+            # Layers draw (stochastic depth) from torch's own generator: key it on the step too.
+            torch.manual_seed(derive_seed(seed, step, "layers"))
+            pixels = images.take(order(step))  # uint8 [B, H, W, 3]
+            x = augment(pixels, generator(seed, step, "augment", device))  # [B, 3, h, w]
+            with autocast:
+                losses = model(x, step=step)
+            losses.total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.clip or float("inf"))
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.after_step(step)
+            row = step % config.run.log_every
+            pending[row, :-1], pending[row, -1] = losses.stacked(), norm
+
+            done, last = step + 1, step + 1 == total
+            saving = last or done % save_every == 0 or bool(stop)
+            if (
+                saving or row == config.run.log_every - 1
+            ):  # the only point that waits for the device
+                values = pending[: row + 1].cpu()
+                bad = first_bad(values, [*TERMS, "grad_norm"])
+                if bad:
+                    raise UserError(
+                        f"{run_dir}: '{bad[1]}' is not finite at step {step - row + bad[0]}; the "
+                        "last checkpoint is whole: lower --lr or --beta, or raise --ema"
+                    )
+                elapsed = time.perf_counter() - since
+                numbers = _metrics(config, model, schedule, step, values[-1].tolist())
+                rate = batch * (done - counted) / max(elapsed, 1e-9)
+                numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
+                seconds, since, counted = seconds + elapsed, time.perf_counter(), done
+                log.write(numbers)
+                report.update(done, numbers)
+                if last or done % eval_every == 0:
+                    numbers = {"step": step, **evaluate(model.target_encoder, autocast)}
+                    log.write(numbers)
+                    since = time.perf_counter()
+                for alarm in alarms.check({**log.last, **numbers}, done / total):
+                    log.write({"step": step, "alarm": alarm})
+                    report.say(f"alarm, step {step}: {alarm}")
+                if saving:
+                    progress = {"step": done, "seconds": seconds}
+                    save_checkpoint(run_dir, model, optimizer, progress)
+                    since = time.perf_counter()
+                if stop and not last:
+                    raise KeyboardInterrupt
+        return _finish(run_dir, config, image_set, model, total, seconds, log)
+
+
+def _metrics(
+    config: Config, model: SparseJEPA, schedule: Schedule, step: int, values: list[float]
+) -> dict[str, Any]:
+    """Return the row of metrics.jsonl for the last of the pending steps."""
+    row: dict[str, Any] = {"step": step, "loss": values[0]}
+    row |= dict(zip(TERMS[1:], values[1:-1], strict=True))
+    row |= {"grad_norm": values[-1], "lr": schedule.lr(step), "ema": schedule.ema(step)}
+    if model.groups is not None:
+        steered = model.controller is not None and not schedule.frozen(step)
+        row["lam"] = float(model.controller.lam) if steered else schedule.lam(step)  # type: ignore[union-attr]
+    return row | group_state(model.groups)
+
+
+def _finish(
+    run_dir: Path,
+    config: Config,
+    image_set: ImageSet,
+    model: SparseJEPA,
+    total: int,
+    seconds: float,
+    log: MetricsLog,
+) -> dict[str, Any]:
+    """Write the encoder, the groups and, last of all, summary.json."""
+    save_encoder(
+        run_dir,
+        model.target_encoder,
+        mean=image_set.mean,
+        std=image_set.std,
+        extra={"data": config.data, "arm": arm_name(config), "seed": config.run.seed},
+    )
+    if model.groups is not None:
+        about = {"kind": model.groups.kind, "num_groups": config.groups.num_groups}
+        save_tensors(run_dir / "groups.safetensors", model.groups.state_dict(), about)
+    w_norms = None if model.groups is None else model.groups.block_norms()
+    count = total * config.optim.batch_size
+    summary = {
+        "arm": arm_name(config),
+        "seed": config.run.seed,
+        "data": config.data,
+        "steps": total,
+        "images": count,
+        "seconds": seconds,
+        "images_per_second": count / max(seconds, 1e-9),
+        "final": log.last,
+        "alarms": log.alarms,
+        "w_nonzero": 0 if w_norms is None else int((w_norms > 0).sum()),
+        "w_total": 0 if w_norms is None else w_norms.numel(),
+    }
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
+    """Check the run directory against the settings; return the run if it is finished."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--out {run_dir} is a file; name a folder")
+    if not (run_dir / "config.toml").exists():
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
+        return None
+    if not resume:
+        raise UserError(
+            f"--out {run_dir} already holds a run; continue it with --resume or name a new folder"
+        )
+    stored = read_config(run_dir).flat()
+    for name, value in config.flat().items():
+        if name not in _FREE_ON_RESUME and stored[name] != value:
+            raise UserError(
+                f"{flag(name)} {value}: the run in {run_dir} has {stored[name]}; resume with the "
+                "same settings or name a new folder with --out"
+            )
+    if (run_dir / "summary.json").exists():
+        return Run(run_dir, config, json.loads((run_dir / "summary.json").read_text()))
+    return None
+
+
+def read_config(run_dir: Path) -> Config:
+    """Return the settings of a run. Raises UserError if `run_dir` is not one."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    if not (run_dir / "config.toml").exists():
+        raise UserError(f"{run_dir}: not a run directory (it has no config.toml)")
+    return Config.from_dict(load_toml(run_dir / "config.toml"), str(run_dir / "config.toml"))
+
+
+class EpochOrder:
+    """Which images a step sees: a new permutation each epoch, keyed on (seed, epoch)."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self._num_images, self._batch, self._seed = num_images, batch_size, seed
+        self._per_epoch = num_images // batch_size
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """Return the indices [B] of the images of `step`."""
+        epoch, position = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            keyed = generator(self._seed, epoch, "order")
+            self._epoch = epoch
+            self._order = torch.randperm(self._num_images, generator=keyed)
+        return self._order[position * self._batch : (position + 1) * self._batch]
+
+
+def build_autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Return the autocast context of a run: bf16 if asked for or, with auto, where it is fast."""
+    wanted = config.optim.precision
+    enabled = wanted == "bf16" or (wanted == "auto" and has_bf16(str(device)))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list that the loop reads; a second one ends at once."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread: the caller's handlers stay
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class ProgressLine:
+    """A bar with images/s and time left on a terminal, some plain lines elsewhere."""
+
+    def __init__(
+        self, console: Console | None, name: str, start: int, total: int, batch: int
+    ) -> None:
+        self._console, self._name, self._total, self._batch = console, name, total, batch
+        self._bar: Progress | None = None
+        self._printed = start
+        if console is not None and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task(name, total=total, completed=start)
+
+    def __enter__(self) -> ProgressLine:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, row: dict[str, Any]) -> None:
+        rate = row["images_per_second"]
+        text = f"{self._name}  {done}/{self._total}  loss {row['loss']:.3f}  {rate:,.0f} images/s"
+        if "groups_per_latent" in row:
+            text += f"  {row['groups_per_latent']:.1f} groups per latent"
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=text)
+        elif self._console and (done - self._printed >= self._total / 10 or done == self._total):
+            left = (self._total - done) * self._batch / max(rate, 1e-9)
+            self._console.print(f"{text}  {left:.0f} s left", highlight=False)
+            self._printed = done
+
+    def say(self, text: str) -> None:
+        if self._console:
+            self._console.print(text, highlight=False)
+
+
+def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
+    """Return what a run would do, after timing a few steps of it: the body of --dry-run."""
+    config.check()
+    device = torch.device(resolve_device(config.run.device))
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    image_set = load_images(config)
+    total = total_steps(config, len(image_set))
+    model = build_model(config, image_set.img_size, total).to(device)
+    images, augment = DeviceImages(image_set, device), build_augment(config, image_set)
+    autocast, batch = build_autocast(config, device), config.optim.batch_size
+    optimizer, order = build_optimizer(config, model), EpochOrder(len(image_set), batch, 0)
+    times = []
+    for step in range(timed_steps + 1):
+        began = time.perf_counter()
+        with autocast:
+            losses = model(
+                augment(images.take(order(0)), generator(0, step, "augment", device)), step=step
+            )
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(step)
+        float(losses.total)  # waits for the device
+        times.append(time.perf_counter() - began)
+    seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
+    memory = (
+        torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()
+    )
+    sampler = model.sampler
+    return {
+        "arm": arm_name(config),
+        "data": config.data,
+        "train_images": len(image_set),
+        "img_size": list(image_set.img_size),
+        "patches": sampler.grid_size[0] * sampler.grid_size[1],
+        "steps": total,
+        "epochs": total * batch / len(image_set),
+        "images_seen": total * batch,
+        "parameters": describe_parameters(model),
+        "target_blocks": config.masks.num_targets,
+        "target_shapes": [list(shape) for shape in sampler.target_shapes],
+        "context_counts": list(sampler.context_counts),
+        "precision": "bf16" if autocast._enabled else "fp32",
+        "device": str(device),
+        "images_per_second": batch / seconds,
+        "minutes": total * seconds / 60,
+        "peak_memory_mb": memory,
+        "would_write": str(default_run_dir(config)),
+        "files": ["config.toml", "environment.json", METRICS, CHECKPOINT, "encoder.safetensors",
+                  "config.json", *(["groups.safetensors"] if model.groups else []), "summary.json"],
+    }  # fmt: skip
+
+
+def _peak_rss_mb() -> float:
+    """Return the process's peak memory so far in MiB (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

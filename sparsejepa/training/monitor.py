@@ -1,0 +1,164 @@
+"""What a run says about itself: metrics.jsonl, the online evaluation and the alarms."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsejepa.data.augment import normalize
+from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.evaluation.information import rankme, std_per_dimension
+from sparsejepa.evaluation.probe import knn_accuracy
+from sparsejepa.evaluation.sparsity import summary
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line. Lines at or after `step` are dropped on a resume."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / METRICS
+        self.last: dict[str, Any] = {}
+        self.alarms: list[str] = []
+        kept = []
+        if step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line that a kill cut short
+                    continue
+                if row["step"] < step:
+                    kept.append(line)
+                    self._remember(row)
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers that are not finite become null, as JSON knows none."""
+        clean = {k: _finite(v) for k, v in row.items()}
+        self._remember(clean)
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        if "alarm" in row:
+            self.alarms.append(row["alarm"])
+        else:
+            self.last.update(row)
+
+
+class OnlineEvaluation:
+    """k-NN accuracy, RankMe and per-dimension spread of the target encoder on training images.
+
+    A fixed random part of *train* serves as bank and queries, so no test image is looked at while
+    training. Without labels only RankMe and the spread are reported.
+    """
+
+    def __init__(self, image_set: ImageSet, images: DeviceImages, count: int = 2048) -> None:
+        count = min(count, len(image_set))
+        order = np.random.default_rng(0).permutation(len(image_set))[:count]
+        self._index = torch.from_numpy(order)
+        self._images, self._mean, self._std = images, image_set.mean, image_set.std
+        target = next(iter(image_set.targets.values()), None)
+        self._labels = None if target is None else torch.from_numpy(target.values[order])
+
+    @torch.no_grad()
+    def __call__(self, encoder: ViT, autocast: torch.autocast) -> dict[str, float]:
+        features = []
+        for part in self._index.split(256):
+            pixels = normalize(self._images.take(part), self._mean, self._std)
+            with autocast:
+                features.append(encoder(pixels).float().mean(1).cpu())
+        x = torch.cat(features)
+        spread = std_per_dimension(x)
+        row = {
+            "rankme": float(rankme(x)),
+            "std_mean": float(spread.mean()),
+            "std_min": float(spread.min()),
+        }
+        if self._labels is not None:
+            cut = 3 * len(x) // 4
+            y = self._labels
+            row["knn"] = float(knn_accuracy(x[:cut], y[:cut], x[cut:], y[cut:]))
+        return row
+
+
+class Alarms:
+    """Watches for the failure signatures that the paper warns of; each is raised once."""
+
+    def __init__(self, penalised: bool, raised: list[str]) -> None:
+        self._penalised = penalised
+        self._raised = {text.split(":")[0] for text in raised}
+        self._losses: deque[float] = deque(maxlen=50)
+        self._first_rank: float | None = None
+
+    def check(self, row: dict[str, Any], progress: float) -> list[str]:
+        """Return the new alarms of a metrics row; `progress` is the share of the run done."""
+        found = []
+        if "loss" in row:
+            usual = median(self._losses) if len(self._losses) >= 20 else math.inf
+            if progress > 0.1 and abs(row["loss"]) > 4 * abs(usual):
+                found.append(
+                    f"unstable: the loss is {row['loss'] / usual:.1f} times its recent median; the "
+                    "EMA rate may not suit the added terms (raise --ema or lower --lr)"
+                )
+            self._losses.append(row["loss"])
+        if row.get("max_usage", 0) > 0.9:
+            found.append(
+                "one group: nearly all latents feed a single group; lambda is too high "
+                "(lower --lam or set --density) or --balance too low"
+            )
+        if self._penalised and progress >= 1 and row.get("density", 0) > 0.99:
+            found.append(
+                "no sparsity: W ended dense although it was penalised; lambda is too low "
+                "(raise --lam or set --density)"
+            )
+        if "rankme" in row:
+            self._first_rank = self._first_rank or row["rankme"]
+            if row["rankme"] < max(1.5, 0.1 * self._first_rank) or row["std_mean"] < 1e-4:
+                found.append(
+                    f"collapse: RankMe {row['rankme']:.1f}, mean spread {row['std_mean']:.1e}; the "
+                    "embeddings lose their dimensions (raise --beta or --ema, lower --lr)"
+                )
+        new = [text for text in found if text.split(":")[0] not in self._raised]
+        self._raised.update(text.split(":")[0] for text in new)
+        return new
+
+
+def group_state(groups: GroupMap | None) -> dict[str, float]:
+    """Return density, groups per latent, dead groups and the largest usage share of W."""
+    if groups is None:
+        return {}
+    norms = groups.block_norms().detach()
+    numbers = summary(norms)
+    usage = norms.float().square().sum(1)
+    return {
+        "density": float(numbers["density"]),
+        "groups_per_latent": float(numbers["groups_per_latent"]),
+        "dead_groups": int(numbers["dead_groups"]),
+        "max_usage": float(usage.max() / usage.sum().clamp_min(1e-12)),
+    }
+
+
+def first_bad(values: Tensor, names: list[str]) -> tuple[int, str] | None:
+    """Return (row, name) of the first value of `values` [rows, terms] that is not finite."""
+    bad = (~values.isfinite()).nonzero()
+    return None if len(bad) == 0 else (int(bad[0, 0]), names[int(bad[0, 1])])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

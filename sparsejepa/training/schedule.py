@@ -1,0 +1,84 @@
+"""Learning rates, EMA rate, lambda and density as pure functions of the step.
+
+Steps count from 0; a run has `total` of them. Nothing here has state, so a resumed run needs none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparsejepa.config import Config
+
+# The EMA rates 0.992 -> 0.9999 belong to a run of this many steps (300 epochs of 50,000 at 512).
+_EMA_REFERENCE_STEPS = 29_000
+
+
+def warmup_cosine(step: int, total: int, peak: float, final: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the run, then half a cosine to `final`."""
+    rise = round(warmup * total)
+    if step < rise:
+        return peak * (step + 1) / rise
+    progress = (step - rise) / max(1, total - rise)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(step: int, total: int, start: float, final: float) -> float:
+    """From `start` at step 0 to `final` at the last step."""
+    return start + (final - start) * step / max(1, total - 1)
+
+
+def scaled_ema(decay: float, total: int) -> float:
+    """Carry an EMA rate of the reference length over to `total` steps.
+
+    1 - decay grows as the run shrinks, so that the target encoder forgets its start by the same
+    share of the run, up to 0.1.
+    """
+    return 1 - min(0.1, (1 - decay) * _EMA_REFERENCE_STEPS / total)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All schedules of one run. `total`: optimiser steps."""
+
+    config: Config
+    total: int
+
+    def lr(self, step: int) -> float:
+        """Learning rate of AdamW."""
+        optim = self.config.optim
+        return warmup_cosine(step, self.total, optim.lr, optim.lr_final, optim.warmup)
+
+    def ema(self, step: int) -> float:
+        """EMA rate of the target encoder after this step (I-JEPA: linear)."""
+        optim = self.config.optim
+        start = scaled_ema(0.992, self.total) if optim.ema is None else optim.ema
+        final = scaled_ema(0.9999, self.total) if optim.ema_final is None else optim.ema_final
+        return linear(step, self.total, start, final)
+
+    @property
+    def penalised_steps(self) -> int:
+        """Steps before the debias part, in which lambda acts."""
+        return max(1, self.total - round(self.config.groups.debias * self.total))
+
+    def frozen(self, step: int) -> bool:
+        """Whether the zero pattern of W is frozen (debias)."""
+        return step >= self.penalised_steps and self.config.penalised
+
+    def w_lr(self, step: int) -> float:
+        """Learning rate of W: constant, summing to `w_lr_sum` over the penalised steps."""
+        return self.config.groups.w_lr_sum / self.penalised_steps
+
+    def lam(self, step: int) -> float:
+        """Group-lasso penalty when it is fixed; 0 in the debias part."""
+        return 0.0 if self.frozen(step) else self.config.groups.lam
+
+    def wanted_density(self, step: int) -> float:
+        """Density asked of the controller: 1 for a tenth of the penalised steps, then a line to
+        the final value at six tenths, then constant."""
+        share = min(1.0, max(0.0, (step / self.penalised_steps - 0.1) / 0.5))
+        return 1 + ((self.config.groups.density or 1.0) - 1) * share
+
+    def group_detached(self, step: int) -> bool:
+        """Whether the group loss is kept from the encoder at this step."""
+        return step < self.config.groups.group_detach * self.total

@@ -1,0 +1,255 @@
+"""The loop end to end on small data: files, resumption to the bit, refusals, alarms."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sparsejepa.config import Config, preset
+from sparsejepa.errors import UserError
+from sparsejepa.training.loop import EpochOrder, plan, pretrain
+from sparsejepa.training.monitor import Alarms, MetricsLog, first_bad
+
+TINY: dict[str, Any] = {
+    "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
+    "threads": 1, "log_every": 4, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 40 images of 16x16 pixels that differ in brightness."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label, shift in (("dark", 0), ("light", 100)):
+        (root / label).mkdir()
+        for i in range(40):
+            pixels = rng.integers(0, 120, (16, 16, 3)) + shift
+            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def config_of(folder: Path, **settings: Any) -> Config:
+    return preset("nano").replace(data=str(folder), **{**TINY, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"groups": "none"},
+        {"lam": 0.0},
+        {"lam": 0.1},
+        {"groups": "concept", "density": 0.5},
+        {"groups": "feature", "kl": "posterior"},
+        {"w_form": "plain", "predictor": "mlp", "loss": "l2", "augment": "randaugment"},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_every_arm_trains_and_leaves_a_whole_run_directory(
+    folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    run = pretrain(config_of(folder, **settings), out=tmp_path / "run")
+    files = {p.name for p in run.path.iterdir()}
+    expected = {"config.toml", "environment.json", "metrics.jsonl", "checkpoint.safetensors",
+                "encoder.safetensors", "config.json", "summary.json"}  # fmt: skip
+    assert files == expected | (
+        {"groups.safetensors"} if settings.get("groups") != "none" else set()
+    )
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "prediction", "images_per_second"} <= rows[0].keys()
+    assert any("knn" in row and "rankme" in row for row in rows)
+    assert run.summary["steps"] == 12 and run.summary["images"] == 12 * 16
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    assert run.encoder().tokens(torch.from_numpy(pixels)).shape == (2, 16, 96)
+    again = pretrain(config_of(folder, **settings), out=tmp_path / "run", resume=True)
+    assert again.summary == run.summary
+
+
+SCRIPT = """
+import sys, json
+from sparsejepa.config import Config
+from sparsejepa.training.loop import pretrain
+config = Config.from_dict(json.loads(sys.argv[1]))
+pretrain(config, out=sys.argv[2], resume=True)
+"""
+
+
+def launch(config: Config, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(config.to_dict()), str(out)],
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_steps(out: Path, process: subprocess.Popen[bytes], step: int) -> None:
+    """Wait until metrics.jsonl has reached `step` or the process has ended."""
+    while process.poll() is None:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = [line for line in lines if line.endswith("}")]
+        if whole and json.loads(whole[-1])["step"] >= step:
+            return
+        time.sleep(0.01)
+
+
+def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(
+        folder, steps=90, log_every=2, checkpoint_every=7, drop_path=0.2, density=0.5,
+        groups="concept", augment="randaugment",
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first = launch(config, whole)
+    rng = random.Random(0)
+    kills = 0
+    for step in sorted(rng.sample(range(5, 75), 5)):
+        process = launch(config, killed)
+        wait_for_steps(killed, process, step)
+        time.sleep(rng.uniform(0, 0.1))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    last = launch(config, killed)
+    for process in (first, last):
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors.decode()
+    assert kills == 5
+    for name in ("checkpoint.safetensors", "encoder.safetensors", "groups.safetensors"):
+        a, b = load_file(whole / name), load_file(killed / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    steps = [
+        row["step"]
+        for row in map(json.loads, (killed / "metrics.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
+    assert steps == sorted(set(steps)), "a resumed run repeats no line"
+
+
+def test_interrupt_saves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, steps=4000, log_every=2, checkpoint_every=3999)
+    process = launch(config, tmp_path / "run")
+    wait_for_steps(tmp_path / "run", process, 5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_an_existing_run_is_neither_overwritten_nor_mixed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(config_of(folder), out=out)
+    with pytest.raises(UserError, match="--resume"):
+        pretrain(config_of(folder), out=out)
+    with pytest.raises(UserError, match=r"--lam 0\.5"):
+        pretrain(config_of(folder, lam=0.5), out=out, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="no run"):
+        pretrain(config_of(folder), out=tmp_path / "other")
+
+
+def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(config_of(folder), out=out)
+    (out / "summary.json").unlink()
+    (out / "checkpoint.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors.*damaged"):
+        pretrain(config_of(folder), out=out, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_term(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite at step \d+"):
+        pretrain(config_of(folder, lr=1e8, clip=0.0, warmup=0.0, steps=40), out=tmp_path / "run")
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path
+) -> None:
+    bad = {
+        "--patch-size": {"patch_size": 5},
+        "--batch-size": {"batch_size": 500},
+        "--lam": {"lam": -1.0},
+        "--num-groups": {"num_groups": 97},
+        "--context-counts": {"context_counts": (16,)},
+        "--crop-scale": {"crop_scale": (0.9, 0.5)},
+        "--density": {"density": 0.1},
+        "--device": {"device": "tpu"},
+    }
+    for name, settings in bad.items():
+        with pytest.raises(UserError, match=name):
+            pretrain(config_of(folder, **settings), out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="did you mean 'lam'"):
+        pretrain(str(folder), lamb=0.1)
+
+
+def test_plan_agrees_with_the_run(folder: Path) -> None:
+    got = plan(config_of(folder, steps=None, epochs=3, lam=0.1))
+    assert got["steps"] == 3 * (got["train_images"] // 16)
+    assert got["patches"] == 16 and got["arm"] == "lam=0.1"
+    assert got["images_per_second"] > 0 and got["parameters"]["encoder"] > 600_000
+
+
+def test_order_visits_every_image_once_an_epoch() -> None:
+    order = EpochOrder(50, 10, seed=3)
+    seen = torch.cat([order(s) for s in range(5)])
+    assert sorted(seen.tolist()) == list(range(50))
+    assert not torch.equal(seen, torch.cat([order(s) for s in range(5, 10)]))
+    assert torch.equal(EpochOrder(50, 10, seed=3)(7), order(7))
+
+
+def test_alarms_name_the_failure_signatures_once() -> None:
+    alarms = Alarms(penalised=True, raised=[])
+    assert alarms.check({"max_usage": 0.95}, 0.5)[0].startswith("one group")
+    assert alarms.check({"max_usage": 0.95}, 0.6) == []
+    assert alarms.check({"density": 1.0}, 1.0)[0].startswith("no sparsity")
+    assert alarms.check({"rankme": 40.0, "std_mean": 0.3}, 0.1) == []
+    assert alarms.check({"rankme": 1.2, "std_mean": 0.3}, 0.2)[0].startswith("collapse")
+    for _ in range(30):
+        assert alarms.check({"loss": 0.5}, 0.5) == []
+    assert alarms.check({"loss": 5.0}, 0.5)[0].startswith("unstable")
+    assert Alarms(penalised=False, raised=[]).check({"density": 1.0}, 1.0) == []
+
+
+def test_metrics_log_drops_what_a_resume_repeats(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(6):
+        log.write({"step": step, "loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a kill
+    log = MetricsLog(tmp_path, 4)
+    assert log.last["loss"] == 3.0
+    log.write({"step": 4, "loss": float("nan")})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[-1]["loss"] is None
+
+
+def test_first_bad_names_row_and_term() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, float("inf")]])
+    assert first_bad(values, ["a", "b"]) == (1, "b")
+    assert first_bad(values[:1], ["a", "b"]) is None

@@ -1,0 +1,67 @@
+"""Schedules against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsejepa.config import preset
+from sparsejepa.training.schedule import Schedule, linear, scaled_ema, warmup_cosine
+
+
+def test_learning_rate_at_the_points_that_define_it() -> None:
+    args = (1000, 2e-3, 1e-6, 0.1)
+    assert warmup_cosine(0, *args) == pytest.approx(2e-3 / 100)
+    assert warmup_cosine(99, *args) == pytest.approx(2e-3)
+    assert warmup_cosine(100, *args) == pytest.approx(2e-3)
+    assert warmup_cosine(550, *args) == pytest.approx((2e-3 + 1e-6) / 2)
+    assert warmup_cosine(999, *args) == pytest.approx(1e-6, abs=1e-8)
+
+
+@given(st.integers(1, 5000), st.floats(0, 0.9))
+def test_learning_rate_stays_between_zero_and_its_peak(total: int, warmup: float) -> None:
+    values = [warmup_cosine(s, total, 1.0, 0.01, warmup) for s in range(0, total, 37)]
+    assert all(0 < v <= 1 for v in values)
+
+
+def test_ema_runs_linearly_and_scales_with_the_length() -> None:
+    assert linear(0, 11, 0.9, 1.0) == 0.9
+    assert linear(5, 11, 0.9, 1.0) == pytest.approx(0.95)
+    assert linear(10, 11, 0.9, 1.0) == 1.0
+    assert scaled_ema(0.992, 29_000) == pytest.approx(0.992)
+    assert 1 - scaled_ema(0.9999, 2_900) == pytest.approx(1e-3)
+    assert scaled_ema(0.992, 100) == pytest.approx(0.9)  # 1 - decay is at most 0.1
+
+
+def test_given_ema_rates_are_used_as_they_are() -> None:
+    schedule = Schedule(preset("best").replace(ema=0.5, ema_final=0.75), 101)
+    assert [schedule.ema(s) for s in (0, 50, 100)] == pytest.approx([0.5, 0.625, 0.75])
+
+
+@given(st.integers(1, 30_000), st.floats(0, 0.9))
+def test_learning_rates_of_w_sum_to_the_setting_before_the_debias_part(
+    total: int, debias: float
+) -> None:
+    schedule = Schedule(preset("best").replace(debias=debias, lam=0.1), total)
+    count = schedule.penalised_steps
+    assert math.fsum(schedule.w_lr(s) for s in range(count)) == pytest.approx(60)
+    assert schedule.lam(count - 1) == 0.1
+    if count < total:
+        assert schedule.lam(count) == 0
+        assert schedule.frozen(count)
+
+
+def test_the_lambda_0_arm_is_never_frozen() -> None:
+    schedule = Schedule(preset("best").replace(lam=0.0), 100)
+    assert not any(schedule.frozen(s) for s in range(100))
+
+
+def test_wanted_density_goes_from_one_to_the_setting() -> None:
+    schedule = Schedule(preset("best").replace(density=0.25, debias=0.0), 1000)
+    assert schedule.wanted_density(0) == schedule.wanted_density(100) == 1
+    assert schedule.wanted_density(350) == pytest.approx(0.625)
+    assert schedule.wanted_density(600) == pytest.approx(0.25)
+    assert schedule.wanted_density(999) == pytest.approx(0.25)
