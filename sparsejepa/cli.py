@@ -1,0 +1,246 @@
+"""The command `sparsejepa`: from words to a verb's dataclass, and from errors to one line.
+
+The verbs are in `sparsejepa.verbs`. Nothing heavy is imported here: each verb imports its own
+machinery when it runs, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_type_hints
+
+import tyro
+
+from sparsejepa import __version__
+from sparsejepa.config import Config, flag, load_toml, preset
+from sparsejepa.errors import UserError, nearest
+from sparsejepa.verbs import VERBS
+from sparsejepa.verbs.training import Settings
+
+PROGRAM = "sparsejepa"
+_ABOUT = "Self-supervised image pretraining with a group-sparse map from latents to groups."
+_STYLE = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.DisallowNone,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
+# Reasons of the system that are the user's to mend, as against a file that this program lost.
+_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0: done; 2: a mistake that one line on standard error names; 130: Ctrl-C; 141: the reader of
+    standard output went away.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        again = _continuation(words)
+        said = f"interrupted; continue with: {again}" if again else "interrupted"
+        return _fail(said, 130, kind="")
+    except BrokenPipeError:
+        # What is still buffered has no reader; without this, Python complains at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        line = _explain(error, words)
+        if line is None:
+            raise
+        return _fail(line, 2)
+    return 0
+
+
+def parse(words: Sequence[str]) -> Any:
+    """Return the verb's dataclass that `words` describe, e.g. ``verbs.Pretrain``.
+
+    Prints help and raises SystemExit(0) for --help. Raises UserError for unknown verbs, flags and
+    values.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        listed = [
+            Annotated[verb, tyro.conf.subcommand(name, description=_first_line(verb))]
+            for name, (verb, _) in VERBS.items()
+        ]
+        tyro.cli(Union[tuple(listed)], prog=PROGRAM, description=_ABOUT, args=["--help"])  # type: ignore  # noqa: UP007
+    name, rest = words[0], list(words[1:])
+    if name not in VERBS:
+        known = ", ".join(VERBS)
+        if name.startswith("-"):
+            raise UserError(f"'{name}' before a verb; the verb comes first: {known}")
+        raise UserError(f"unknown verb '{name}'{nearest(name, VERBS)}; there are {known}")
+    verb = VERBS[name][0]
+    default, written = _origin(verb, rest) if issubclass(verb, Settings) else (verb(), [])
+    parsed, unknown = _read(verb, [*written, *rest], prog=f"{PROGRAM} {name}", default=default)
+    if unknown:
+        given = next((word for word in unknown if word.startswith("--")), unknown[0])
+        word = given.partition("=")[0].replace("_", "-")
+        if word.startswith("--"):
+            raise UserError(
+                f"unknown flag '{word}'{nearest(word, _flags(verb))}; see {PROGRAM} {name} --help"
+            )
+        raise UserError(f"unexpected argument '{given}'; see {PROGRAM} {name} --help")
+    return parsed
+
+
+def _run(words: list[str]) -> None:
+    if words == ["--version"]:
+        print(f"{PROGRAM} {__version__}")
+        return
+    args = parse(words)
+    from rich.console import Console
+
+    # With --json standard output belongs to the object; people read standard error then.
+    stream = sys.stderr if args.json else sys.stdout
+    piped = not stream.isatty() and "COLUMNS" not in os.environ
+    width = 120 if piped else None
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+    found = VERBS[words[0]][1](args, console)
+    if args.json:
+        print(json.dumps(_plain(found), allow_nan=False))
+
+
+def _continuation(words: list[str]) -> str | None:
+    """Return the command that goes on where this one stopped, if there is one."""
+    resumes = VERBS[words[0]][0].resumes if words and words[0] in VERBS else None
+    if resumes is None:
+        return None
+    return shlex.join([PROGRAM, *words, *(word for word in resumes if word not in words)])
+
+
+def _explain(error: Exception, words: list[str]) -> str | None:
+    """Return the line for an error that is the user's to mend, None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    file = getattr(error, "filename", None)
+    if "No space left on device" in str(error):  # not every library raises OSError for it
+        where = f"{file}: " if file else ""
+        again = _continuation(words) or "the same command again"
+        return f"{where}no space left on device; free some, then run {again}"
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return f"{file or 'file system'}: {error.strerror}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; use a smaller --batch-size, --encoder or --img-size"
+    return None
+
+
+def _fail(line: str, status: int, kind: str = "error: ") -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{PROGRAM}: {kind}{' '.join(line.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """The flags that decide where the values of all others come from."""
+
+    preset: str | None = None
+    config: Path | None = None
+    out: Path | None = None
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+def _origin(verb: type[Settings], words: Sequence[str]) -> tuple[Settings, list[str]]:
+    """Return the defaults that a preset gives and the flags that a settings file stands for.
+
+    The file is --config, or that of the run in --out with --resume.
+    """
+    first, _ = _read(_Origin, words, add_help=False)
+    stored = first.out / "config.toml" if first.resume and first.out else None
+    file = stored if stored and stored.exists() else first.config
+    if not file:
+        return verb.of(preset(first.preset or "best")), []
+    values = load_toml(file)
+    config = Config.from_dict(values, str(file))  # complains about names, the next about values
+    given = {key for k, v in values.items() for key in (v if isinstance(v, dict) else [k])}
+    flags = [
+        word for name in sorted(given - {"data"}) for word in _as_words(name, config.flat()[name])
+    ]
+    try:
+        parsed, surplus = _read(verb, flags)
+        if parsed.data or surplus:
+            raise UserError(f"no setting takes {parsed.data or surplus[0]} there")
+        base = Config() if file == stored else preset(first.preset or config.preset)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return verb.of(base, str(config.data) if "data" in given else None), flags
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    """Return the words that give a setting on the command line."""
+    if isinstance(value, bool):
+        return [flag(name if value else f"no_{name}")]
+    return [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
+
+
+def _read(verb: type, words: Sequence[str], **options: Any) -> tuple[Any, list[str]]:
+    """Parse words; returns the dataclass and what was left over.
+
+    tyro frames a complaint about a value in a box; its first part becomes a UserError.
+    """
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(verb, args=words, return_unknown_args=True, config=_STYLE, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr.getvalue())
+    lines = [line.strip(" │╭╮╰╯") for line in plain.splitlines()[1:]]
+    body = itertools.dropwhile(_is_rule, lines)
+    said = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))
+    raise UserError(said.removeprefix("Error parsing "))
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-")
+
+
+def _flags(verb: type) -> list[str]:
+    """Return every flag of a verb, its sections' included."""
+    found: list[str] = []
+    hints = get_type_hints(verb)
+    for field in dataclasses.fields(verb):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found += _flags(hints[field.name])  # type: ignore[arg-type]
+        else:
+            found += [flag(field.name)]
+            found += [flag("no_" + field.name)] if hints[field.name] is bool else []
+    return found
+
+
+def _first_line(verb: type) -> str:
+    return (verb.__doc__ or "").strip().splitlines()[0]
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as strict JSON can hold it: paths as text, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,296 @@
+"""The pictures of a sweep. Each function returns a matplotlib Figure; nothing global is touched.
+
+Ink is one colour, which `inline_svg` turns into the page's own text colour, so that a figure is
+readable on light and dark pages. Series colours are Okabe and Ito's, told apart by readers with
+any colour vision and also by marker and line style.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from sparsejepa.files import atomic_path
+from sparsejepa.report.summary import STRUCTURE, BySeed, Summary, mark, mean_sd
+
+INK = "#1b2127"
+COLOURS = ("#3a8fd0", "#e08214", "#00a078", "#cc79a7", "#d55e00", "#8a7fc8", "#b0a000")
+SPARSE, DENSE, UNTRAINED, PIXELS = COLOURS[0], COLOURS[2], COLOURS[4], COLOURS[3]
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 11.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "grid.color": "#8a8f96",
+    "grid.alpha": 0.25,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "sparsejepa",  # the same figure gives the same file
+}
+
+
+def accuracy_figure(summary: Summary, measure: str) -> Figure:
+    """Accuracy of a measure against lambda: mean and standard deviation over seeds.
+
+    Dense is a horizontal band, the untrained and the raw-pixel floor are dashed lines.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(1)
+        ax = axes[0]
+        _against_lambda(ax, summary, lambda arm: arm.accuracy.get(measure, {}), scale=100)
+        floor = summary.untrained.get(measure, {})
+        _floor(ax, mean_sd(floor)[0] if floor else None, "untrained encoder", UNTRAINED, "--")
+        _floor(ax, summary.pixels.get(measure), "raw pixels", PIXELS, ":")
+        ax.set(title=mark(summary, measure), ylabel="accuracy (%)")
+        ax.margins(y=0.12)
+        if measure in summary.uninformative:
+            _stamp(ax)
+        _legend(ax)
+    return figure
+
+
+def structure_figure(summary: Summary) -> Figure:
+    """Groups per latent and non-zero elements of W against lambda."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(2)
+        for ax, key in zip(axes, ("groups_per_latent", "nonzero_elements"), strict=True):
+            _against_lambda(ax, summary, lambda arm, key=key: arm.structure.get(key, {}))
+            ax.set(title=f"W: {STRUCTURE[key]}")
+            ax.margins(y=0.12)
+            ax.set_ylim(bottom=0)
+    return figure
+
+
+def pareto_figure(summary: Summary, measure: str) -> Figure:
+    """Accuracy against the density of W, one point an arm; dense, which has no W, is a line."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(1)
+        ax = axes[0]
+        ceiling = 0.0
+        shown = [a for a in summary.arms if a.accuracy.get(measure) and a.structure.get("density")]
+        shown.sort(key=lambda arm: mean_sd(arm.structure["density"])[0])
+        for i, arm in enumerate(shown):
+            x, dx = mean_sd(arm.structure["density"])
+            y, dy = mean_sd(arm.accuracy[measure])
+            ceiling = max(ceiling, x)
+            ax.errorbar(
+                x, 100 * y, 100 * dy, dx, fmt="o" if arm.sparse else "s",
+                color=SPARSE if arm.sparse else COLOURS[1], capsize=3, ms=7,
+            )  # fmt: skip
+            place = (6, 7 if i % 2 else -15)  # neighbours' labels on opposite sides
+            ax.annotate(arm.name, (x, 100 * y), place, textcoords="offset points", fontsize=10)
+        dense = summary.arm("dense")
+        if dense and dense.accuracy.get(measure):
+            _band(ax, dense.accuracy[measure])
+        floor = summary.untrained.get(measure, {})
+        _floor(ax, mean_sd(floor)[0] if floor else None, "untrained encoder", UNTRAINED, "--")
+        ax.set(
+            title=mark(summary, measure),
+            xlabel="density: share of (group, latent) columns that are not zero",
+            ylabel="accuracy (%)",
+            xlim=(0, 1.22 * max(ceiling, 0.1)),  # room for the label of the densest arm
+        )
+        ax.xaxis.set_major_locator(FixedLocator([t for t in np.arange(0, 1.01, 0.2)]))
+        ax.margins(y=0.15)
+        if measure in summary.uninformative:
+            _stamp(ax)
+        _legend(ax)
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Online k-NN accuracy, RankMe and groups per latent against the step, one line an arm.
+
+    `curves` maps an arm to the rows of one run's metrics.jsonl. The loss is left out on purpose: it
+    can rise while the features improve.
+    """
+    panels = (
+        ("knn", "k-NN accuracy (%), part of train", 100),
+        ("rankme", "RankMe (effective rank)", 1),
+        ("groups_per_latent", "groups per latent", 1),
+    )
+    wanted = [p for p in panels if any(p[0] in row for rows in curves.values() for row in rows)]
+    styles = ("-", "--", "-.", ":")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(max(1, len(wanted)))
+        for ax, (key, label, scale) in zip(axes, wanted, strict=False):
+            for i, (arm, rows) in enumerate(curves.items()):
+                points = [(r["step"], scale * r[key]) for r in rows if r.get(key) is not None]
+                if points:
+                    ax.plot(
+                        *zip(*points, strict=True), styles[i % 4], label=arm, lw=1.8,
+                        color=_arm_colour(arm, i), marker="o" if len(points) < 25 else "", ms=4,
+                    )  # fmt: skip
+            ax.set(title=label, xlabel="step")
+            ax.grid(True)
+            ax.margins(y=0.12)
+        _legend(axes[0])
+    return figure
+
+
+def group_map_figure(norms: np.ndarray) -> Figure:
+    """Block norms ||W_gj|| [G, D]; latents sorted by their strongest group, exact zeros grey."""
+    norms = np.asarray(norms, float)
+    order = np.lexsort((-norms.max(0), norms.argmax(0)))
+    shown = np.ma.masked_equal(norms[:, order], 0.0)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+        ax = figure.add_subplot()
+        palette = matplotlib.colormaps["viridis"].with_extremes(bad="#9aa0a6")
+        image = ax.imshow(shown, aspect="auto", cmap=palette, vmin=0, interpolation="none")
+        figure.colorbar(image, label="block norm", pad=0.02)
+        kept = float((norms > 0).mean())
+        ax.set(
+            title=f"{100 * kept:.0f} % of the columns are not zero (grey: exactly zero)",
+            xlabel="latent dimension, sorted by its strongest group",
+            ylabel="group",
+        )
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    return figure
+
+
+def samples_figure(
+    images: np.ndarray, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray],
+    grid_size: tuple[int, int],
+) -> Figure:  # fmt: skip
+    """Images [n, H, W, 3] uint8 above what the context encoder sees of them.
+
+    contexts[i] [C] and targets[i] [M, K] are patch indices; target blocks are outlined.
+    """
+    n, height, width = images.shape[:3]
+    ph, pw = height // grid_size[0], width // grid_size[1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 5.4 * 2.15 / max(n, 1)), layout="constrained")
+        axes = figure.subplots(2, n, squeeze=False)
+        for i in range(n):
+            seen = np.zeros(grid_size[0] * grid_size[1], bool)
+            seen[np.asarray(contexts[i])] = True
+            mask = seen.reshape(grid_size).repeat(ph, 0).repeat(pw, 1)[..., None]
+            axes[0, i].imshow(images[i], interpolation="none")
+            axes[1, i].imshow(np.where(mask, images[i], 150), interpolation="none")
+            for j, block in enumerate(np.asarray(targets[i])):
+                row, col = block.min() // grid_size[1], (block % grid_size[1]).min()
+                rows = block.max() // grid_size[1] - row + 1
+                cols = (block % grid_size[1]).max() - col + 1
+                axes[1, i].add_patch(
+                    Rectangle(
+                        (col * pw - 0.5, row * ph - 0.5), cols * pw, rows * ph,
+                        fill=False, lw=1.6, ec=COLOURS[j % len(COLOURS)],
+                    )
+                )  # fmt: skip
+        for ax in axes.flat:
+            ax.set_axis_off()
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write a PNG on white, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as beside:
+        figure.savefig(beside, format="png", dpi=144, facecolor="white")
+    return path
+
+
+def inline_svg(figure: Figure, prefix: str) -> str:
+    """Return the figure as SVG markup for an HTML page: transparent, ink in the page's text colour.
+
+    `prefix` keeps the identifiers of several figures on one page apart.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace(INK, "currentColor")
+    svg = svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+
+
+def _canvas(panels: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels one above the other: still readable 400 pixels wide."""
+    figure = Figure(figsize=(5.4, 3.5 if panels == 1 else 2.6 * panels), layout="constrained")
+    return figure, [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
+
+
+def _against_lambda(ax: Axes, summary: Summary, values: Any, scale: float = 1) -> None:
+    """Draw one point per lambda, a star per steered density, and dense as a band."""
+    points = [(a.lam, *mean_sd(values(a))) for a in summary.arms if a.lam is not None and values(a)]
+    positive = [lam for lam, _, _ in points if lam > 0]
+    smallest = min(positive, default=0.01)
+    ax.set_xscale("symlog", linthresh=smallest, linscale=0.6)
+    if points:
+        x, y, sd = (np.array(column) for column in zip(*points, strict=True))
+        ax.errorbar(
+            x, scale * y, scale * sd, fmt="o-", color=SPARSE, capsize=4, ms=6, lw=1.8,
+            label="with group map",
+        )  # fmt: skip
+    ticks = [lam for lam, _, _ in points]
+    steered = [a for a in summary.arms if a.density is not None and values(a)]
+    for i, arm in enumerate(steered):  # a steered arm has no lambda of its own: beside the axis
+        mean, sd = mean_sd(values(arm))
+        ticks.append(max(positive, default=0.01) * 10 ** (0.7 * (i + 1)))
+        ax.errorbar(
+            ticks[-1], scale * mean, scale * sd, fmt="D", color=COLOURS[1], capsize=4, ms=6,
+            label="steered to a density" if i == 0 else None,
+        )  # fmt: skip
+    labels = [f"{lam:g}" for lam, _, _ in points] + [f"d={a.density:g}" for a in steered]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels(labels)
+    ax.set_xlim(-0.35 * smallest, 1.6 * max(ticks, default=1))
+    ax.set_xlabel("lambda (0: no penalty" + ("; d: steered to this density)" if steered else ")"))
+    ax.grid(True, axis="y")
+    dense = summary.arm("dense")
+    if dense and values(dense):
+        _band(ax, values(dense), scale)
+
+
+def _band(ax: Axes, values: BySeed, scale: float = 100) -> None:
+    mean, sd = mean_sd(values)
+    ax.axhspan(scale * (mean - sd), scale * (mean + sd), color=DENSE, alpha=0.2, lw=0)
+    ax.axhline(scale * mean, color=DENSE, lw=1.8, ls="-.", label="dense (no group map)")
+
+
+def _floor(ax: Axes, value: float | None, label: str, colour: str, style: str) -> None:
+    if value is not None:
+        ax.axhline(100 * value, color=colour, lw=1.6, ls=style, label=label)
+
+
+def _legend(ax: Axes) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, borderaxespad=0)
+
+
+def _stamp(ax: Axes) -> None:
+    """Say on the picture itself that nothing follows from it."""
+    ax.text(
+        0.5, 0.5, "uninformative", transform=ax.transAxes, ha="center", va="center", fontsize=26,
+        alpha=0.28, rotation=14, color=INK,
+    )  # fmt: skip
+
+
+def _arm_colour(arm: str, index: int) -> str:
+    fixed = {"dense": DENSE, "lam=0": COLOURS[1]}
+    others = (SPARSE, COLOURS[3], COLOURS[4], COLOURS[5], COLOURS[6])
+    return fixed.get(arm, others[index % len(others)])

@@ -1,0 +1,426 @@
+"""Runs and the probes on them, several at a time, one JSON line each.
+
+A run that is finished is read, one that is not goes on from its newest checkpoint. Runs are
+independent, so several go at once in processes of their own: two processes with one thread each get
+more done on two cores than one process with two.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from multiprocessing.connection import wait as wait_for_end
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsejepa.config import Config
+from sparsejepa.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsejepa.interop import Encoder
+
+# Settings that change no number.
+_FREE = {"data_root", "device", "threads", "checkpoint_every", "log_every", "preset"}
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a run is probed on, see `evaluation.probe.evaluate`.
+
+    `targets` names some of a data set's targets (all if it is not in there), `limit` is the largest
+    number of labelled training images.
+    """
+
+    data: tuple[str, ...]
+    protocols: tuple[str, ...] = ("logistic",)
+    targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run and the probes on it; `command` is what repeats it."""
+
+    config: Config
+    run_dir: Path
+    probes: Probes
+    command: str = ""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the numbers depend on: settings, seed and probes."""
+        settings = {k: v for k, v in self.config.flat().items() if k not in _FREE}
+        return _hash([settings, asdict(self.probes)])
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    results: Path,
+    *,
+    jobs: int | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Train and probe each task that `results` has no line of; return the lines of all, in order.
+
+    Args:
+        results: JSON-lines file; one line is appended per finished run.
+        jobs: runs at a time; on the CPU one per core, four at most, on a GPU one if not given.
+        console: where progress and finished runs are shown; silent if not given.
+
+    Ctrl-C stops every run after a checkpoint. Raises UserError before any work for data or run
+    directories that do not fit, and after the other runs if one of them failed.
+    """
+    from sparsejepa.environment import resolve_device
+
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
+    found = {row["key"]: row for row in read_rows(results)}
+    todo = [task for task in tasks if task.key not in found]
+    if todo:
+        run = todo[0].config.run
+        on_cpu, cores = resolve_device(run.device) == "cpu", _cores()
+        jobs = min(jobs or (min(4, cores) if on_cpu else 1), len(todo))
+        if on_cpu and run.threads is None:
+            threads = max(1, cores // jobs)
+            todo = [replace(t, config=t.config.replace(threads=threads)) for t in todo]
+    failed = []
+    with _Progress(console, todo, jobs or 1, _check(todo)) as progress:
+        for task, outcome in _outcomes(todo, jobs or 1, console, progress):
+            if isinstance(outcome, UserError):
+                failed.append(outcome)
+                progress.say(f"{task.run_dir.name}: failed: {outcome}")
+            else:
+                found[task.key] = outcome
+                append_row(results, outcome)
+                progress.finished(task, outcome)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}"
+        )
+    return [found[task.key] for task in tasks]
+
+
+def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
+    """Train (or go on with, or read) one run, probe it and return its line of results."""
+    from sparsejepa.environment import environment
+    from sparsejepa.training.loop import pretrain
+
+    run = pretrain(task.config, out=task.run_dir, resume=True, console=console)
+    began = time.perf_counter()
+    probes = _probe(task)
+    final = run.summary["final"]
+    w = load_w(task.run_dir)
+    row = {
+        "key": task.key,
+        "arm": run.summary["arm"],
+        "seed": run.summary["seed"],
+        "data": task.config.data,
+        "probes": probes,
+        **{name: final.get(name) for name in ("knn", "rankme", "density", "groups_per_latent")},
+        "dead_groups": final.get("dead_groups"),
+        "nonzero_elements": None if w is None else int((w != 0).sum()),
+        "elements": None if w is None else int(w.size),
+        "alarms": run.summary["alarms"],
+        "steps": run.summary["steps"],
+        "seconds": round(run.summary["seconds"], 1),
+        "probe_seconds": round(time.perf_counter() - began, 1),
+        "images_per_second": round(run.summary["images_per_second"], 1),
+        "command": task.command,
+        "settings": task.config.replace(data_root=None).to_dict(),
+        "environment": environment(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return json.loads(json.dumps(row))  # as it will be read back
+
+
+def _probe(task: Task) -> list[dict[str, Any]]:
+    """Return a line per data set, target and protocol, with the floors.
+
+    Probes and the raw-pixel floor are seeded alike for all runs; the untrained floor is that of
+    another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
+    run directories.
+    """
+    from sparsejepa.environment import resolve_device
+    from sparsejepa.files import write_text
+    from sparsejepa.interop import load
+
+    encoder = load(task.run_dir, resolve_device(task.config.run.device), precision="bf16")
+    rows, seed = _evaluate(task, encoder), task.config.run.seed
+    if seed:
+        path = _floors(task) / f"untrained-s{seed}-{_hash(asdict(task.probes))}.json"
+        if not path.exists():
+            twin = _evaluate(task, encoder.untrained(seed), floors=False)
+            write_text(path, json.dumps(twin))
+        for row, twin in zip(rows, json.loads(path.read_text()), strict=True):
+            row["untrained"], row["untrained_interval"] = twin["accuracy"], twin["interval"]
+    return rows
+
+
+def _evaluate(task: Task, *encoders: Encoder, floors: bool = True) -> list[dict[str, Any]]:
+    """Probe `encoders`; without any, only the raw-pixel floor is computed and kept."""
+    from sparsejepa.environment import resolve_device
+    from sparsejepa.evaluation.probe import evaluate
+
+    return [
+        {key: value for key, value in row.to_dict().items() if key != "encoder"}
+        for data in task.probes.data
+        for row in evaluate(
+            encoders,
+            data,
+            protocols=task.probes.protocols,
+            targets=task.probes.targets.get(data),
+            floors=floors,
+            limit=task.probes.limit,
+            data_root=task.config.images.data_root,
+            cache_dir=_floors(task),
+            device=resolve_device(task.config.run.device),
+        )
+    ]
+
+
+def _floors(task: Task) -> Path:
+    return task.run_dir.parent / "floors"
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def load_w(run_dir: Path) -> Any:
+    """Return W of a run as an array [G, P, D], None for a dense run."""
+    from sparsejepa.files import load_tensors
+
+    path = run_dir / "groups.safetensors"
+    return load_tensors(path)[0]["W"].numpy() if path.exists() else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a missing one is empty, a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one line and make it durable; a torn last line is closed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+            file.write(b"\n" if torn else b"")
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check(tasks: Sequence[Task]) -> dict[Path, int]:
+    """Return the steps of every run, after all that can be wrong with data and folders.
+
+    Loading the data here also decodes it once, before several processes would do so at a time.
+    """
+    from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.evaluation.probe import PROTOCOLS
+    from sparsejepa.training.build import load_images, total_steps
+    from sparsejepa.training.loop import _open_run as open_run
+
+    steps, sets = {}, {}
+    for task in tasks:
+        open_run(task.run_dir, task.config.check(), True)
+    for task in tasks:
+        config = task.config
+        images = (config.data, config.images)
+        if images not in sets:
+            sets[images] = len(load_images(config))
+        steps[task.run_dir] = total_steps(config, sets[images])
+        for protocol in task.probes.protocols:
+            if protocol not in PROTOCOLS:
+                hint = nearest(protocol, PROTOCOLS)
+                raise UserError(f"--protocol {protocol}: there are {', '.join(PROTOCOLS)}{hint}")
+        for name in task.probes.data:
+            if name not in sets:
+                train = load_dataset(name, "train", data_root=config.images.data_root)
+                if not any(len(target.names) > 1 for target in train.targets.values()):
+                    raise UserError(
+                        f"{name}: has no labels of two classes or more to probe on; name labelled "
+                        "data with --data-eval"
+                    )
+                sets[name] = len(train)
+    return steps
+
+
+def _outcomes(
+    tasks: Sequence[Task], jobs: int, console: Console | None, progress: _Progress
+) -> Iterator[tuple[Task, dict[str, Any] | UserError]]:
+    """Yield each task with its line, or with its UserError, as they finish."""
+    if jobs == 1:
+        for task in tasks:
+            try:
+                yield task, run_and_probe(task, console)
+            except UserError as error:
+                yield task, error
+        return
+    # The raw-pixel floor, which all need, goes first; a run that ends before it finds it done.
+    work = [(_pixel_floor, tasks[0]), *((_run, task) for task in tasks)]
+    waiting, running = deque(work), dict[Future[Any], tuple[Any, Task]]()
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        while waiting or running:
+            # No more than one task per process is handed out, so that a stop has nothing to recall.
+            while waiting and len(running) < jobs:
+                step, task = waiting.popleft()
+                with _on_interrupt(signal.SIG_IGN):  # inherited: Ctrl-C is the parent's to pass on
+                    running[pool.submit(_work, step, task)] = step, task
+            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                step, task = running.pop(future)
+                found = future.result()
+                if step is _run:
+                    yield task, found
+            progress.tick()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer --jobs, then run "
+            "the same command again; it goes on from the checkpoints"
+        ) from None
+    except BaseException:
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid or 0, signal.SIGINT)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave the terminal's process group, and stop like at Ctrl-C when the parent is gone."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for_end([parent.sentinel])
+        _thread.interrupt_main()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(step: Callable[[Task], Any], task: Task) -> Any:
+    """Do a step of a task in a worker process, on its share of the cores."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    threads = task.config.run.threads
+    with _on_interrupt(signal.default_int_handler), threadpool_limits(threads):
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            return step(task)
+        except UserError as error:
+            return error
+
+
+def _run(task: Task) -> dict[str, Any]:
+    return run_and_probe(task)
+
+
+def _pixel_floor(task: Task) -> None:
+    _evaluate(task)
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Any) -> Iterator[None]:
+    """Handle SIGINT by `handler` for a while; nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Progress:
+    """One bar over all runs on a terminal, a line per finished run everywhere."""
+
+    def __init__(
+        self, console: Console | None, tasks: Sequence[Task], jobs: int, steps: dict[Path, int]
+    ) -> None:
+        self._console, self._tasks, self._steps = console, tasks, steps
+        self._done, self._bar = 0, None
+        if console is not None and console.is_terminal and jobs > 1:
+            from rich.progress import Progress
+
+            self._bar = Progress(console=console)
+            self._line = self._bar.add_task("", total=sum(steps.values()))
+        self.say(f"{len(tasks)} runs to do, {min(jobs, len(tasks))} at a time" if tasks else "")
+
+    def __enter__(self) -> _Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def tick(self) -> None:
+        if self._bar:
+            steps = sum(min(_last_step(t.run_dir), self._steps[t.run_dir]) for t in self._tasks)
+            text = f"{self._done} of {len(self._tasks)} runs"
+            self._bar.update(self._line, completed=steps, description=text)
+
+    def finished(self, task: Task, row: dict[str, Any]) -> None:
+        from sparsejepa.report.summary import measure_name
+
+        self._done += 1
+        first = row["probes"][0]
+        text = f"{task.run_dir.name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
+        if row["groups_per_latent"] is not None:
+            text += f", {row['groups_per_latent']:.1f} groups per latent"
+        self.say(f"{text}, {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes")
+        for alarm in row["alarms"]:
+            self.say(f"  alarm: {alarm}")
+
+    def say(self, text: str) -> None:
+        if self._console is not None and text:
+            self._console.print(text, highlight=False, markup=False)
+
+
+def _last_step(run_dir: Path) -> int:
+    """Return the steps that a run has done so far, by the end of its metrics.jsonl."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().splitlines()[1:]
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError):
+            return json.loads(line)["step"] + 1
+    return 0
+
+
+def _cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

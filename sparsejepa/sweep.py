@@ -1,0 +1,264 @@
+"""The sweep: arms times paired seeds, a table, figures, a page and a verdict.
+
+The paper's first suggested experiment as one command. The dense arm and the lam=0 arm (the group
+map without penalty) are always inside: a gain of a sparse arm counts against both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsejepa.config import Config, flag, preset
+from sparsejepa.errors import UserError
+from sparsejepa.runs import Probes, Task, load_w, read_rows, run_tasks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparsejepa.report.page import Picture
+    from sparsejepa.report.summary import Summary, Verdict
+
+RESULTS = "results.jsonl"
+REPORT = "report.html"
+SAMPLES = 6  # images shown on the page
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found. `rows`: one dictionary per run, as in results.jsonl."""
+
+    out: Path
+    rows: list[dict[str, Any]]
+    summary: Summary
+    verdict: Verdict
+
+    @property
+    def table(self) -> Table:
+        """The results as a rich table, the floors last."""
+        from rich.table import Table
+
+        from sparsejepa.report.summary import table
+
+        header, lines = table(self.summary)
+        rich = Table(caption=caption(self.summary), caption_justify="left")
+        for i, name in enumerate(header):
+            rich.add_column(name, justify="right" if i else "left")
+        for line in lines:
+            rich.add_row(*line, style="dim" if line[0].endswith("floor") else None)
+        return rich
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        from sparsejepa.report.summary import table
+
+        header, lines = table(self.summary)
+        return {
+            "out": str(self.out),
+            "report": str(self.out / REPORT),
+            "results": str(self.out / RESULTS),
+            "verdict": asdict(self.verdict),
+            "uninformative": sorted(self.summary.uninformative),
+            "table": {"header": header, "rows": lines},
+            "runs": self.rows,
+        }
+
+
+def run_sweep(
+    config: Config,
+    *,
+    lams: Sequence[float] = (),
+    densities: Sequence[float] = (),
+    seeds: int = 3,
+    out: Path,
+    probe_data: Sequence[str] | None = None,
+    protocols: Sequence[str] = ("logistic",),
+    targets: Mapping[str, tuple[str, ...]] | None = None,
+    probe_limit: int | None = None,
+    jobs: int | None = None,
+    console: Console | None = None,
+    command: str | None = None,
+    title: str | None = None,
+) -> SweepResult:
+    """Compare dense, lam=0, the given `lams` and `densities` over paired seeds.
+
+    Args:
+        config: all other settings; the seeds are ``config.run.seed`` and the ones after it.
+        out: folder for one run directory per arm and seed, results.jsonl, figures and report.html.
+        probe_data: labelled data sets to probe on; the pretraining data if not given.
+        protocols, targets, probe_limit: see `runs.Probes`.
+        jobs, console: see `runs.run_tasks`.
+        command: what repeats this sweep, for rows and page; derived from the settings if not given.
+
+    Finished runs are not repeated, others go on from their checkpoints. Raises UserError as
+    `runs.run_tasks` does.
+    """
+    from sparsejepa.report.summary import summarise, verdict
+
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: must be at least 1")
+    command = command or sweep_command(
+        config, lams=lams, densities=densities, seeds=seeds, out=out, probe_data=probe_data
+    )
+    probes = Probes(
+        tuple(probe_data or (config.data,)), tuple(protocols), targets or {}, probe_limit
+    )
+    arms = sweep_arms(config, lams, densities)
+    tasks = [
+        Task(
+            config.replace(**arm_settings(arm), seed=seed),
+            out / f"{arm}-s{seed}",
+            probes,
+            command,
+        )
+        for seed in range(config.run.seed, config.run.seed + seeds)
+        for arm in arms
+    ]
+    rows = run_tasks(tasks, out / RESULTS, jobs=jobs, console=console)
+    summary = summarise(rows)
+    result = SweepResult(out, rows, summary, verdict(summary))
+    _write_report(result, arms, config, title or f"Dense against sparse on {config.data}")
+    return result
+
+
+def sweep_arms(config: Config, lams: Sequence[float], densities: Sequence[float] = ()) -> list[str]:
+    """Return the arms in order: dense, lam=0, rising lambdas, rising densities.
+
+    Raises UserError if the settings have no group map.
+    """
+    if config.groups.groups == "none":
+        raise UserError(
+            "--groups none has no lambda to sweep; use region, concept or feature (a dense arm is "
+            "always inside)"
+        )
+    levels = sorted({0.0, *map(float, lams)})
+    return [
+        "dense",
+        *(f"lam={lam:g}" for lam in levels),
+        *(f"density={density:g}" for density in sorted({*map(float, densities)})),
+    ]
+
+
+def arm_settings(arm: str) -> dict[str, Any]:
+    """Return the settings that make an arm: the inverse of `training.build.arm_name`.
+
+    Raises UserError for a name that is no arm.
+    """
+    name, _, value = arm.partition("=")
+    if arm == "dense":
+        return {"groups": "none", "lam": 0.0, "density": None}
+    with contextlib.suppress(ValueError):
+        if name == "lam":
+            return {"lam": float(value), "density": None}
+        if name == "density":
+            return {"lam": 0.0, "density": float(value)}
+    raise UserError(f"unknown arm '{arm}'; an arm is dense, lam=NUMBER or density=NUMBER")
+
+
+def sweep_command(
+    config: Config,
+    *,
+    lams: Sequence[float],
+    densities: Sequence[float],
+    seeds: int,
+    out: Path,
+    probe_data: Sequence[str] | None,
+) -> str:
+    """Return the command line that repeats a sweep: what differs from the preset, as flags."""
+    words = ["sparsejepa", "sweep", config.data, "--preset", config.preset]
+    defaults = preset(config.preset).flat()
+    swept = {"data", "preset", "lam", "density", "threads", "device", "data_root"}
+    for name, value in config.flat().items():
+        if name in swept or value == defaults[name] or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [flag(name), *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    words += ["--lam", *(f"{lam:g}" for lam in sorted({0.0, *lams}))]
+    if densities:
+        words += ["--density", *(f"{density:g}" for density in densities)]
+    words += ["--seeds", str(seeds)]
+    if probe_data:
+        words += ["--data-eval", ",".join(probe_data)]
+    return shlex.join([*words, "--out", str(out)])
+
+
+def caption(summary: Summary) -> str:
+    """Return what the table's figures mean."""
+    seeds = max((len(v) for a in summary.arms for v in a.accuracy.values()), default=0)
+    if seeds < 2:
+        return "Accuracy in percent, one seed; differences in points."
+    return (
+        f"Accuracy in percent, mean ± standard deviation over {seeds} seeds; differences in "
+        "points, paired by seed, with the 95 % t interval."
+    )
+
+
+def _write_report(result: SweepResult, arms: Sequence[str], config: Config, title: str) -> None:
+    """Write the figures as PNG and the page."""
+    import tomli_w
+
+    from sparsejepa.report.figures import save_png
+    from sparsejepa.report.page import Page, Table, write_page
+    from sparsejepa.report.summary import table
+
+    first, summary = result.rows[0], result.summary
+    settings, about = first["settings"], first["environment"]
+    pictures = _pictures(result, arms, config)
+    for picture in pictures:
+        save_png(picture.figure, result.out / "figures" / f"{picture.name}.png")
+    hardware = ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores"
+    seeds = len({row["seed"] for row in result.rows})
+    minutes = sum(row["seconds"] + row["probe_seconds"] for row in result.rows) / 60
+    header, lines = table(summary)
+    write_page(
+        result.out / REPORT,
+        Page(
+            title=title,
+            subtitle=f"{settings['model']['encoder']} encoder, {first['steps']:,} steps of "
+            f"{settings['optim']['batch_size']} images, {len(arms)} arms, "
+            f"{seeds} seed{'s' if seeds > 1 else ''}, on {hardware}.",
+            verdict=result.verdict.text,
+            remarks=result.verdict.remarks,
+            tables=[Table("Results", header, lines, caption(summary))],
+            pictures=pictures,
+            command=first["command"],
+            environment={
+                "commit": about["commit"] or "not a source checkout",
+                "versions": ", ".join(
+                    f"{name} {about[name]}" for name in ("sparsejepa", "torch", "python")
+                ),
+                "hardware": hardware,
+                "work": f"{minutes:.1f} process minutes for {len(result.rows)} runs and probes",
+                "finished": max(row["finished"] for row in result.rows),
+            },
+            settings=tomli_w.dumps(settings),
+        ),
+    )
+
+
+def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[Picture]:
+    import numpy as np
+
+    from sparsejepa.model.masks import MaskSampler
+    from sparsejepa.report.page import samples_picture, sweep_pictures
+    from sparsejepa.training.build import load_images
+
+    seed, image_set = config.run.seed, load_images(config)
+    patch = config.model.patch_size
+    grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
+    masks = MaskSampler(grid, **vars(config.masks)).sample(SAMPLES, seed=seed, step=0)
+    samples = samples_picture(np.asarray(image_set.images[:SAMPLES]), masks, grid)
+    runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
+    curves = {arm: read_rows(run / "metrics.jsonl") for arm, run in runs.items()}
+    shown = result.verdict.arm or arms[-1]
+    w = load_w(runs[shown])
+    norms = None if w is None else (shown, np.linalg.norm(w, axis=1))
+    return [*sweep_pictures(result.summary, curves, norms), samples]

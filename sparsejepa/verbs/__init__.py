@@ -1,0 +1,24 @@
+"""The verbs of the command line: each a dataclass (its flags and help) and a function.
+
+A function takes the parsed dataclass and the console for people, and returns what ``--json``
+prints. It imports what it needs when it runs; nothing heavy is imported with this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sparsejepa.verbs import looking, training
+from sparsejepa.verbs.base import Verb
+
+VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
+    "demo": (training.Demo, training.demo),
+    "pretrain": (training.Pretrain, training.pretrain),
+    "probe": (looking.Probe, looking.probe),
+    "sweep": (training.Sweep, training.sweep),
+    "masks": (looking.Masks, looking.masks),
+    "data": (looking.Data, looking.data),
+    "embed": (looking.Embed, looking.embed),
+    "info": (looking.Info, looking.info),
+}

@@ -1,0 +1,285 @@
+"""The verbs that look at runs, data and masks: probe, embed, masks, data, info."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from sparsejepa.config import PRESETS, Config, MaskConfig
+from sparsejepa.errors import UserError
+from sparsejepa.report.terminal import percent, show_facts, show_rows
+from sparsejepa.verbs.base import DATA, Verb, image_size, split_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Probe(Verb):
+    """Probe frozen encoders on labelled data, beside the untrained and the raw-pixel floor."""
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run directories or timm:NAME."""
+    data: str = ""
+    """Data sets with labels, separated by commas."""
+    protocol: str = "logistic"
+    """logistic, ridge, knn, or several separated by commas."""
+    targets: str = ""
+    """Only these targets of the data, separated by commas; all of them if not given."""
+    limit: int | None = None
+    """Use at most this many training images."""
+    pool: Literal["mean", "concat4"] = "mean"
+    """mean: average of the last layer's patch tokens; concat4: of each of the last four layers."""
+    seed: int = 0
+    """Seed of that choice, of the validation part and of the untrained floor."""
+    data_root: Path | None = None
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPADATA)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def probe(args: Probe, console: Console) -> dict[str, Any]:
+    """Probe, and print one row per run, data set, target and protocol."""
+    if not args.runs:
+        raise UserError("which run? Name run directories or timm:NAME after the verb")
+    if not args.data:
+        raise UserError(f"--data is needed: labelled images, {DATA}")
+    from sparsejepa.data.catalog import cache_folder
+    from sparsejepa.environment import resolve_device
+    from sparsejepa.evaluation.probe import evaluate
+
+    rows = evaluate(
+        args.runs,
+        split_names(args.data),
+        protocols=split_names(args.protocol),
+        targets=split_names(args.targets) or None,
+        pool=args.pool,
+        limit=args.limit,
+        seed=args.seed,
+        data_root=args.data_root,
+        cache_dir=cache_folder(None) / "floors",
+        device=resolve_device(args.device),
+        progress=console.print,
+    )
+    table = [
+        {
+            "encoder": row.encoder,
+            "data": row.data,
+            "target": row.target,
+            "protocol": row.protocol,
+            "accuracy %": percent(row.accuracy, row.interval),
+            "untrained": percent(row.untrained, row.untrained_interval),
+            "pixels": percent(row.pixels, row.pixels_interval),
+            "chance": percent(row.chance),
+        }
+        for row in rows
+    ]
+    show_rows(console, table)
+    console.print("Brackets: 95 % interval over the test images; it says nothing of other seeds.")
+    return {"probes": [row.to_dict() for row in rows]}
+
+
+@dataclass(frozen=True)
+class Embed(Verb):
+    """Write the features of images to a file."""
+
+    run: Positional[str | None] = None
+    """Run directory or timm:NAME."""
+    data: str = ""
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder."""
+    out: Path = Path("features.parquet")
+    """File to write: .parquet, .npz or .safetensors."""
+    split: Literal["train", "test"] = "train"
+    """Which part of the data."""
+    pool: Literal["mean", "concat4"] = "mean"
+    """mean: average of the last layer's patch tokens; concat4: of each of the last four layers."""
+    limit: int | None = None
+    """Only this many images, at random."""
+    img_size: tuple[int, ...] = ()
+    """Size that images are decoded to, one number or height and width; their own if not given."""
+    upscale: bool = False
+    """Enlarge images that are smaller than --img-size instead of refusing them."""
+    data_root: Path | None = None
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPADATA)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def embed(args: Embed, console: Console) -> dict[str, Any]:
+    """Embed a data set and write one row per image."""
+    if not args.run:
+        raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
+    if not args.data:
+        raise UserError(f"--data is needed: {DATA}")
+    from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.environment import resolve_device
+    from sparsejepa.evaluation import features
+    from sparsejepa.evaluation.export import check_path, write_features
+    from sparsejepa.interop import load
+
+    check_path(args.out)
+    encoder = load(args.run, resolve_device(args.device))
+    images = load_dataset(
+        args.data,
+        args.split,
+        img_size=image_size(args.img_size),
+        data_root=args.data_root,
+        upscale=args.upscale,
+    ).subset(args.limit)
+    found = features.embed(encoder, images, pool=args.pool)
+    write_features(args.out, found, images.files)
+    facts = {
+        "out": args.out,
+        "encoder": encoder.name,
+        "license": encoder.license,
+        "data": args.data,
+        "split": args.split,
+        "images": len(found.x),
+        "features": found.x.shape[1],
+        "targets": list(found.targets),
+        "skipped": len(images.skipped),
+        "seconds": found.seconds,
+    }
+    show_facts(console, facts, f"wrote {args.out}")
+    return facts
+
+
+@dataclass(frozen=True)
+class Masks(Verb):
+    """Look at the masks that a grid and the mask flags give, or audit their coverage."""
+
+    action: Positional[Literal["preview", "audit"]] = "preview"
+    """preview: a picture of some; audit: every patch's share against exact enumeration."""
+    img_size: tuple[int, ...] = (32,)
+    """Image size in pixels, one number or height and width."""
+    patch_size: int = 4
+    """Side of a patch in pixels."""
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    batch_size: int = 256
+    """Images per step of the audit."""
+    batches: int = 200
+    """Steps of the audit."""
+    count: int = 16
+    """Masks in the preview."""
+    seed: int = 0
+    """Seed of the masks."""
+    out: Path | None = None
+    """Picture to write; masks-ACTION.png if not given."""
+
+
+def masks(args: Masks, console: Console) -> dict[str, Any]:
+    """Write the picture and print the numbers."""
+    config = Config(masks=args.masks).replace(img_size=args.img_size, patch_size=args.patch_size)
+    size = image_size(args.img_size) or (32, 32)
+    config.check().check_image(size)
+    from sparsejepa.model.coverage import audit
+    from sparsejepa.model.masks import MaskSampler
+    from sparsejepa.report.masks import mask_audit_figure, mask_preview_figure
+
+    grid = (size[0] // args.patch_size, size[1] // args.patch_size)
+    sampler = MaskSampler(grid, **vars(args.masks))
+    out = args.out or Path(f"masks-{args.action}.png")
+    found: dict[str, Any] = {
+        "out": out,
+        "grid_size": list(grid),
+        "target_shapes": [list(shape) for shape in sampler.target_shapes],
+        "context_counts": list(sampler.context_counts),
+    }
+    if args.action == "audit":
+        result = audit(sampler, batch_size=args.batch_size, batches=args.batches, seed=args.seed)
+        mask_audit_figure(result, out)
+        found |= result.summary()
+    else:
+        mask_preview_figure(sampler, out, count=args.count, seed=args.seed)
+    show_facts(console, found, f"masks {args.action}: {out}")
+    return found
+
+
+@dataclass(frozen=True)
+class Data(Verb):
+    """List the data sets, fetch some into the cache, or check what they hold."""
+
+    action: Positional[Literal["list", "get", "check"]] = "list"
+    """list: every name and where it lies; get: fetch and decode; check: say what it holds."""
+    names: Positional[tuple[str, ...]] = ()
+    """Names, hub:OWNER/NAME or folders, for get and check."""
+    img_size: tuple[int, ...] = ()
+    """Image size in pixels, one number or height and width; the data set's own if not given."""
+    upscale: bool = False
+    """Enlarge images that are smaller than --img-size instead of refusing them."""
+    data_root: Path | None = None
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPADATA)."""
+
+
+def data(args: Data, console: Console) -> dict[str, Any]:
+    """List, fetch or check data sets."""
+    from sparsejepa.data.catalog import describe, list_datasets
+
+    if args.action == "list":
+        rows = [dataclasses.asdict(row) for row in list_datasets(args.data_root)]
+        show_rows(console, rows)
+        return {"datasets": rows}
+    if not args.names:
+        raise UserError(f"data {args.action}: which one? Name {DATA}")
+    size, found = image_size(args.img_size), []
+    for name in args.names:
+        about = describe(name, img_size=size, data_root=args.data_root, upscale=args.upscale)
+        found.append(about)
+        show_facts(console, {k: v for k, v in about.items() if k != "splits"}, name)
+        for split, values in about["splits"].items():
+            show_facts(console, {**values, "skipped": len(values["skipped"])}, f"{name}: {split}")
+            for file, reason in values["skipped"]:
+                console.print(f"skipped {file}: {reason}")
+    return {"datasets": found}
+
+
+@dataclass(frozen=True)
+class Info(Verb):
+    """Versions, hardware and presets; or the settings and last numbers of a run."""
+
+    run: Positional[str | None] = None
+    """Run directory."""
+
+
+def info(args: Info, console: Console) -> dict[str, Any]:
+    """Describe the installation or a run."""
+    if args.run is None:
+        from sparsejepa.environment import environment
+
+        presets = {name: preset.about for name, preset in PRESETS.items()}
+        found: dict[str, Any] = {"environment": environment(), "presets": presets}
+        show_facts(console, found["environment"], "environment")
+        show_facts(console, presets, "presets")
+        return found
+    from sparsejepa.training.loop import read_config
+
+    folder = Path(args.run)
+    config = read_config(folder)
+    summary = folder / "summary.json"
+    found = {
+        "run": folder,
+        "finished": summary.exists(),
+        "config": config.to_dict(),
+        "last": json.loads(summary.read_text())["final"] if summary.exists() else _last(folder),
+    }
+    show_facts(console, config.flat(), f"{folder}: settings")
+    state = "finished" if found["finished"] else "not finished; continue with --resume"
+    show_facts(console, found["last"], f"{folder}: {state}")
+    return found
+
+
+def _last(folder: Path) -> dict[str, Any]:
+    """Return the newest value of every number in metrics.jsonl; a torn last line is left out."""
+    newest: dict[str, Any] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            newest |= json.loads(line)
+        except json.JSONDecodeError:
+            break
+    return newest

@@ -1,0 +1,179 @@
+"""The verbs that train: demo, pretrain, sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from sparsejepa.config import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    GroupConfig,
+    LossConfig,
+    MaskConfig,
+    OptimConfig,
+    RunConfig,
+)
+from sparsejepa.errors import UserError
+from sparsejepa.report.terminal import show_facts
+from sparsejepa.verbs.base import DATA, Verb, split_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Settings(Verb):
+    """All settings of a pretraining run as flags."""
+
+    preset: str = "best"
+    """Named settings to start from (sparsejepa info lists them)."""
+    config: Path | None = None
+    """TOML file of settings to start from, such as a run's config.toml; flags win over it."""
+    images: DataConfig = field(default_factory=DataConfig)
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    groups: GroupConfig = field(default_factory=GroupConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def of(cls, config: Config, data: str | None = None) -> Self:
+        """Return the flags that describe `config`."""
+        names = {f.name for f in dataclasses.fields(cls)} - {"data"}
+        same = {name: value for name, value in vars(config).items() if name in names}
+        if cls is Sweep:
+            same["groups"] = _SweptGroups(**vars(config.groups))
+        return cls(data=data, **same)  # type: ignore[call-arg]
+
+    def settings(self, data: str | None) -> Config:
+        """Return the checked `Config` that the flags describe. Raises UserError without data."""
+        if not data:
+            raise UserError(f"which images? Name them after the verb: {DATA}")
+        sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(Config)[1:]}
+        sections["groups"] = GroupConfig(**vars(self.groups))
+        return Config(data=data, **sections).check()
+
+
+@dataclass(frozen=True)
+class Demo(Verb):
+    """The main job on the built-in scenes: dense against sparse, a table and a page.
+
+    Takes minutes on two CPU cores and needs no network.
+    """
+
+    resumes = ()
+
+    out: Path = Path("runs/demo")
+    """Folder for the runs and the page."""
+    jobs: int | None = None
+    """Runs at a time; one per two CPU cores if not given."""
+    quick: FlagCreatePairsOff[bool] = False
+    """Only show that everything works: too short to learn anything."""
+
+
+def demo(args: Demo, console: Console) -> dict[str, Any]:
+    """Run the demo."""
+    from sparsejepa.demo import run_demo
+
+    return run_demo(args.out, jobs=args.jobs, quick=args.quick, console=console)
+
+
+@dataclass(frozen=True)
+class Pretrain(Settings):
+    """Pretrain an encoder without labels; --groups none is the dense JEPA.
+
+    Writes a run directory. With --resume it goes on from the newest checkpoint there.
+    """
+
+    resumes = ("--resume",)
+
+    data: Positional[str | None] = None
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder."""
+    out: Path | None = None
+    """Run directory; runs/DATA-ARM-sSEED if not given."""
+    resume: FlagCreatePairsOff[bool] = False
+    """Go on with the run in --out, with its own settings."""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Only say what would be done: time, memory, mask counts, files."""
+
+
+def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
+    """Pretrain, or plan to."""
+    config = args.settings(args.data)
+    from sparsejepa.training import loop
+
+    if args.dry_run:
+        found = loop.plan(config)
+        if args.out:
+            found["would_write"] = str(args.out)
+        show_facts(console, found, "dry run: nothing was written")
+        return found
+    run = loop.pretrain(config, out=args.out, resume=args.resume, console=console)
+    show_facts(console, run.summary, f"finished: {run.path}")
+    return {"run": run.path, "summary": run.summary, "config": config.to_dict()}
+
+
+@dataclass(frozen=True)
+class _SweptGroups(GroupConfig):
+    """The group-sparse map; --lam and --density are lists here."""
+
+    lam: Annotated[float, tyro.conf.Fixed, tyro.conf.Suppress] = 0.01
+    density: Annotated[float | None, tyro.conf.Fixed, tyro.conf.Suppress] = None
+
+
+@dataclass(frozen=True)
+class Sweep(Settings):
+    """Compare lambdas with paired seeds; dense and lambda = 0 are always among the arms.
+
+    Finished runs are not repeated: the same command again goes on where it was interrupted.
+    """
+
+    resumes = ()
+
+    data: Positional[str | None] = None
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder."""
+    lam: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1)
+    """Group-lasso penalties, one arm each."""
+    density: tuple[float, ...] = ()
+    """Wanted densities, one arm each."""
+    seeds: int = 3
+    """Runs per arm; the seeds are --seed, --seed + 1, ..."""
+    jobs: int | None = None
+    """Runs at a time; one per two CPU cores if not given."""
+    data_eval: str = ""
+    """Labelled data to probe on, separated by commas; DATA itself if not given."""
+    out: Path | None = None
+    """Folder of the sweep; runs/sweep-DATA if not given."""
+    groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
+
+
+def sweep(args: Sweep, console: Console) -> dict[str, Any]:
+    """Run the sweep."""
+    config = args.settings(args.data)
+    from sparsejepa.sweep import REPORT, run_sweep
+
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
+    out = args.out or Path("runs") / f"sweep-{name}"
+    result = run_sweep(
+        config,
+        lams=args.lam,
+        densities=args.density,
+        seeds=args.seeds,
+        out=out,
+        probe_data=split_names(args.data_eval) or None,
+        jobs=args.jobs,
+        console=console,
+    )
+    console.print(result.table)
+    for text in (result.verdict.text, *result.verdict.remarks):
+        console.print(text)
+    console.print(f"The page with figures: {out / REPORT}")
+    return result.to_dict()

@@ -1,0 +1,214 @@
+"""The page is one file, escapes what it shows, and asks nothing of the network."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsejepa.report.figures import (
+    INK,
+    accuracy_figure,
+    group_map_figure,
+    inline_svg,
+    samples_figure,
+    save_png,
+)
+from sparsejepa.report.page import Page, Picture, Table, sweep_pictures, write_page
+from sparsejepa.report.summary import Summary, summarise, table, verdict
+
+HOSTILE = '</title><script>alert(1)</script>" onload="x & {{ 7 * 7 }}'
+VOID = {"meta", "link", "br", "img", "use", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes, text and duplicate ids; fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def make_summary(arm: str = "lam=0.01", data: str = "cifar100") -> Summary:
+    rows = []
+    for name in ("dense", "lam=0", arm):
+        for seed in range(3):
+            groups = {"groups": "none" if name == "dense" else "region", "lam": 0.0}
+            if name != "dense":
+                groups["lam"] = float(name.partition("=")[2])
+            accuracies = {"fine": 0.4 + 0.01 * seed, "coarse": 0.2}
+            rows.append(
+                {
+                    "arm": name,
+                    "seed": seed,
+                    "settings": {"groups": groups},
+                    "groups_per_latent": None if name == "dense" else 8.0,
+                    "density": None if name == "dense" else 0.5,
+                    "nonzero_elements": None if name == "dense" else 4608,
+                    "dead_groups": None if name == "dense" else 0,
+                    "probes": [
+                        {"data": data, "target": target, "protocol": "logistic", "n_test": 1000,
+                         "accuracy": accuracy, "untrained": 0.2, "pixels": 0.12}
+                        for target, accuracy in accuracies.items()
+                    ],
+                }
+            )  # fmt: skip
+    return summarise(rows)
+
+
+def make_page(summary: Summary, title: str = "A sweep") -> Page:
+    curves = {"dense": [{"step": i, "knn": 0.1 + 0.01 * i, "rankme": 20.0 + i} for i in range(5)]}
+    norms = np.random.default_rng(0).random((16, 96)) * (np.arange(96) % 3 == 0)
+    found = verdict(summary)
+    header, lines = table(summary)
+    return Page(
+        title=title,
+        subtitle=title,
+        verdict=found.text,
+        remarks=[*found.remarks, title],
+        tables=[Table(title, header, lines, title)],
+        pictures=sweep_pictures(summary, curves, (title, norms)),
+        command=title,
+        environment={"commit": title},
+        settings=title,
+    )
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("page") / "new" / "report.html"
+    summary = make_summary(data=f"folder/{HOSTILE}")
+    assert write_page(path, make_page(summary, HOSTILE)) == path
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_asks_nothing_of_the_network(html: str) -> None:
+    page = Reader(html)
+    assert {"script", "link", "iframe", "object", "embed"}.isdisjoint(page.tags)
+    for name, value in page.attributes:
+        assert name not in {"srcset", "action", "background"}
+        if name.rpartition(":")[2] in {"href", "src"}:
+            assert value.startswith(("#", "data:image/png;base64,")), value
+        if "url(" in value:
+            assert re.fullmatch(r"url\(#[\w-]+\)", value.strip()) or "url(#" in value
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    # Names of XML vocabularies are no requests; nothing else may look like an address.
+    assert set(re.findall(r"https?://[\w./]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_hostile_names_are_shown_and_not_obeyed(html: str) -> None:
+    page = Reader(html)
+    assert HOSTILE in page.text  # as text, also the braces
+    assert all(not name.startswith("on") for name, _ in page.attributes)
+    assert "49" not in page.text.partition("Figures")[0]
+
+
+def test_references_inside_the_page_resolve_and_ids_are_unique(html: str) -> None:
+    page = Reader(html)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = [v[1:] for n, v in page.attributes if n.endswith("href") and v.startswith("#")]
+    used += re.findall(r"url\(#([\w-]+)\)", html)
+    assert used and set(used) <= set(ids)
+
+
+def test_the_page_says_what_it_must(html: str) -> None:
+    page = Reader(html)
+    assert verdict(make_summary(data=f"folder/{HOSTILE}")).text in page.text
+    assert "untrained floor" in page.text and "raw-pixel floor" in page.text
+    assert "uninformative" in page.text  # coarse equals its floor
+    alts = [v for n, v in page.attributes if n == "aria-label" and "percent" in v]
+    assert any("untrained encoder 20.0" in a and "raw pixels 12.0" in a for a in alts)
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+
+
+def test_figures_take_the_pages_ink_and_are_reproducible() -> None:
+    summary = make_summary()
+    first = inline_svg(accuracy_figure(summary, "cifar100: fine"), "a")
+    again = inline_svg(accuracy_figure(summary, "cifar100: fine"), "a")
+    assert first == again
+    assert INK not in first and "currentColor" in first
+    assert "<metadata>" not in first and "<!DOCTYPE" not in first
+    assert " width=" not in first[: first.index(">")]
+
+
+def test_uninformative_is_written_on_the_picture() -> None:
+    summary = make_summary()
+    assert summary.uninformative == {"cifar100: coarse"}
+    written = [
+        {text.get_text() for ax in accuracy_figure(summary, name).axes for text in ax.texts}
+        for name in summary.measures
+    ]
+    assert written == [set(), {"uninformative"}]
+
+
+def test_accuracy_figure_draws_the_numbers() -> None:
+    ax = accuracy_figure(make_summary(), "cifar100: fine").axes[0]
+    points, *levels = (np.asarray(line.get_xydata()) for line in ax.lines if line.get_visible())
+    assert points[:, 0].tolist() == [0.0, 0.01]
+    assert points[:, 1].tolist() == pytest.approx([41, 41])
+    flat = {round(float(xy[0, 1]), 6) for xy in levels if np.ptp(xy[:, 1]) == 0}
+    assert {41, 20, 12} <= flat
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.01"]
+
+
+def test_group_map_shows_exact_zeros_as_missing() -> None:
+    norms = np.zeros((4, 6))
+    norms[[0, 1, 2, 3, 0, 1], range(6)] = [1, 2, 3, 4, 5, 1e-9]
+    shown = group_map_figure(norms).axes[0].images[0].get_array()
+    assert shown is not None and (~np.ma.getmaskarray(shown)).sum() == 6
+    strongest = np.ma.filled(shown, 0).argmax(0)
+    assert list(strongest) == sorted(strongest)
+
+
+def test_samples_grey_out_hidden_patches(tmp_path: Path) -> None:
+    images = np.full((1, 8, 8, 3), 30, np.uint8)
+    figure = samples_figure(images, [np.array([0, 3])], [np.array([[1]])], (2, 2))
+    seen = figure.axes[1].images[0].get_array()
+    assert seen is not None
+    seen = np.asarray(seen)[..., 0]
+    assert (seen[:4, :4] == 30).all() and (seen[4:, 4:] == 30).all()
+    assert (seen[:4, 4:] == 150).all() and (seen[4:, :4] == 150).all()
+    block = figure.axes[1].patches[0].get_extents().bounds  # type: ignore[attr-defined]
+    cell = figure.axes[1].transData.transform([[3.5, -0.5], [7.5, 3.5]])
+    assert block[2] == pytest.approx(abs(cell[1, 0] - cell[0, 0]))
+    assert save_png(figure, tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_figure_of_one_seed_and_no_floor() -> None:
+    groups = {"groups": "region", "lam": 0.1}
+    probe = {"data": "d", "target": "t", "protocol": "knn", "accuracy": 0.5, "n_test": 10}
+    rows = [{"arm": "lam=0.1", "seed": 0, "settings": {"groups": groups}, "probes": [probe]}]
+    summary = summarise(rows)
+    pictures = sweep_pictures(summary, {"lam=0.1": []}, None)
+    assert [p.name for p in pictures] == ["accuracy-d-t-knn"]
+    assert isinstance(pictures[0], Picture)

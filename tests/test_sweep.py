@@ -1,0 +1,282 @@
+"""The sweep and its runs: arms, keys, result lines, workers, and one tiny sweep from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from sparsejepa import cli, runs
+from sparsejepa.config import preset
+from sparsejepa.errors import UserError
+from sparsejepa.runs import Probes, Task, append_row, read_rows, run_tasks
+from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
+from sparsejepa.training.build import arm_name
+
+TINY = preset("nano").replace(
+    data="scenes", steps=4, batch_size=32, predictor_depth=1, device="cpu", threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 96 + 48 noisy images in two classes that differ in colour."""
+    root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 24)):
+        for name, tint in (("red", (90, 0, 0)), ("blue", (0, 0, 90))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 160, (32, 32, 3)) + tint
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def make_task(tmp_path: Path, arm: str = "lam=0", seed: int = 0, **settings: Any) -> Task:
+    config = TINY.replace(**arm_settings(arm), seed=seed, **settings)
+    return Task(config, tmp_path / f"{arm}-s{seed}", Probes(("scenes",)))
+
+
+def test_dense_and_unpenalised_are_always_inside() -> None:
+    assert sweep_arms(TINY, ()) == ["dense", "lam=0"]
+    got = sweep_arms(TINY, (0.1, 0, 0.001, 0.1), (0.5, 0.25))
+    assert got == ["dense", "lam=0", "lam=0.001", "lam=0.1", "density=0.25", "density=0.5"]
+    with pytest.raises(UserError, match="--groups none"):
+        sweep_arms(TINY.replace(groups="none"), (0.1,))
+
+
+@given(st.sampled_from(["region", "concept"]), st.sampled_from(["dense", "lam", "density"]),
+       st.sampled_from([0.0, 0.001, 0.25, 1e-5, 0.9]))  # fmt: skip
+def test_arm_settings_inverts_arm_name(kind: str, arm: str, level: float) -> None:
+    name = arm if arm == "dense" else f"{arm}={level:g}"
+    config = TINY.replace(groups=kind, density=0.77, lam=0.5).replace(**arm_settings(name))
+    assert arm_name(config) == name
+    assert config.groups.groups == ("none" if arm == "dense" else kind)
+
+
+@pytest.mark.parametrize("arm", ["", "lam", "lam=", "lam=much", "Dense", "rho=1", "dense=1"])
+def test_unknown_arms_are_named(arm: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"unknown arm '{arm}'")):
+        arm_settings(arm)
+
+
+def test_dense_is_one_run_whatever_the_base_lambda() -> None:
+    one, two = (TINY.replace(lam=lam).replace(**arm_settings("dense")) for lam in (0.01, 0.5))
+    assert one == two
+
+
+def test_sweep_command_gives_the_same_sweep_again(tmp_path: Path) -> None:
+    config = preset("nano").replace(
+        data="my folder/x", limit=500, flip=False, context_counts=[16, 20], lr=3e-3, img_size=32
+    )
+    line = sweep_command(
+        config, lams=[0.1, 0.001], densities=[0.25], seeds=4, out=tmp_path / "a b",
+        probe_data=["cifar10", "svhn"],
+    )  # fmt: skip
+    words = shlex.split(line)
+    assert words[:2] == ["sparsejepa", "sweep"]
+    args = cli.parse(words[1:])
+    assert args.settings(args.data) == config
+    assert (args.lam, args.density, args.seeds) == ((0.0, 0.001, 0.1), (0.25,), 4)
+    assert args.data_eval == "cifar10,svhn" and args.out == tmp_path / "a b"
+
+
+def test_key_is_about_numbers_only(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    same = make_task(tmp_path / "elsewhere", threads=2, device="auto", data_root="/data")
+    assert task.key == same.key and re.fullmatch("[0-9a-f]{16}", task.key)
+    others = [
+        make_task(tmp_path, seed=1),
+        make_task(tmp_path, arm="dense"),
+        make_task(tmp_path, lr=1e-4),
+        *(
+            dataclasses.replace(task, probes=probes)
+            for probes in (
+                Probes(("scenes", "scenes:single")),
+                Probes(("scenes",), ("knn",)),
+                Probes(("scenes",), targets={"scenes": ("count",)}),
+                Probes(("scenes",), limit=100),
+            )
+        ),
+    ]
+    assert len({task.key, *(t.key for t in others)}) == 8
+
+
+def test_rows_survive_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.jsonl"
+    assert read_rows(path) == []
+    append_row(path, {"key": "a"})
+    with path.open("a") as file:
+        file.write('{"key": "b", "pro')
+    append_row(path, {"key": "c", "text": "ä\n"})
+    assert read_rows(path) == [{"key": "a"}, {"key": "c", "text": "ä\n"}]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace training and probing; the list records what ran."""
+    ran: list[str] = []
+
+    def run_and_probe(task: Task, console: Any = None) -> dict[str, Any]:
+        ran.append(task.run_dir.name)
+        if task.config.optim.lr > 1:
+            raise UserError(f"{task.run_dir}: 'loss' is not finite at step 0")
+        if task.config.optim.lr > 0.5:
+            raise KeyboardInterrupt
+        probe = {"data": "scenes", "target": "count", "protocol": "logistic", "accuracy": 0.5}
+        return {
+            "key": task.key, "arm": arm_name(task.config), "seed": task.config.run.seed,
+            "probes": [probe], "groups_per_latent": None, "seconds": 1.0, "probe_seconds": 1.0,
+            "alarms": [],
+        }  # fmt: skip
+
+    monkeypatch.setattr(runs, "run_and_probe", run_and_probe)
+    monkeypatch.setattr(runs, "_check", lambda tasks: {t.run_dir: 4 for t in tasks})
+    return ran
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, fake: list[str]) -> None:
+    results = tmp_path / "results.jsonl"
+    tasks = [make_task(tmp_path, arm, seed) for seed in (0, 1) for arm in ("dense", "lam=0")]
+    first = run_tasks(tasks[:3], results, jobs=1)
+    assert fake == ["dense-s0", "lam=0-s0", "dense-s1"]
+    rows = run_tasks(tasks, results, jobs=1)
+    assert fake[3:] == ["lam=0-s1"]
+    assert rows[:3] == first and [r["key"] for r in rows] == [t.key for t in tasks]
+    assert read_rows(results) == rows
+    assert run_tasks(tasks, results) == rows and len(fake) == 4
+
+
+def test_one_failing_run_does_not_cost_the_others(tmp_path: Path, fake: list[str]) -> None:
+    results = tmp_path / "results.jsonl"
+    tasks = [make_task(tmp_path, "lam=0", seed, lr=9.0 if seed == 0 else 1e-3) for seed in range(3)]
+    console = Console(file=(tmp_path / "log").open("w"), width=200)
+    with pytest.raises(UserError, match=r"1 of 3 runs failed.*not finite"):
+        run_tasks(tasks, results, jobs=1, console=console)
+    console.file.close()
+    assert [row["seed"] for row in read_rows(results)] == [1, 2]
+    log = (tmp_path / "log").read_text()
+    assert "lam=0-s0: failed" in log and "lam=0-s1: scenes: count 50.0 %" in log
+
+
+def test_an_interruption_ends_the_sweep_and_keeps_the_lines(
+    tmp_path: Path, fake: list[str]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    tasks = [make_task(tmp_path, "lam=0", seed, lr=0.9 if seed == 1 else 1e-3) for seed in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(tasks, results, jobs=1)
+    assert [row["seed"] for row in read_rows(results)] == [0] and len(fake) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"seeds": 0}, "--seeds 0"), ({"jobs": 0}, "--jobs 0"), ({"lams": [-1]}, "--lam -1")],
+)
+def test_bad_numbers_are_named(tmp_path: Path, changes: dict[str, Any], flag: str) -> None:
+    settings: dict[str, Any] = {"lams": [0.01], "seeds": 1, "out": tmp_path / "out", **changes}
+    with pytest.raises(UserError, match=flag):
+        run_sweep(TINY, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tiny_sweep_from_end_to_end(tmp_path: Path, tiny_images: Path) -> None:
+    out, config = tmp_path / "sweep", TINY.replace(data=str(tiny_images))
+    kw: dict[str, Any] = {"lams": [0.1], "seeds": 1, "out": out, "jobs": 1}
+    result = run_sweep(config, **kw)
+    assert [row["arm"] for row in result.rows] == ["dense", "lam=0", "lam=0.1"]
+    assert result.rows == read_rows(out / "results.jsonl")
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert result.table.row_count == 5
+    for row in result.rows:
+        for probe in row["probes"]:
+            assert 0 <= probe["accuracy"] <= 1
+            assert 0 <= probe["untrained"] <= 1 and 0 <= probe["pixels"] <= 1
+        assert "data_root" not in row["settings"]["images"]
+        assert row["steps"] == 4 and row["environment"]["torch"]
+    floors = {(p["target"], p["untrained"], p["pixels"]) for r in result.rows for p in r["probes"]}
+    assert len(floors) == len(result.rows[0]["probes"])  # paired: one floor per seed and target
+    dense, free, _ = result.rows
+    assert dense["nonzero_elements"] is None
+    assert free["nonzero_elements"] == free["elements"] and free["density"] == 1
+    page = (out / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and (out / "figures" / "structure.png").exists()
+
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/encoder.safetensors")}
+    again = run_sweep(config, **kw)
+    assert again.rows == result.rows and len(read_rows(out / "results.jsonl")) == 3
+    assert stamps == {p: p.stat().st_mtime_ns for p in out.glob("*/encoder.safetensors")}
+
+    with pytest.raises(UserError, match="--lr"):
+        run_sweep(config.replace(lr=1e-4), **kw)
+    assert again.rows == read_rows(out / "results.jsonl")
+
+
+def test_unlabelled_probe_data_is_refused_before_training(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(40):
+        Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(flat / f"{i}.png")
+    config = TINY.replace(data=str(flat))
+    with pytest.raises(UserError, match=r"no labels.*--data-eval"):
+        run_sweep(config, seeds=1, out=tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out").exists()
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from sparsejepa.sweep import run_sweep
+from sparsejepa.config import preset
+
+if __name__ == "__main__":
+    config = preset("nano").replace(
+        data=sys.argv[2], steps=400, batch_size=32, device="cpu"
+    )
+    run_sweep(config, lams=[], seeds=1, out=Path(sys.argv[1]), jobs=2)
+"""
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_workers_stop_with_a_checkpoint_and_go_on(
+    tmp_path: Path, tiny_images: Path, kill: signal.Signals
+) -> None:
+    script, out = tmp_path / "sweep.py", tmp_path / "out"
+    script.write_text(SWEEP)
+    words = [sys.executable, str(script), str(out), str(tiny_images)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True)
+    logs = [out / arm / "metrics.jsonl" for arm in ("dense-s0", "lam=0-s0")]
+    wait_for(lambda: all(log.exists() and log.read_text().count("\n") > 2 for log in logs), process)
+    os.kill(process.pid, kill)
+    process.wait()
+    checkpoints = [log.with_name("checkpoint.safetensors") for log in logs]
+    for path in checkpoints:  # an orphan notices and does the same
+        while not path.exists():
+            time.sleep(0.1)
+    assert not any(log.with_name("summary.json").exists() for log in logs)
+    time.sleep(2)  # until orphans are gone
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["steps"] for row in read_rows(out / "results.jsonl")] == [400, 400]
