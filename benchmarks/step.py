@@ -86,7 +86,7 @@ def reference_step(config: Config, images: torch.Tensor) -> Callable[[int], floa
             )
             for slow, fast in pairs:
                 slow.mul_(0.996).add_(fast, alpha=0.004)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -116,13 +116,13 @@ def our_step(config: Config, images: torch.Tensor) -> Callable[[int], float]:
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(index)
-        return float(losses.total)
+        return float(losses.total.detach())
 
     return step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--encoder", default="tiny")
     parser.add_argument("--predictor-dim", type=int, default=96)
     parser.add_argument("--predictor-depth", type=int, default=6)

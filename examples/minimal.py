@@ -37,7 +37,7 @@ class Transformer(nn.Module):  # tokens [B, C, dim_in] of the patches `index` ->
         self.norm = nn.LayerNorm(dim)
         w = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
         angles = torch.cat([ROW[:, None] * w, COL[:, None] * w], 1)
-        self.register_buffer("pos", torch.cat([angles.sin(), angles.cos()], 1))
+        self.pos = nn.Parameter(torch.cat([angles.sin(), angles.cos()], 1), requires_grad=False)
 
     def forward(self, x, index):
         return self.norm(self.blocks(self.inp(x) + self.pos[index]))
@@ -141,8 +141,8 @@ for step in range(args.steps):
     loss.backward()
     optimizer.step()
     groups.proximal_step(lr=60 / args.steps, lam=args.lam)
-    with torch.no_grad():
-        torch._foreach_lerp_([*target.parameters()], [*encoder.parameters()], 0.02)
+    for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
+        slow.data.lerp_(fast.data, 0.02)
     if step % 50 == 0 or step == args.steps - 1:
         per_latent = (groups.W.norm(dim=1) > 0).sum(0).float().mean()
         print(f"step {step:4}  loss {loss:.3f}  groups per latent {per_latent:.1f} of {G}")

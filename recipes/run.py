@@ -87,7 +87,7 @@ def read_queue(args: argparse.Namespace) -> Iterator[Entry]:
         if missing:
             raise UserError(f"{where}: '{min(missing)}' is missing")
         try:
-            config, probe = read_recipe(args.queue.parent, run["recipe"])
+            config, probes = read_recipe(args.queue.parent, run["recipe"])
             if args.scale == "smoke":
                 config = config.replace(**SMOKE)
             config = config.replace(device=args.device, data_root=args.data_root)
@@ -98,22 +98,24 @@ def read_queue(args: argparse.Namespace) -> Iterator[Entry]:
                     one = config.replace(**arm_settings(arm), seed=seed).check()
                     if fnmatch(name, args.only) or fnmatch(name, f"{args.only}/*"):
                         command = shlex.join(["python", "recipes/run.py", "--only", name])
-                        tasks.append(Task(one, args.runs / name, Probes(probe), command))
+                        tasks.append(Task(one, args.runs / name, probes, command))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if tasks:
             yield tasks, f"about {run.get('minutes', '?')} minutes on {run.get('hardware', '?')}"
 
 
-def read_recipe(folder: Path, name: str) -> tuple[Config, tuple[str, ...]]:
-    """Return a recipe's settings and the data that it probes on."""
+def read_recipe(folder: Path, name: str) -> tuple[Config, Probes]:
+    """Return a recipe's settings and probes."""
     known = sorted(p.stem for p in folder.glob("*.toml") if p.stem != "queue")
     if name not in known:
         raise UserError(f"unknown recipe '{name}'{nearest(name, known)}; there are {known}")
     recipe = load_toml(folder / f"{name}.toml")
     settings: dict[str, Any] = dict(recipe["settings"])
     config = preset(settings.pop("preset", "best")).replace(**settings)
-    return config, tuple(recipe.get("probe", (config.data,)))
+    targets = {data: tuple(names) for data, names in recipe.get("targets", {}).items()}
+    data = tuple(recipe.get("probe", (config.data,)))
+    return config, Probes(data, targets=targets, limit=recipe.get("probe_limit"))
 
 
 def report(entries: Sequence[Entry], args: Any, console: Console, word: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "Config": "sparsejepa.config",
@@ -25,10 +25,27 @@ _EXPORTS = {
     "RidgeProbe": "sparsejepa.evaluation.probe",
     "KNNProbe": "sparsejepa.evaluation.probe",
     "pretrain": "sparsejepa.training.loop",
-    "build_model": "sparsejepa.training.loop",
+    "build_model": "sparsejepa.training.build",
     "run_sweep": "sparsejepa.sweep",
 }
-__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from sparsejepa.config import Config as Config
+    from sparsejepa.config import preset as preset
+    from sparsejepa.data.catalog import load_dataset as load_dataset
+    from sparsejepa.errors import UserError as UserError
+    from sparsejepa.evaluation.features import embed as embed
+    from sparsejepa.evaluation.probe import KNNProbe as KNNProbe
+    from sparsejepa.evaluation.probe import LogisticProbe as LogisticProbe
+    from sparsejepa.evaluation.probe import RidgeProbe as RidgeProbe
+    from sparsejepa.interop import load as load
+    from sparsejepa.model.encoder import ViT as ViT
+    from sparsejepa.model.groups import GroupMap as GroupMap
+    from sparsejepa.model.jepa import SparseJEPA as SparseJEPA
+    from sparsejepa.model.masks import MaskSampler as MaskSampler
+    from sparsejepa.sweep import run_sweep as run_sweep
+    from sparsejepa.training.build import build_model as build_model
+    from sparsejepa.training.loop import pretrain as pretrain
 
 try:
     __version__ = version("sparsejepa")

@@ -341,14 +341,16 @@ PRESETS: dict[str, Preset] = {
         "our recipe for two CPU cores: ViT-Nano/4, batch 128, minutes for 5,000 images",
         {
             "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
-            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 20,
+            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 20, "ema": 0.98,
+            "ema_final": 0.999,
         },
     ),
     "demo": Preset(
         "the built-in scenes in minutes on two CPU cores, as `sparsejepa demo` runs them",
         {
             "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
-            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "limit": 10_000, "steps": 500,
+            "batch_size": 64, "lr": 2e-3, "warmup": 0.1, "limit": 10_000, "steps": 1000,
+            "ema": 0.98, "ema_final": 0.999, "beta": 0.02,
         },
     ),
     "paper": Preset(

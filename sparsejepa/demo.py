@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LAM = 0.01
-PROBE_DATA = ("scenes", "scenes:single")
+# Few targets and labelled images, so that the probes take seconds.
+TARGETS = {"scenes": ("count",), "scenes:single": ("shape", "size", "x")}
+PROBE_LIMIT = 3000
 # Shows in seconds that everything works; learns nothing.
-QUICK = {"limit": 256, "steps": 4, "batch_size": 32}
+QUICK = {"limit": 256, "steps": 4, "batch_size": 32, "patch_size": 8}
+QUICK_PROBE_LIMIT = 200
 
 
 def run_demo(
@@ -36,7 +39,9 @@ def run_demo(
         lams=(LAM,),
         seeds=1,
         out=out,
-        probe_data=PROBE_DATA,
+        probe_data=tuple(TARGETS),
+        targets=TARGETS,
+        probe_limit=QUICK_PROBE_LIMIT if quick else PROBE_LIMIT,
         jobs=jobs,
         console=console,
         command="sparsejepa demo" + (" --quick" if quick else ""),

@@ -7,27 +7,22 @@ more done on two cores than one process with two.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.config import Config
 from sparsejepa.errors import UserError, nearest
+from sparsejepa.workers import workers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,29 +80,18 @@ def run_tasks(
     Ctrl-C stops every run after a checkpoint. Raises UserError before any work for data or run
     directories that do not fit, and after the other runs if one of them failed.
     """
-    from sparsejepa.environment import resolve_device
-
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     found = {row["key"]: row for row in read_rows(results)}
     todo = [task for task in tasks if task.key not in found]
-    if todo:
-        run = todo[0].config.run
-        on_cpu, cores = resolve_device(run.device) == "cpu", _cores()
-        jobs = min(jobs or (min(4, cores) if on_cpu else 1), len(todo))
-        if on_cpu and run.threads is None:
-            threads = max(1, cores // jobs)
-            todo = [replace(t, config=t.config.replace(threads=threads)) for t in todo]
     failed = []
-    with _Progress(console, todo, jobs or 1, _check(todo)) as progress:
-        for task, outcome in _outcomes(todo, jobs or 1, console, progress):
+    with contextlib.closing(_outcomes(todo, jobs, console, len(tasks))) as outcomes:
+        for task, outcome in outcomes:
             if isinstance(outcome, UserError):
                 failed.append(outcome)
-                progress.say(f"{task.run_dir.name}: failed: {outcome}")
             else:
                 found[task.key] = outcome
                 append_row(results, outcome)
-                progress.finished(task, outcome)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}"
@@ -159,7 +143,8 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     from sparsejepa.files import write_text
     from sparsejepa.interop import load
 
-    encoder = load(task.run_dir, resolve_device(task.config.run.device), precision="bf16")
+    # fp32: the floors live in a few dimensions of small variance, which bf16 would blur away.
+    encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
     if seed:
         path = _floors(task) / f"untrained-s{seed}-{_hash(asdict(task.probes))}.json"
@@ -232,148 +217,116 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _check(tasks: Sequence[Task]) -> dict[Path, int]:
-    """Return the steps of every run, after all that can be wrong with data and folders.
+def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
+    """Return the steps of every run and whether they go on the CPU, if data and folders are right.
 
     Loading the data here also decodes it once, before several processes would do so at a time.
     """
     from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.probe import PROTOCOLS
     from sparsejepa.training.build import load_images, total_steps
     from sparsejepa.training.loop import _open_run as open_run
 
-    steps, sets = {}, {}
     for task in tasks:
         open_run(task.run_dir, task.config.check(), True)
-    for task in tasks:
-        config = task.config
-        images = (config.data, config.images)
-        if images not in sets:
-            sets[images] = len(load_images(config))
-        steps[task.run_dir] = total_steps(config, sets[images])
         for protocol in task.probes.protocols:
             if protocol not in PROTOCOLS:
                 hint = nearest(protocol, PROTOCOLS)
                 raise UserError(f"--protocol {protocol}: there are {', '.join(PROTOCOLS)}{hint}")
-        for name in task.probes.data:
-            if name not in sets:
-                train = load_dataset(name, "train", data_root=config.images.data_root)
-                if not any(len(target.names) > 1 for target in train.targets.values()):
-                    raise UserError(
-                        f"{name}: has no labels of two classes or more to probe on; name labelled "
-                        "data with --data-eval"
-                    )
-                sets[name] = len(train)
-    return steps
+    counts: dict[Any, int] = {}
+    for task in tasks:
+        images = (task.config.data, task.config.images)
+        if images not in counts:
+            counts[images] = len(load_images(task.config))
+        for name in set(task.probes.data) - set(counts):
+            train = load_dataset(name, "train", data_root=task.config.images.data_root)
+            if not any(len(target.names) > 1 for target in train.targets.values()):
+                raise UserError(
+                    f"{name}: has no labels of two classes or more to probe on; name labelled data "
+                    "with --data-eval"
+                )
+            counts[name] = len(train)
+    steps = [
+        total_steps(task.config, counts[task.config.data, task.config.images]) for task in tasks
+    ]
+    return steps, resolve_device(tasks[0].config.run.device) == "cpu"
 
 
 def _outcomes(
-    tasks: Sequence[Task], jobs: int, console: Console | None, progress: _Progress
-) -> Iterator[tuple[Task, dict[str, Any] | UserError]]:
+    tasks: Sequence[Task], jobs: int | None, console: Console | None, total: int
+) -> Generator[tuple[Task, dict[str, Any] | UserError], None, None]:
     """Yield each task with its line, or with its UserError, as they finish."""
-    if jobs == 1:
-        for task in tasks:
-            try:
-                yield task, run_and_probe(task, console)
-            except UserError as error:
-                yield task, error
+    if not tasks:
         return
-    # The raw-pixel floor, which all need, goes first; a run that ends before it finds it done.
-    work = [(_pixel_floor, tasks[0]), *((_run, task) for task in tasks)]
-    waiting, running = deque(work), dict[Future[Any], tuple[Any, Task]]()
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker)
-    try:
-        while waiting or running:
-            # No more than one task per process is handed out, so that a stop has nothing to recall.
-            while waiting and len(running) < jobs:
-                step, task = waiting.popleft()
-                with _on_interrupt(signal.SIG_IGN):  # inherited: Ctrl-C is the parent's to pass on
-                    running[pool.submit(_work, step, task)] = step, task
-            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
-                step, task = running.pop(future)
-                found = future.result()
-                if step is _run:
-                    yield task, found
-            progress.tick()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory: use fewer --jobs, then run "
-            "the same command again; it goes on from the checkpoints"
-        ) from None
-    except BaseException:
-        for child in multiprocessing.active_children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid or 0, signal.SIGINT)
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave the terminal's process group, and stop like at Ctrl-C when the parent is gone."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for_end([parent.sentinel])
-        _thread.interrupt_main()
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(step: Callable[[Task], Any], task: Task) -> Any:
-    """Do a step of a task in a worker process, on its share of the cores."""
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    threads = task.config.run.threads
-    with _on_interrupt(signal.default_int_handler), threadpool_limits(threads):
-        if threads:
-            torch.set_num_threads(threads)
-        try:
-            return step(task)
-        except UserError as error:
-            return error
-
-
-def _run(task: Task) -> dict[str, Any]:
-    return run_and_probe(task)
+    cores = _cores()
+    processes = min(jobs or min(4, cores), len(tasks))
+    if processes == 1:
+        steps, _ = _check(tasks)
+        with _Progress(console, tasks, steps, total, 1, bar=False) as progress:
+            for task in tasks:
+                try:
+                    outcome = run_and_probe(task, console)
+                except UserError as error:
+                    outcome = error
+                progress.finished(task, outcome)
+                yield task, outcome
+        return
+    with workers(processes) as submit:
+        # Done by a worker, so that this process needs no torch, most of a small run's memory.
+        steps, on_cpu = submit(_check, tasks).result()
+        processes = processes if on_cpu or jobs else 1
+        if on_cpu and tasks[0].config.run.threads is None:
+            threads = max(1, cores // processes)
+            tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
+        # The raw-pixel floor, which all need, goes first; a run that ends finds it done.
+        waiting = deque([(_pixel_floor, tasks[0]), *((run_and_probe, task) for task in tasks)])
+        running: dict[Future[Any], tuple[Any, Task]] = {}
+        with _Progress(console, tasks, steps, total, processes, bar=True) as progress:
+            while waiting or running:
+                # Each worker gets one thing at a time, so that a stop has nothing to recall.
+                while waiting and len(running) < processes:
+                    step, task = waiting.popleft()
+                    future = submit(step, task, threads=task.config.run.threads)
+                    running[future] = step, task
+                done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    step, task = running.pop(future)
+                    error = future.exception()
+                    if error is not None and not isinstance(error, UserError):
+                        raise error
+                    if step is run_and_probe:
+                        outcome = error or future.result()
+                        progress.finished(task, outcome)
+                        yield task, outcome
+                progress.tick()
 
 
 def _pixel_floor(task: Task) -> None:
     _evaluate(task)
 
 
-@contextlib.contextmanager
-def _on_interrupt(handler: Any) -> Iterator[None]:
-    """Handle SIGINT by `handler` for a while; nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 class _Progress:
-    """One bar over all runs on a terminal, a line per finished run everywhere."""
+    """A line per finished run and, on a terminal, one bar over all runs."""
 
     def __init__(
-        self, console: Console | None, tasks: Sequence[Task], jobs: int, steps: dict[Path, int]
+        self,
+        console: Console | None,
+        tasks: Sequence[Task],
+        steps: Sequence[int],
+        total: int,
+        jobs: int,
+        *,
+        bar: bool,
     ) -> None:
         self._console, self._tasks, self._steps = console, tasks, steps
         self._done, self._bar = 0, None
-        if console is not None and console.is_terminal and jobs > 1:
+        if bar and console is not None and console.is_terminal:
             from rich.progress import Progress
 
             self._bar = Progress(console=console)
-            self._line = self._bar.add_task("", total=sum(steps.values()))
-        self.say(f"{len(tasks)} runs to do, {min(jobs, len(tasks))} at a time" if tasks else "")
+            self._line = self._bar.add_task("", total=sum(steps))
+        self._say(f"{len(tasks)} of {total} runs to do, {jobs} at a time")
 
     def __enter__(self) -> _Progress:
         if self._bar:
@@ -386,24 +339,28 @@ class _Progress:
 
     def tick(self) -> None:
         if self._bar:
-            steps = sum(min(_last_step(t.run_dir), self._steps[t.run_dir]) for t in self._tasks)
+            pairs = zip(self._tasks, self._steps, strict=True)
+            steps = sum(min(_last_step(task.run_dir), most) for task, most in pairs)
             text = f"{self._done} of {len(self._tasks)} runs"
             self._bar.update(self._line, completed=steps, description=text)
 
-    def finished(self, task: Task, row: dict[str, Any]) -> None:
+    def finished(self, task: Task, row: dict[str, Any] | UserError) -> None:
         from sparsejepa.report.summary import measure_name
 
         self._done += 1
+        if isinstance(row, UserError):
+            self._say(f"{task.run_dir.name}: failed: {row}")
+            return
         first = row["probes"][0]
         text = f"{task.run_dir.name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
         if row["groups_per_latent"] is not None:
             text += f", {row['groups_per_latent']:.1f} groups per latent"
-        self.say(f"{text}, {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes")
+        self._say(f"{text}, {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes")
         for alarm in row["alarms"]:
-            self.say(f"  alarm: {alarm}")
+            self._say(f"  alarm: {alarm}")
 
-    def say(self, text: str) -> None:
-        if self._console is not None and text:
+    def _say(self, text: str) -> None:
+        if self._console is not None:
             self._console.print(text, highlight=False, markup=False)
 
 

@@ -7,6 +7,7 @@ map without penalty) are always inside: a gain of a sparse arm counts against bo
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,14 +42,18 @@ class SweepResult:
     @property
     def table(self) -> Table:
         """The results as a rich table, the floors last."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         from sparsejepa.report.summary import table
 
         header, lines = table(self.summary)
-        rich = Table(caption=caption(self.summary), caption_justify="left")
+        rich = Table(
+            box=SIMPLE_HEAD, padding=(0, 1), caption=caption(self.summary), caption_justify="left"
+        )
         for i, name in enumerate(header):
-            rich.add_column(name, justify="right" if i else "left")
+            name = re.sub(r"(?<=:) | (?=\()|(?<=per) |(?<=non-zero) |(?<=dead) ", "\n", name)
+            rich.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
         for line in lines:
             rich.add_row(*line, style="dim" if line[0].endswith("floor") else None)
         return rich
@@ -103,7 +108,13 @@ def run_sweep(
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
     command = command or sweep_command(
-        config, lams=lams, densities=densities, seeds=seeds, out=out, probe_data=probe_data
+        config,
+        lams=lams,
+        densities=densities,
+        seeds=seeds,
+        out=out,
+        probe_data=probe_data,
+        probe_limit=probe_limit,
     )
     probes = Probes(
         tuple(probe_data or (config.data,)), tuple(protocols), targets or {}, probe_limit
@@ -168,6 +179,7 @@ def sweep_command(
     seeds: int,
     out: Path,
     probe_data: Sequence[str] | None,
+    probe_limit: int | None = None,
 ) -> str:
     """Return the command line that repeats a sweep: what differs from the preset, as flags."""
     words = ["sparsejepa", "sweep", config.data, "--preset", config.preset]
@@ -187,6 +199,8 @@ def sweep_command(
     words += ["--seeds", str(seeds)]
     if probe_data:
         words += ["--data-eval", ",".join(probe_data)]
+    if probe_limit:
+        words += ["--probe-limit", str(probe_limit)]
     return shlex.join([*words, "--out", str(out)])
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as parquet
 import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
 
+import sparsejepa
 from sparsejepa import cli
 from sparsejepa.config import Config, flat_fields
 from sparsejepa.errors import UserError
@@ -18,25 +24,19 @@ from sparsejepa.verbs import VERBS
 from sparsejepa.verbs.looking import Info
 from sparsejepa.verbs.training import Pretrain, Settings
 
-# The smallest thing that trains: three steps on the built-in scenes.
-TINY = ["--preset=nano", "--limit=64", "--batch-size=16", "--steps=3", "--threads=1"]
+# The smallest thing that trains.
+TINY = "--preset nano --batch-size 16 --steps 3 --threads 1"
 
 
-def run(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run(command: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "sparsejepa", *words],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        timeout=120,
-    )
+    words = [sys.executable, "-m", "sparsejepa", *shlex.split(command)]
+    return subprocess.run(words, capture_output=True, text=True)
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def call(capsys: pytest.CaptureFixture[str], command: str) -> tuple[int, str, str]:
     """Run the command inside this process; returns status, standard output, standard error."""
-    status = cli.main(words)
+    status = cli.main(shlex.split(command))
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -110,7 +110,10 @@ MISTAKES = [
     ("sweep scenes --seeds 0", "--seeds 0"),
     ("probe", "which run?"),
     ("probe runs/a", "--data is needed"),
+    ("probe runs/a --data scenes --limit 0", "--limit 0: must be at least 1"),
     ("embed", "which encoder?"),
+    ("embed runs/a --data scenes --limit -3", "--limit -3: must be at least 1"),
+    ("masks preview --count 0", "--count 0: must be at least 1"),
     ("data lisst", "'lisst'"),
     ("masks audit --target-scale 0.9 0.95", "--target-scale"),
     ("masks audit --img-size 30 --patch-size 4", "--patch-size 4 does not divide"),
@@ -121,7 +124,7 @@ MISTAKES = [
 def test_a_mistake_gets_one_line(
     command: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in error_line(*call(capsys, *command.split()))
+    assert said in error_line(*call(capsys, command))
 
 
 def test_a_settings_file_with_mistakes_is_named(
@@ -137,7 +140,7 @@ def test_a_settings_file_with_mistakes_is_named(
         ('[model]\nencoder = "minute"', "a.toml: invalid choice 'minute'"),
     ]:
         file.write_text(text)
-        line = error_line(*call(capsys, "pretrain", "scenes", "--config", str(file)))
+        line = error_line(*call(capsys, f"pretrain scenes --config {file}"))
         assert said in line and "a.toml" in line
 
 
@@ -223,14 +226,14 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake(monkeypatch, KeyboardInterrupt())
-    status, _, err = call(capsys, "pretrain", "my images", "--lam", "0")
+    status, _, err = call(capsys, "pretrain 'my images' --lam 0")
     assert status == 130
     assert err == (
         "sparsejepa: interrupted; continue with: sparsejepa pretrain 'my images' --lam 0 --resume\n"
     )
-    assert call(capsys, "pretrain", "x", "--resume")[2].count("--resume") == 1
+    assert call(capsys, "pretrain x --resume")[2].count("--resume") == 1
     fake(monkeypatch, OSError(28, "No space left on device"))
-    _, _, err = call(capsys, "pretrain", "x")
+    _, _, err = call(capsys, "pretrain x")
     assert "free some, then run sparsejepa pretrain x --resume" in err
 
 
@@ -238,7 +241,7 @@ def test_json_is_the_last_line_and_strict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake(monkeypatch, {"path": Path("a/b"), "nan": float("nan"), "nested": [(1, float("inf"))]})
-    status, out, err = call(capsys, "info", "--json")
+    status, out, err = call(capsys, "info --json")
     assert status == 0
     assert json.loads(out) == {"path": "a/b", "nan": None, "nested": [[1, None]]}
     assert out.count("\n") == 1
@@ -258,99 +261,144 @@ def test_a_closed_pipe_is_harmless() -> None:
     child.wait(60)
 
 
-def test_dry_run_says_what_a_run_would_be_and_writes_nothing(tmp_path: Path) -> None:
-    done = run("pretrain", "scenes", *TINY, "--dry-run", "--json", cwd=tmp_path)
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with 64 + 16 small noise images in two classes, in the folder `photos`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for split, count in (("train", 64), ("test", 16)):
+        for i in range(count):
+            folder = tmp_path / "photos" / split / ("dark" if i % 2 else "light")
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 128, (32, 32, 3)) + 127 * (i % 2 == 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def test_dry_run_says_what_a_run_would_be_and_writes_nothing(photos: Path) -> None:
+    done = run(f"pretrain photos {TINY} --dry-run --json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
-    assert (plan["data"], plan["steps"], plan["train_images"]) == ("scenes", 3, 64)
+    assert (plan["data"], plan["steps"], plan["train_images"]) == ("photos", 3, 64)
     assert plan["patches"] == 64 and plan["context_counts"] == [16, 20, 24]
     assert plan["minutes"] > 0 and plan["peak_memory_mb"] >= 0
-    assert plan["would_write"] == "runs/scenes-lam=0.01-s0"
+    assert plan["would_write"] == "runs/photos-lam=0.01-s0"
     assert "context counts" in done.stderr and "16, 20, 24" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in photos.iterdir()} == {"photos", "cache"}
 
 
-def test_pretrain_then_info_embed_and_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    status, out, err = call(capsys, "pretrain", "scenes", *TINY, "--out", "a", "--json")
+def test_pretrain_then_look_at_the_run(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(capsys, f"pretrain photos {TINY} --out a --json")
     assert status == 0, err
     found = json.loads(out.splitlines()[-1])
     assert (found["run"], found["summary"]["steps"]) == ("a", 3)
     assert found["config"]["model"]["encoder"] == "nano"
 
     # A second start needs --resume; other settings are refused and the flag at fault is named.
-    assert "--resume" in error_line(*call(capsys, "pretrain", "scenes", *TINY, "--out", "a"))
-    line = error_line(*call(capsys, "pretrain", "--out", "a", "--resume", "--lam", "0.5"))
+    assert "--resume" in error_line(*call(capsys, f"pretrain photos {TINY} --out a"))
+    line = error_line(*call(capsys, "pretrain --out a --resume --lam 0.5"))
     assert line.startswith("--lam 0.5") and "0.01" in line
-    status, out, _ = call(capsys, "pretrain", "--out", "a", "--resume", "--json")
+    status, out, _ = call(capsys, "pretrain --out a --resume --json")
     assert (status, json.loads(out)["summary"]) == (0, found["summary"])
 
-    status, out, _ = call(capsys, "info", "a", "--json")
+    status, out, _ = call(capsys, "info a --json")
     about = json.loads(out)
     assert status == 0 and about["finished"]
     assert about["config"]["groups"]["lam"] == 0.01 and about["last"]["step"] == 2
 
-    features = "embed a --data scenes --split test --limit 10 --json --out".split()
-    for name in ("f.parquet", "f.npz", "f.safetensors"):
-        status, out, _ = call(capsys, *features, name)
-        assert (status, json.loads(out)["images"]) == (0, 10)
-        assert (tmp_path / name).stat().st_size > 10 * 96 * 4
-    assert ".parquet" in error_line(*call(capsys, *features, "f.csv"))
-    assert "no-folder" in error_line(*call(capsys, *features, "no-folder/f.npz"))
+    command = "probe a --data photos --protocol knn,ridge --limit 40"
+    status, out, err = call(capsys, f"{command} --json")
+    rows = json.loads(out)["probes"]
+    assert status == 0
+    assert [(r["target"], r["protocol"], r["n_train"]) for r in rows] == [
+        ("class", "knn", 40),
+        ("class", "ridge", 40),
+    ]
+    assert all(r["untrained"] is not None and r["pixels"] is not None for r in rows)
+    assert "untrained" in err and "pixels" in err
+    assert "did you mean 'class'?" in error_line(*call(capsys, f"{command} --targets clas"))
+    assert "did you mean 'knn'?" in error_line(*call(capsys, f"{command} --protocol kn"))
 
-    status, out, _ = call(
-        capsys, *"probe a --data scenes --targets count --protocol knn --limit 100 --json".split()
-    )
-    (row,) = json.loads(out)["probes"]
-    assert (row["target"], row["protocol"], row["n_train"]) == ("count", "knn", 100)
-    assert row["untrained"] is not None and row["pixels"] is not None
-    line = error_line(*call(capsys, *"probe a --data scenes --targets cuont".split()))
-    assert "did you mean 'count'?" in line
+
+def test_embed_writes_what_the_encoder_sees(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, f"pretrain photos {TINY} --out a")[0] == 0
+    command = "embed a --data photos --split test --json --out"
+    for name in ("f.parquet", "f.npz", "f.safetensors"):
+        status, out, _ = call(capsys, f"{command} {name}")
+        found = json.loads(out)
+        assert (status, found["images"], found["features"]) == (0, 16, 96)
+    table = parquet.read_table("f.parquet").to_pydict()
+    arrays, tensors = np.load("f.npz"), load_file("f.safetensors")
+    for x in (arrays["x"], tensors["x"]):
+        assert x.shape == (16, 96)
+        np.testing.assert_array_equal(x, np.array(table["features"], np.float32))
+    # Each row belongs to the file that is named beside it.
+    test = {path.name: path for path in (photos / "photos" / "test").rglob("*.png")}
+    assert {Path(file).name for file in table["file"]} == set(test)
+    assert [Path(file).parent.name for file in table["file"]] == table["class"]
+    assert list(arrays["names.class"][arrays["target.class"]]) == table["class"]
+    np.testing.assert_array_equal(tensors["target.class"], arrays["target.class"])
+    pixels = np.array(Image.open(test[Path(table["file"][3]).name]))
+    tokens = sparsejepa.load("a").tokens(torch.from_numpy(pixels[None]))
+    np.testing.assert_allclose(tokens.mean(1)[0], table["features"][3], atol=1e-5)
+
+    assert ".parquet" in error_line(*call(capsys, f"{command} f.csv"))
+    assert "no-folder" in error_line(*call(capsys, f"{command} no-folder/f.npz"))
 
 
 def test_masks_and_data_end_with_their_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    found: dict[str, Any] = {}
     for action in ("preview", "audit"):
         picture = tmp_path / f"{action}.png"
-        words = f"masks {action} --batches 20 --count 4 --json --out".split()
-        status, out, err = call(capsys, *words, str(picture))
+        command = f"masks {action} --batches 20 --count 4 --json --out {picture}"
+        status, out, err = call(capsys, command)
         found = json.loads(out)
         assert status == 0 and found["target_shapes"] == [[3, 3], [3, 4], [4, 3]]
         assert picture.read_bytes().startswith(b"\x89PNG") and "3x3, 3x4, 4x3" in err
     assert found["counts_right"] and found["blocks_whole"]
 
-    status, out, _ = call(capsys, "data", "list", "--json")
+    status, out, _ = call(capsys, "data list --json")
     names = {row["name"] for row in json.loads(out)["datasets"]}
     assert status == 0 and names >= {"scenes", "cifar100", "cifar10", "svhn"}
 
 
-def test_mistakes_about_data_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_data_check_counts_what_it_could_not_read(
+    photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file.png").write_text("no image")
-    for words, said in [
+    (photos / "photos" / "train" / "dark" / "torn.png").write_bytes(b"\x89PNG no more")
+    status, out, err = call(capsys, "data check photos --json")
+    (about,) = json.loads(out)["datasets"]
+    assert status == 0
+    assert about["splits"]["train"]["images"] == 64 and about["splits"]["test"]["images"] == 16
+    assert "torn.png" in about["splits"]["train"]["skipped"][0][0] and "torn.png" in err
+
+
+def test_mistakes_about_data_are_one_line(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "empty").mkdir()
+    (photos / "file.png").write_text("no image")
+    for command, said in [
         ("pretrain ./nowhere", "nowhere: no such folder"),
         ("pretrain empty", "empty: no images"),
         ("pretrain file.png", "file.png: not a folder"),
         ("pretrain cifar1000", "(did you mean 'cifar100'?)"),
-        ("pretrain scenes --patch-size 5", "--patch-size 5 does not divide"),
-        ("pretrain scenes --img-size 32 48", "--img-size 32 48"),
-        ("pretrain scenes --target-scale 0.9 0.95", "--target-scale"),
-        ("pretrain scenes --limit 10", "--batch-size"),
-        ("pretrain scenes --device abacus", "--device abacus"),
+        ("pretrain photos --patch-size 5", "--patch-size 5 does not divide"),
+        ("pretrain photos --batch-size 16 --target-scale 0.9 0.95", "--target-scale"),
+        ("pretrain photos --batch-size 65", "--batch-size 65"),
+        ("pretrain photos --img-size 64", "--img-size"),
+        ("pretrain photos --batch-size 16 --device abacus", "--device abacus"),
         ("pretrain cifar10 --data-root nowhere", "nowhere"),
-        ("pretrain scenes --out file.png", "--out file.png is a file"),
-        ("pretrain scenes --out .", "--out . holds other files"),
+        ("pretrain photos --out file.png", "--out file.png is a file"),
+        ("pretrain photos --out .", "--out . holds other files"),
         ("data get", "which one?"),
         ("data check nosuchset", "unknown data set 'nosuchset'"),
-        ("probe nowhere --data scenes", "nowhere: no such run directory"),
-        ("probe empty --data scenes", "empty: not a run directory"),
+        ("probe nowhere --data photos", "nowhere: no such run directory"),
+        ("probe empty --data photos", "empty: not a run directory"),
+        ("embed empty --data photos", "empty: not a run directory"),
         ("info empty", "empty: not a run directory"),
-        ("embed empty --data scenes", "empty: not a run directory"),
     ]:
-        assert said in error_line(*call(capsys, *words.split())), words
+        assert said in error_line(*call(capsys, command)), command

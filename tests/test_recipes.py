@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsejepa import cli, runs
-from sparsejepa.config import load_toml
-from sparsejepa.runs import Task, read_rows
+from sparsejepa import cli, demo, runs
+from sparsejepa.config import load_toml, preset
+from sparsejepa.runs import Probes, Task, read_rows
 from sparsejepa.sweep import sweep_arms
 from sparsejepa.training.build import arm_name
 
@@ -53,25 +53,32 @@ def runner() -> ModuleType:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipes_command_is_its_settings(name: str, runner: ModuleType) -> None:
     recipe = load_toml(RECIPES / f"{name}.toml")
-    assert set(recipe) == {
-        "about", "command", "hardware", "minutes", "expected", "probe", "settings"
-    }  # fmt: skip
-    config, probe = runner.read_recipe(RECIPES, name)
+    assert {"about", "command", "hardware", "minutes", "expected", "settings"} <= set(recipe)
+    config, probes = runner.read_recipe(RECIPES, name)
     words = shlex.split(recipe["command"])
+    if words == ["sparsejepa", "demo"]:
+        assert config == preset("demo") and config.data == "scenes"
+        assert probes == Probes(tuple(demo.TARGETS), targets=demo.TARGETS, limit=demo.PROBE_LIMIT)
+        return
     assert words[:2] == ["sparsejepa", "sweep"]
     args = cli.parse(words[1:])
     assert args.settings(args.data) == config
-    assert (tuple(args.data_eval.split(",")) if args.data_eval else (config.data,)) == probe
+    data = tuple(args.data_eval.split(",")) if args.data_eval else (config.data,)
+    assert probes == Probes(data)
 
 
 def test_every_run_of_the_queue_is_in_its_recipes_sweep() -> None:
     seen = set()
     for run in load_toml(RECIPES / "queue.toml")["run"]:
         recipe = load_toml(RECIPES / f"{run['recipe']}.toml")
-        args = cli.parse(shlex.split(recipe["command"])[1:])
-        assert set(run["arms"]) <= set(sweep_arms(args.settings(args.data), args.lam, args.density))
+        if recipe["command"] == "sparsejepa demo":
+            arms, seeds = sweep_arms(preset("demo"), [demo.LAM]), 1
+        else:
+            args = cli.parse(shlex.split(recipe["command"])[1:])
+            arms = sweep_arms(args.settings(args.data), args.lam, args.density)
+            seeds = args.seeds
+        assert set(run["arms"]) <= set(arms) and max(run["seeds"]) < seeds
         assert {"dense", "lam=0"} <= set(run["arms"])  # no sparse arm without its controls
-        assert max(run["seeds"]) < args.seeds
         for arm, seed in itertools.product(run["arms"], run["seeds"]):
             assert (run["recipe"], arm, seed) not in seen
             seen.add((run["recipe"], arm, seed))
@@ -117,7 +124,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         }  # fmt: skip
 
     monkeypatch.setattr(runs, "run_and_probe", run_and_probe)
-    monkeypatch.setattr(runs, "_check", lambda tasks: {t.run_dir: 4 for t in tasks})
+    monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), True))
     return ran
 
 

@@ -117,7 +117,7 @@ class LogisticProbe(LinearProbe):
 
     Args:
         C: inverse strength of the penalty; several to choose from; or, if None, 1 / (n lambda) for
-            lambda = 1, 0.1, ..., 1e-5. The choice is made by accuracy on a stratified fifth of the
+            lambda = 1, 0.1, ..., 1e-7. The choice is made by accuracy on a stratified fifth of the
             training rows (a tie goes to the stronger penalty), then all rows are fitted. The values
             are tried from the strongest penalty on, each from the solution before it, and the
             search ends when two in a row fall below the best.
@@ -181,7 +181,7 @@ class LogisticProbe(LinearProbe):
     def _choose(self, space: Standardized, labels: Tensor, theta: Tensor) -> tuple[float, Tensor]:
         """Return the best C on the validation part, and the weights found there."""
         rows = space.rotated
-        default = [10.0**power / len(rows) for power in range(6)]
+        default = [10.0**power / len(rows) for power in range(8)]
         grid = sorted(default if self.C is None else self.C)  # type: ignore[arg-type]
         chosen = validation_part(labels.cpu().numpy(), self.random_state)
         held = torch.from_numpy(chosen).to(rows.device)
@@ -207,7 +207,7 @@ class RidgeProbe(LinearProbe):
 
     Args:
         alpha: strength, as scikit-learn's `Ridge` on standardised features; several to choose from;
-            or, if None, n lambda for lambda = 1e-4, 1e-3, ..., 1e3. The choice is made by the exact
+            or, if None, n lambda for lambda = 1e-7, 1e-6, ..., 1e3. The choice is made by the exact
             leave-one-out accuracy (a tie goes to the stronger penalty); only the standardisation is
             not done again for each row left out.
 
@@ -234,16 +234,19 @@ class RidgeProbe(LinearProbe):
         labels = self._labels(y, len(rows))
         share = labels.bincount().to(rows.dtype) / len(rows)
         # One-hot labels never exist as a matrix: z^T Y is the sum of each class's rows.
-        sums = rows.new_zeros(len(share), rows.shape[1]).index_add_(0, labels, rows).T.double()
+        sums = torch.zeros(len(share), rows.shape[1], dtype=torch.float64, device=rows.device)
+        size = max(1, BLOCK // rows.shape[1])
+        for z, label in zip(rows.split(size), labels.split(size), strict=True):
+            sums.index_add_(0, label, z.double())
         if isinstance(self.alpha, int | float):
             grid = [float(self.alpha)]
         else:
-            default = [10.0**power * len(rows) for power in range(-4, 4)]
+            default = [10.0**power * len(rows) for power in range(-7, 4)]
             grid = sorted(default if self.alpha is None else self.alpha, reverse=True)
         self.validation_score_ = -1.0
         for alpha in grid:
             inverse = 1 / (space.variance * len(rows) + alpha)
-            weights = inverse.unsqueeze(1) * sums
+            weights = inverse.unsqueeze(1) * sums.T
             score = leave_one_out(rows, labels, weights, share, inverse)
             if score > self.validation_score_:
                 self.validation_score_, self.alpha_ = score, alpha

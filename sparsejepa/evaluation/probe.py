@@ -94,6 +94,7 @@ def evaluate(
     floors: bool = True,
     pool: Pool = "mean",
     limit: int | None = None,
+    img_size: tuple[int, int] | None = None,
     seed: int = 0,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
@@ -102,7 +103,8 @@ def evaluate(
 ) -> list[ProbeRow]:
     """Probe frozen encoders on labelled data sets (METHOD section 6).
 
-    Images come at the data set's own size; each encoder resizes them to the one it was made for.
+    Images come at the data set's own size, or at `img_size`; each encoder resizes them to the one
+    that it was made for.
     Probes are fitted and tuned on train; test is used once. The floors of a data set are computed
     once for each architecture (untrained) and once in all (pixels).
 
@@ -112,6 +114,7 @@ def evaluate(
         protocols: of logistic, ridge and knn.
         targets: by name; if None, all of a data set that have two classes or more.
         limit: at most so many training images, drawn by `seed`, each class in proportion.
+        img_size: height and width of the images, for data sets with images of several sizes.
         seed: of that draw, the validation part, and the untrained encoder's weights.
         cache_dir: keep the floors there, for other calls on equal data with equal settings.
         progress: called with a line of text before each part of the work.
@@ -128,8 +131,11 @@ def evaluate(
     say = progress or (lambda text: None)
     rows: list[ProbeRow] = []
     for name in [data] if isinstance(data, str) else data:
-        train = load_dataset(name, "train", data_root=data_root).subset(limit, seed)
-        test = load_dataset(name, "test", data_root=data_root)
+        train, test = (
+            load_dataset(name, split, img_size=img_size, data_root=data_root)
+            for split in ("train", "test")
+        )
+        train = train.subset(limit, seed)
         chosen = _choose_targets(train, test, targets)
         bench = _Bench(train, test, chosen, tuple(protocols), seed, device, cache_dir)
         pixels: Scores = {}
@@ -145,7 +151,12 @@ def evaluate(
                 say(f"{name}: untrained encoder")
                 fresh = encoder.untrained(seed)
                 untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool))
-            about = {"pool": pool, "seed": seed, "img_size": encoder.img_size}
+            about = {
+                "pool": pool,
+                "seed": seed,
+                "precision": encoder.precision,
+                "img_size": encoder.img_size,
+            }
             rows += bench.rows(encoder.name, found, untrained.get(kind, {}), pixels, about)
     return rows
 
@@ -212,9 +223,12 @@ class _Bench:
             return {(name, protocol): _Score(**score) for name, protocol, score in kept}
         except (OSError, ValueError, TypeError):  # not there, or damaged
             found = self.scores(features)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
-        write_text(path, json.dumps(lines) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(lines) + "\n")
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot keep floors ({error.strerror})") from None
         return found
 
     def rows(

@@ -381,7 +381,7 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(step)
-        float(losses.total)  # waits for the device
+        float(losses.total.detach())  # waits for the device
         times.append(time.perf_counter() - began)
     seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
     memory = (

@@ -104,7 +104,7 @@ class Alarms:
         self._penalised = penalised
         self._raised = {text.split(":")[0] for text in raised}
         self._losses: deque[float] = deque(maxlen=50)
-        self._first_rank: float | None = None
+        self._first_rank = 0.0
 
     def check(self, row: dict[str, Any], progress: float) -> list[str]:
         """Return the new alarms of a metrics row; `progress` is the share of the run done."""
@@ -128,8 +128,8 @@ class Alarms:
                 "(raise --lam or set --density)"
             )
         if "rankme" in row:
-            self._first_rank = self._first_rank or row["rankme"]
-            if row["rankme"] < max(1.5, 0.1 * self._first_rank) or row["std_mean"] < 1e-4:
+            first = self._first_rank = self._first_rank or row["rankme"]
+            if row["rankme"] < max(1.5, 0.1 * first) or row["std_mean"] < 1e-4:
                 found.append(
                     f"collapse: RankMe {row['rankme']:.1f}, mean spread {row['std_mean']:.1e}; the "
                     "embeddings lose their dimensions (raise --beta or --ema, lower --lr)"

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from tyro.conf import FlagCreatePairsOff
 
-from sparsejepa.config import Config
+from sparsejepa.config import Config, flag
+from sparsejepa.errors import UserError
 
 DATA = "a name (sparsejepa data list), hub:OWNER/NAME or a folder of images"
 
@@ -32,3 +33,11 @@ def image_size(numbers: tuple[int, ...]) -> tuple[int, int] | None:
     """Return height and width from what --img-size was given."""
     Config().replace(img_size=numbers).check()
     return (numbers[0], numbers[-1]) if numbers else None
+
+
+def check_counts(verb: Verb, *names: str) -> None:
+    """Raise UserError unless the fields `names` are at least 1 or not given."""
+    for name in names:
+        value = getattr(verb, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name)} {value}: must be at least 1")

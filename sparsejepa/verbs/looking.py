@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from sparsejepa.config import PRESETS, Config, MaskConfig
 from sparsejepa.errors import UserError
 from sparsejepa.report.terminal import percent, show_facts, show_rows
-from sparsejepa.verbs.base import DATA, Verb, image_size, split_names
+from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size, split_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,18 +33,21 @@ class Probe(Verb):
     """Only these targets of the data, separated by commas; all of them if not given."""
     limit: int | None = None
     """Use at most this many training images."""
+    img_size: tuple[int, ...] = ()
+    """Size that images are decoded to, one number or height and width; their own if not given."""
     pool: Literal["mean", "concat4"] = "mean"
     """mean: average of the last layer's patch tokens; concat4: of each of the last four layers."""
     seed: int = 0
     """Seed of that choice, of the validation part and of the untrained floor."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPADATA)."""
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 def probe(args: Probe, console: Console) -> dict[str, Any]:
     """Probe, and print one row per run, data set, target and protocol."""
+    check_counts(args, "limit")
     if not args.runs:
         raise UserError("which run? Name run directories or timm:NAME after the verb")
     if not args.data:
@@ -60,6 +63,7 @@ def probe(args: Probe, console: Console) -> dict[str, Any]:
         targets=split_names(args.targets) or None,
         pool=args.pool,
         limit=args.limit,
+        img_size=image_size(args.img_size),
         seed=args.seed,
         data_root=args.data_root,
         cache_dir=cache_folder(None) / "floors",
@@ -105,13 +109,14 @@ class Embed(Verb):
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPADATA)."""
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 def embed(args: Embed, console: Console) -> dict[str, Any]:
     """Embed a data set and write one row per image."""
+    check_counts(args, "limit")
     if not args.run:
         raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
     if not args.data:
@@ -174,6 +179,7 @@ class Masks(Verb):
 
 def masks(args: Masks, console: Console) -> dict[str, Any]:
     """Write the picture and print the numbers."""
+    check_counts(args, "batch_size", "batches", "count")
     config = Config(masks=args.masks).replace(img_size=args.img_size, patch_size=args.patch_size)
     size = image_size(args.img_size) or (32, 32)
     config.check().check_image(size)
@@ -213,7 +219,7 @@ class Data(Verb):
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPADATA)."""
+    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
 
 
 def data(args: Data, console: Console) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Demo(Verb):
     out: Path = Path("runs/demo")
     """Folder for the runs and the page."""
     jobs: int | None = None
-    """Runs at a time; one per two CPU cores if not given."""
+    """Runs at a time; one per CPU core, four at most, if not given."""
     quick: FlagCreatePairsOff[bool] = False
     """Only show that everything works: too short to learn anything."""
 
@@ -147,9 +147,11 @@ class Sweep(Settings):
     seeds: int = 3
     """Runs per arm; the seeds are --seed, --seed + 1, ..."""
     jobs: int | None = None
-    """Runs at a time; one per two CPU cores if not given."""
+    """Runs at a time; one per CPU core, four at most, if not given."""
     data_eval: str = ""
     """Labelled data to probe on, separated by commas; DATA itself if not given."""
+    probe_limit: int | None = None
+    """Labelled training images per probe, a random subset; all of them if not given."""
     out: Path | None = None
     """Folder of the sweep; runs/sweep-DATA if not given."""
     groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
@@ -169,6 +171,7 @@ def sweep(args: Sweep, console: Console) -> dict[str, Any]:
         seeds=args.seeds,
         out=out,
         probe_data=split_names(args.data_eval) or None,
+        probe_limit=args.probe_limit,
         jobs=args.jobs,
         console=console,
     )

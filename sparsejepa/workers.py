@@ -1,0 +1,83 @@
+"""Worker processes that stop cleanly: at Ctrl-C, at an error, and when the parent is killed."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any
+
+from sparsejepa.errors import UserError
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
+    """Give a function ``submit(step, *args, threads=None)`` over `count` fresh processes.
+
+    Ctrl-C reaches this process alone. When the block is left by an exception, every worker at work
+    gets one SIGINT and is waited for. `threads` bounds the threads of a step. Raises UserError when
+    a worker was killed from outside.
+    """
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
+
+    def submit(step: Callable[..., Any], *args: Any, threads: int | None = None) -> Future[Any]:
+        with _interrupts(signal.SIG_IGN):  # inherited: until a step begins, nothing is to be saved
+            return pool.submit(_work, step, args, threads)
+
+    try:
+        yield submit
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: use fewer --jobs, then run "
+            "the same command again; it goes on from the checkpoints"
+        ) from None
+    except BaseException:
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid or 0, signal.SIGINT)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start() -> None:
+    """Leave the terminal's process group; act as at Ctrl-C when the parent is gone."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        _thread.interrupt_main()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(step: Callable[..., Any], args: tuple[Any, ...], threads: int | None) -> Any:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    with _interrupts(signal.default_int_handler), threadpool_limits(threads):
+        torch.set_num_threads(threads or torch.get_num_threads())
+        return step(*args)
+
+
+@contextlib.contextmanager
+def _interrupts(handler: Any) -> Iterator[None]:
+    """Handle SIGINT by `handler` for a while; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
