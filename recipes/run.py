@@ -2,8 +2,8 @@
 
     python recipes/run.py --budget-minutes 60
 
-Runs whose line is in --results already are skipped. At the end of the budget, at Ctrl-C or after a
-kill, the run at work goes on from its checkpoint next time.
+Runs with a line in --results are skipped; one that the budget, Ctrl-C or a kill ended goes on from
+its checkpoint next time.
 """
 
 from __future__ import annotations
@@ -28,20 +28,17 @@ from sparsejepa.sweep import arm_settings
 HERE = Path(__file__).resolve().parent
 # A run of seconds that shows that everything works.
 SMOKE = {"limit": 256, "steps": 4, "batch_size": 32, "img_size": 32}
-
-
 Entry = tuple[list[Task], str]  # a [[run]] of the queue: its runs, and what one of them takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if all went well, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
     args = parse(argv)
-    console = Console(highlight=False)
     try:
         entries = list(read_queue(args))
         if args.dry_run:
-            return report(entries, args, console, "to do")
-        return work(entries, args, console)
+            return report(entries, args, "to do")
+        return work(entries, args)
     except UserError as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
@@ -50,32 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def work(entries: Sequence[Entry], args: argparse.Namespace, console: Console) -> int:
+def work(entries: Sequence[Entry], args: argparse.Namespace) -> int:
     """Run the entries in order until the budget ends."""
-    over = threading.Event()
+    over, console = threading.Event(), Console(highlight=False)
 
     def stop() -> None:
         over.set()
         _thread.interrupt_main()  # like Ctrl-C: the run at work writes a checkpoint
 
-    timer = threading.Timer(60 * args.budget_minutes, stop)
+    timer, status = threading.Timer(60 * args.budget_minutes, stop), 0
     timer.daemon = True
-    status = 0
     try:
         timer.start()
         for tasks, _ in entries:
             try:
                 run_tasks(tasks, args.results, jobs=args.jobs, console=console)
             except UserError as error:
-                console.print(f"failed: {error}", markup=False)
+                print(f"failed: {error}", flush=True)
                 status = 1
     except KeyboardInterrupt:
         if not over.is_set():
             raise
-        console.print(f"the budget of {args.budget_minutes:g} minutes is used up")
+        print(f"the budget of {args.budget_minutes:g} minutes is used up")
     finally:
         timer.cancel()
-    report(entries, args, console, "left")
+    report(entries, args, "left")
     return status
 
 
@@ -118,13 +114,13 @@ def read_recipe(folder: Path, name: str) -> tuple[Config, Probes]:
     return config, Probes(data, targets=targets, limit=recipe.get("probe_limit"))
 
 
-def report(entries: Sequence[Entry], args: Any, console: Console, word: str) -> int:
+def report(entries: Sequence[Entry], args: argparse.Namespace, word: str) -> int:
     """Print the runs that --results has no line of, with their estimated minutes."""
     done = {row["key"] for row in read_rows(args.results)}
     left = [(t, cost) for tasks, cost in entries for t in tasks if t.key not in done]
     for task, cost in left:
-        console.print(f"{word}: {task.run_dir.relative_to(args.runs)}, {cost}")
-    console.print(f"{len(left)} runs {word}; results in {args.results}")
+        print(f"{word}: {task.run_dir.relative_to(args.runs)}, {cost}")
+    print(f"{len(left)} runs {word}; results in {args.results}")
     return 0
 
 
@@ -144,8 +140,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     smoke = args.scale == "smoke"
     args.runs = args.runs or Path("runs/queue-smoke" if smoke else "runs/queue")
-    args.results = args.results or (args.runs / "results.jsonl" if smoke else None)
-    args.results = args.results or HERE.parent / "results" / "queue.jsonl"
+    kept = args.runs / "results.jsonl" if smoke else HERE.parent / "results" / "queue.jsonl"
+    args.results = args.results or kept
     return args
 
 

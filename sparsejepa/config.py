@@ -8,11 +8,12 @@ Imports neither torch nor numpy: the command line reads it before anything heavy
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparsejepa.errors import UserError, nearest
 
@@ -250,6 +251,11 @@ class Config:
     def check(self) -> Config:
         """Return self. Raises UserError for the first setting that cannot work on any data."""
         flat = self.flat()
+        for name, options in _choices().items():
+            if flat[name] not in options:
+                hint = nearest(str(flat[name]), options)
+                known = ", ".join(options)
+                raise UserError(f"{flag(name)} {flat[name]}: unknown{hint}; there are {known}")
         for name, (low, high) in _RANGES.items():
             values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
             for value in values:
@@ -279,7 +285,7 @@ class Config:
                     f"--density {self.groups.density:g} is below 1/{count}: each latent keeps at "
                     f"least one of the --num-groups {count}"
                 )
-        if self.model.predictor == "transformer" and self.model.predictor_dim % 4:
+        if self.model.predictor_dim % 4:
             raise UserError(f"--predictor-dim {self.model.predictor_dim}: must be a multiple of 4")
         return self
 
@@ -288,13 +294,19 @@ class Config:
         patch = self.model.patch_size
         for side in size:
             if side % patch:
-                divisors = [p for p in range(2, min(size) + 1) if not (size[0] % p or size[1] % p)]
+                fits = [
+                    str(p)
+                    for p in range(2, min(size) + 1)
+                    if not (size[0] % p or size[1] % p)
+                    and size[0] * size[1] >= _FEWEST_PATCHES * p * p
+                ]
+                remedy = f"use one of {', '.join(fits)} or set" if fits else "set"
                 raise UserError(
                     f"--patch-size {patch} does not divide the image, {size[0]}x{size[1]} pixels; "
-                    f"use one of {', '.join(map(str, divisors[:-1] or divisors))} or set --img-size"
+                    f"{remedy} --img-size to a multiple of {patch}"
                 )
         patches = (size[0] // patch) * (size[1] // patch)
-        if patches < 9:
+        if patches < _FEWEST_PATCHES:
             raise UserError(
                 f"--patch-size {patch} leaves {patches} patches of an image of {size[0]}x{size[1]} "
                 "pixels, too few for masks; use a smaller --patch-size or a larger --img-size"
@@ -307,6 +319,7 @@ class Config:
         return self
 
 
+_FEWEST_PATCHES = 9
 _BIG = 1e9
 _RANGES: dict[str, tuple[float, float]] = {
     "img_size": (4, 4096), "limit": (2, _BIG), "crop_scale": (0.01, 1), "randaugment": (0, 30),
@@ -318,7 +331,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "debias": (0, 1), "w_lr_sum": (0, _BIG), "beta": (0, _BIG), "kl_marginal": (0, _BIG),
     "kl_correlation": (0, _BIG), "epochs": (1, _BIG), "steps": (1, _BIG), "batch_size": (2, _BIG),
     "lr": (0, _BIG), "lr_final": (0, _BIG), "warmup": (0, 1), "weight_decay": (0, _BIG),
-    "adam_beta2": (0, 1), "clip": (0, _BIG), "ema": (0, 1), "ema_final": (0, 1),
+    "adam_beta2": (0, 0.99999), "clip": (0, _BIG), "ema": (0, 1), "ema_final": (0, 1),
     "threads": (1, 4096), "log_every": (1, _BIG), "eval_every": (1, _BIG),
     "checkpoint_every": (1, _BIG),
 }  # fmt: skip
@@ -338,19 +351,19 @@ PRESETS: dict[str, Preset] = {
         {},
     ),
     "nano": Preset(
-        "our recipe for two CPU cores: ViT-Nano/4, batch 128, minutes for 5,000 images",
+        "our recipe for two CPU cores: ViT-Nano, batch 128, minutes for 5,000 images",
         {
             "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
-            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 20, "ema": 0.98,
-            "ema_final": 0.999,
+            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 40, "ema": 0.99,
+            "ema_final": 0.9995, "beta": 0.02,
         },
     ),
     "demo": Preset(
         "the built-in scenes in minutes on two CPU cores, as `sparsejepa demo` runs them",
         {
-            "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
-            "batch_size": 64, "lr": 2e-3, "warmup": 0.1, "limit": 10_000, "steps": 1000,
-            "ema": 0.98, "ema_final": 0.999, "beta": 0.02,
+            "encoder": "nano", "patch_size": 8, "predictor_dim": 64, "predictor_depth": 3,
+            "drop_path": 0.0, "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "limit": 10_000,
+            "steps": 1600, "ema": 0.99, "ema_final": 0.9995, "beta": 0.02,
         },
     ),
     "paper": Preset(
@@ -383,6 +396,19 @@ def flat_fields() -> dict[str, str]:
         else:
             names[outer.name] = ""
     return names
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Return {flat field name: allowed values} of the settings that are one of a few words."""
+    sections = [f.default_factory for f in dataclasses.fields(Config)]
+    hints = [get_type_hints(s) for s in sections if dataclasses.is_dataclass(s)]
+    return {
+        name: get_args(hint)
+        for section in hints
+        for name, hint in section.items()
+        if get_origin(hint) is Literal
+    }
 
 
 def load_toml(path: Path) -> dict[str, Any]:

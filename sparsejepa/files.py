@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """Return what a killed process left beside the files that it was writing in `folder`."""
+    return [p for p in folder.glob(".*.tmp") if re.fullmatch(r"\..+\.\d+\.tmp", p.name)]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -319,6 +319,14 @@ def test_pretrain_then_look_at_the_run(photos: Path, capsys: pytest.CaptureFixtu
     assert "untrained" in err and "pixels" in err
     assert "did you mean 'class'?" in error_line(*call(capsys, f"{command} --targets clas"))
     assert "did you mean 'knn'?" in error_line(*call(capsys, f"{command} --protocol kn"))
+    large = "probe a --data photos --protocol knn --limit 40 --seed -1 --img-size 40"
+    assert "--upscale" in error_line(*call(capsys, large))
+    status, out, _ = call(capsys, f"{large} --upscale --json")
+    assert status == 0
+    assert json.loads(out)["probes"][0]["settings"]["data_img_size"] == [40, 40]
+
+    Path("a/summary.json").write_text("{")
+    assert "summary.json: damaged" in error_line(*call(capsys, "info a"))
 
 
 def test_embed_writes_what_the_encoder_sees(

@@ -28,6 +28,7 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["report"],
+    ["workers"],
     ["runs"],
     ["sweep"],
     ["demo"],
@@ -47,7 +48,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 def test_every_public_name_can_be_had() -> None:
-    for name in sparsejepa.__all__:
+    for name in sparsejepa._EXPORTS:
         assert getattr(sparsejepa, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = sparsejepa.nonsense

@@ -3,7 +3,8 @@
 scenes, scenes:single        made on the spot
 cifar100, cifar10, svhn      from the data root, or fetched from the hub
 hub:OWNER/NAME[/CONFIG]      any data set of the hub whose files are parquet
-PATH                         any folder of images; also a folder's name inside the data root
+PATH                         any folder of images, or of a hub data set's parquet files; also a
+                             folder's name inside the data root
 
 A name above comes before a folder of the same name: write ./cifar100 for the folder.
 """
@@ -23,7 +24,7 @@ import numpy as np
 
 from sparsejepa.data import cache, scenes, shapes
 from sparsejepa.data.cache import Source
-from sparsejepa.data.decode import Block
+from sparsejepa.data.decode import EXTENSIONS, Block
 from sparsejepa.data.folders import read_folder, split_folders
 from sparsejepa.data.hub import fetch, find_copy, local_shards, read_hub
 from sparsejepa.data.sources import choose_splits
@@ -114,7 +115,8 @@ def find_sources(
         return _hub_sources(name, f"{owner}/{repo}", config or None, root)
     path = os.path.expanduser(name)  # unlike pathlib's, these never raise
     if os.path.exists(path):
-        return read_folder(Path(path), Path(path).resolve().name)
+        read = read_hub if _is_hub_copy(path) else read_folder
+        return read(Path(path), Path(path).resolve().name)
     if name and root is not None and os.path.isdir(root / name):
         return _read_copy(root / name, name, None)
     if re.fullmatch(r"[\w-]+/[\w.-]+", name):
@@ -212,6 +214,16 @@ def _read_copy(folder: Path, name: str, config: str | None) -> dict[str, Source]
     if next(folder.rglob("*.parquet"), None) is None:
         return read_folder(folder, name)
     return read_hub(folder, name, config)
+
+
+def _is_hub_copy(folder: str) -> bool:
+    """Whether parquet files, and no images, lie below a folder."""
+    found = False
+    for name in (name.lower() for _, _, names in os.walk(folder) for name in names):
+        if name.endswith(EXTENSIONS):
+            return False
+        found |= name.endswith(".parquet")
+    return found
 
 
 def _folders(root: Path | None) -> list[Path]:

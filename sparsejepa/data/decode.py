@@ -60,7 +60,7 @@ def decode(
     bicubic, antialiased) and cropped around their centre. `origin` names the data in errors.
 
     Raises UserError: images of several sizes without `img_size`; an image smaller than `img_size`
-    without `upscale`; more than half of the images unreadable.
+    without `upscale`; no images; more than half of them unreadable.
     """
     workers = min(32, os.cpu_count() or 1)
     read = partial(_read_all, img_size=img_size, upscale=upscale)
@@ -84,6 +84,8 @@ def decode(
                 position += 1
             skipped += failed
             yield Block(images, positions, names, failed)
+    if not position:
+        raise UserError(f"{origin}: holds no images; add some, or copy it again")
     if 2 * len(skipped) > position:
         name, reason = skipped[0]
         raise UserError(

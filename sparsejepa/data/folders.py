@@ -67,12 +67,20 @@ def scan(folder: Path) -> list[ImageFile]:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each split; the whole folder as train if it has no train/ inside."""
-    with _readable(root):
-        present = [path.name for path in root.iterdir() if path.is_dir()]
-    if set(TRAIN_NAMES).isdisjoint(present):
-        return {"train": root}
-    return {split: root / folder for split, folder in choose_splits(present).items()}
+    """Return the folder of each split; the whole folder as train if it has no train/ inside.
+
+    A folder that holds one folder and nothing else, as unpacked archives do, is seen through.
+    """
+    holder = root
+    while True:
+        with _readable(holder):
+            entries = [path for path in holder.iterdir() if not path.name.startswith(".")]
+            present = [path.name for path in entries if path.is_dir()]
+        if not {name.lower() for name in present}.isdisjoint(TRAIN_NAMES):
+            return {split: holder / folder for split, folder in choose_splits(present).items()}
+        if len(entries) != 1 or not present or entries[0].is_symlink():
+            return {"train": root}
+        holder = entries[0]
 
 
 def read_folder(root: Path, name: str) -> dict[str, Source]:
@@ -171,11 +179,11 @@ def _read_factors(root: Path, name: str) -> dict[str, Source]:
         test = in_test([row[0] for row in rows], labels)
     else:
         for split in splits:
-            if split not in TRAIN_NAMES + TEST_NAMES:
+            if split.lower() not in TRAIN_NAMES + TEST_NAMES:
                 raise UserError(
                     f"{root / 'factors.csv'}: split '{split}' is neither train nor test"
                 )
-        test = np.array([split in TEST_NAMES for split in splits])
+        test = np.array([split.lower() in TEST_NAMES for split in splits])
     sources = {}
     for split, mask in (("train", ~test), ("test", test)):
         chosen = {key: Target(t.values[mask], t.names) for key, t in targets.items()}

@@ -165,7 +165,9 @@ def _table(paths: dict[str, list[Path]], split: str, origin: str) -> Table:
         features = _features(schema)
         image, labels = _image_column(schema, features), _label_columns(schema, features)
         values = {
-            part: pa.concat_tables([pq.read_table(p, columns=list(labels)) for p in shards])
+            part: pa.concat_tables(
+                [pq.ParquetFile(p).read(list(labels)) for p in shards], promote_options="permissive"
+            )
             for part, shards in paths.items()
         }
         count = sum(pq.read_metadata(shard).num_rows for shard in paths[own])
@@ -173,11 +175,14 @@ def _table(paths: dict[str, list[Path]], split: str, origin: str) -> Table:
         raise UserError(f"{origin}: no column holds images; there are {', '.join(schema.names)}")
     targets = {}
     for label, names in labels.items():
+        if label not in values[own].column_names:  # a test split without labels
+            continue
         column = values[own][label].to_pylist()
         if names and all(v is not None and 0 <= v < len(names) for v in column):
             targets[label] = Target(np.array(column, np.int64), names)
         elif not names:  # the same classes for all splits
-            found = category_names(v for part in values.values() for v in part[label].to_pylist())
+            labelled = [part[label] for part in values.values() if label in part.column_names]
+            found = category_names(v for part in labelled for v in part.to_pylist())
             if found:
                 targets[label] = index_target(column, found)
     keep = np.ones(count, bool)
@@ -240,7 +245,8 @@ def _label_columns(schema: Any, features: dict[str, Any]) -> dict[str, tuple[str
     """Label columns and the names of their classes; () where the hub gives no names."""
     labels: dict[str, tuple[str, ...]] = {}
     for name, feature in features.items():
-        if name in schema.names and isinstance(feature, dict) and "names" in feature:
+        named = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        if named and name in schema.names and feature.get("names"):
             labels[name] = tuple(map(str, feature["names"]))
     for field in schema:
         if "label" in field.name and re.fullmatch(r"u?int\d+|string", str(field.type)):

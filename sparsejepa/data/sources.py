@@ -54,10 +54,14 @@ def make_source(
 
 
 def choose_splits(present: Iterable[str]) -> dict[str, str]:
-    """Return which of the splits serve as train and test; only train if that is to be divided."""
+    """Return which of the splits serve as train and test; only train if that is to be divided.
+
+    Train/ and TRAIN/ are train/ as well: taken for classes, they would put test into training.
+    """
     present = list(present)
-    train = next((name for name in TRAIN_NAMES if name in present), None)
-    test = next((name for name in TEST_NAMES if name in present), None)
+    known = {name.lower(): name for name in present}
+    train = next((known[name] for name in TRAIN_NAMES if name in known), None)
+    test = next((known[name] for name in TEST_NAMES if name in known), None)
     if train and test:
         return {"train": train, "test": test}
     return {"train": train or test or present[0]}

@@ -69,7 +69,7 @@ class ImageSet:
         if limit is None or limit >= len(self):
             return self
         labels = self.primary.values if self.primary else np.zeros(len(self), np.int64)
-        index = stratified(labels, limit, np.random.default_rng(seed))
+        index = stratified(labels, limit, np.random.default_rng(seed % 2**64))
         digest = hashlib.blake2b(f"{self.fingerprint}/{limit}/{seed}".encode(), digest_size=16)
         return replace(
             self,

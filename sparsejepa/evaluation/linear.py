@@ -169,7 +169,7 @@ def validation_part(labels: np.ndarray, seed: int) -> np.ndarray:
 
     Raises UserError if that leaves no row to validate on.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     order = rng.permutation(len(labels))
     # One row of every class, a random one, always stays in the part that is fitted.
     spare = np.delete(order, np.unique(labels[order], return_index=True)[1])

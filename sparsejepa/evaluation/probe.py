@@ -95,6 +95,7 @@ def evaluate(
     pool: Pool = "mean",
     limit: int | None = None,
     img_size: tuple[int, int] | None = None,
+    upscale: bool = False,
     seed: int = 0,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
@@ -115,6 +116,7 @@ def evaluate(
         targets: by name; if None, all of a data set that have two classes or more.
         limit: at most so many training images, drawn by `seed`, each class in proportion.
         img_size: height and width of the images, for data sets with images of several sizes.
+        upscale: enlarge images that are smaller than `img_size` instead of refusing them.
         seed: of that draw, the validation part, and the untrained encoder's weights.
         cache_dir: keep the floors there, for other calls on equal data with equal settings.
         progress: called with a line of text before each part of the work.
@@ -132,7 +134,7 @@ def evaluate(
     rows: list[ProbeRow] = []
     for name in [data] if isinstance(data, str) else data:
         train, test = (
-            load_dataset(name, split, img_size=img_size, data_root=data_root)
+            load_dataset(name, split, img_size=img_size, data_root=data_root, upscale=upscale)
             for split in ("train", "test")
         )
         train = train.subset(limit, seed)

@@ -192,8 +192,8 @@ class SparseJEPA(nn.Module):
                 lam = self.controller.lam
             self.groups.proximal_step(self.rates.w_lr(step), lam, freeze_pattern=frozen)
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [p for p in self.target_encoder.parameters() if p.dtype.is_floating_point],
-            [p for p in self.context_encoder.parameters() if p.dtype.is_floating_point],
+            list(self.target_encoder.parameters()),
+            list(self.context_encoder.parameters()),
             1 - self.rates.ema(step),
         )
 

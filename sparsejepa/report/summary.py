@@ -197,36 +197,45 @@ STRUCTURE = {
 
 
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Return header and cells (text) of the sweep's table, the floors as its last two rows."""
-    header = ["arm"]
-    for name in summary.measures:
-        header += [mark(summary, name), "minus lam=0"]
-    shown = [key for key in STRUCTURE if key != "density"]
-    header += [STRUCTURE[key] for key in shown]
+    """Return header and cells (text) of the sweep's table, the floors as its last two rows.
+
+    Differences to lam=0 have columns of their own if there are seeds enough for an interval.
+    """
     control = summary.arm("lam=0")
+    paired = any(len(values) > 1 for arm in summary.arms for values in arm.accuracy.values())
+    shown = [key for key in STRUCTURE if key != "density"]
+
+    def cells(name: str, values: dict[str, str], differences: dict[str, str]) -> list[str]:
+        line = [name]
+        for measure in summary.measures:
+            line.append(values.get(measure, "–"))
+            line += [differences.get(measure, "")] if paired else []
+        return line
+
+    header = cells(
+        "arm",
+        {measure: mark(summary, measure) for measure in summary.measures},
+        dict.fromkeys(summary.measures, "minus lam=0"),
+    )
     lines = []
     for arm in summary.arms:
-        cells = [arm.name]
-        for name in summary.measures:
-            values = arm.accuracy.get(name, {})
-            cells.append(percent(values))
-            against = control.accuracy.get(name, {}) if control else {}
-            cells.append(difference(None if arm is control else compare(values, against)))
+        values = {measure: percent(found) for measure, found in arm.accuracy.items()}
+        differences = {}
+        if control is not None and arm is not control:
+            for measure, found in arm.accuracy.items():
+                interval = compare(found, control.accuracy.get(measure, {}))
+                differences[measure] = difference(interval)
+        line = cells(arm.name, values, differences)
         for key in shown:
-            values = arm.structure.get(key, {})
-            cells.append("–" if not values else _number(mean_sd(values)[0]))
-        lines.append(cells)
-    blank = [""] * len(shown)
-    floor = ["untrained floor"]
-    for name in summary.measures:
-        floor += [percent(summary.untrained.get(name, {})), ""]
-    lines.append(floor + blank)
-    floor = ["raw-pixel floor"]
-    for name in summary.measures:
-        pixel = summary.pixels.get(name)
-        floor += ["–" if pixel is None else f"{100 * pixel:.1f}", ""]
-    lines.append(floor + blank)
-    return header, lines
+            found = arm.structure.get(key, {})
+            line.append(_number(mean_sd(found)[0]) if found else "–")
+        lines.append(line)
+    floors = {
+        "untrained floor": {m: percent(found) for m, found in summary.untrained.items()},
+        "raw-pixel floor": {m: percent({0: found}) for m, found in summary.pixels.items()},
+    }
+    lines += [cells(name, values, {}) + [""] * len(shown) for name, values in floors.items()]
+    return header + [STRUCTURE[key] for key in shown], lines
 
 
 def verdict(summary: Summary) -> Verdict:
@@ -238,12 +247,11 @@ def verdict(summary: Summary) -> Verdict:
     """
     sparse = [a for a in summary.arms if a.sparse and a.accuracy]
     measure = next((m for m in summary.measures if m not in summary.uninformative), None)
+    weak = [name for name in summary.measures if name in summary.uninformative]
     remarks = [
-        f"{name} is uninformative here: dense or lam=0 does not beat the untrained encoder by more "
-        "than the interval, so nothing follows from its figures."
-        for name in summary.measures
-        if name in summary.uninformative
-    ]
+        f"Uninformative here: {'; '.join(weak)}. Dense or lam=0 does not beat the untrained "
+        "encoder by more than the interval, so nothing follows from these figures."
+    ][: len(weak)]
     if not sparse:
         text = "No verdict: there is no arm with a penalty, only the controls dense and lam=0."
         return Verdict(None, measure, {}, text, tuple(remarks))
@@ -264,13 +272,12 @@ def verdict(summary: Summary) -> Verdict:
         if interval is None:
             continue
         found = outcomes[control.name] = outcome(interval)
-        found = "no interval with one seed" if interval.low is None else found
-        detail = f"{percent(values)} %; {difference(interval)} points"
-        clauses.append(f"{found} against {control.name} ({detail})")
+        detail = f"{percent(values)} %, {difference(interval)} points"
+        said = f"{found} against" if interval.n > 1 else "against"
+        clauses.append(f"{said} {control.name} ({detail})")
     chosen = f"the best of {count} sparse arms, {best.name}," if count > 1 else best.name
-    text = (
-        f"On {measure}, {chosen} reaches {percent(best.accuracy[measure])} %: {', '.join(clauses)}."
-    )
+    reached = percent(best.accuracy[measure])
+    text = f"On {measure}, {chosen} reaches {reached} %: {' and '.join(clauses)}."
     kept, groups = best.structure.get("density"), best.structure.get("groups_per_latent")
     if kept and groups:
         text += (

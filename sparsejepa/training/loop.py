@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ from sparsejepa.config import Config, flag, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.environment import environment, has_bf16, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.files import save_tensors, write_text
+from sparsejepa.files import partial_files, save_tensors, write_text
 from sparsejepa.interop import Encoder, load, save_encoder
 from sparsejepa.model.jepa import Losses, SparseJEPA
 from sparsejepa.rng import derive_seed, generator
@@ -46,7 +47,7 @@ from sparsejepa.training.monitor import (
 from sparsejepa.training.schedule import Schedule
 
 TERMS = [field.name for field in fields(Losses)]
-# Settings that may differ between a run and its resumption: they change no weight.
+# Settings that may differ between a run and its resumption: they change no weight, rounding aside.
 _FREE_ON_RESUME = {"data_root", "device", "threads", "checkpoint_every", "preset"}
 
 
@@ -96,6 +97,8 @@ def pretrain(
     total = total_steps(config, len(image_set))
     model = build_model(config, image_set.img_size, total).to(device)
     run_dir.mkdir(parents=True, exist_ok=True)
+    for partial in partial_files(run_dir):
+        partial.unlink(missing_ok=True)
     write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
     write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
     with _stop_on_signal() as stop:
@@ -127,8 +130,15 @@ def _train(
     if (run_dir / CHECKPOINT).exists():
         progress = load_checkpoint(run_dir, model, optimizer)
         start, seconds = progress["step"], progress["seconds"]
+        if progress.get("images", image_set.fingerprint) != image_set.fingerprint:
+            raise UserError(
+                f"{config.data}: the images or labels are not those that {run_dir} began with; "
+                "bring them back or name a new folder with --out"
+            )
     log = MetricsLog(run_dir, start)
     alarms = Alarms(config.penalised, log.alarms)
+    for row in log.kept:
+        alarms.observe(row)
     pending = torch.zeros(config.run.log_every, len(TERMS) + 1, device=device)
     report = ProgressLine(console, arm_name(config), start, total, batch)
     model.train()
@@ -153,16 +163,18 @@ def _train(
             pending[row, :-1], pending[row, -1] = losses.stacked(), norm
 
             done, last = step + 1, step + 1 == total
-            saving = last or done % save_every == 0 or bool(stop)
-            if (
-                saving or row == config.run.log_every - 1
-            ):  # the only point that waits for the device
+            stopping = bool(stop)  # read once: a signal from here on waits for the next step
+            saving = last or done % save_every == 0 or stopping
+            # The only point that waits for the device.
+            if saving or row == config.run.log_every - 1:
                 values = pending[: row + 1].cpu()
-                bad = first_bad(values, [*TERMS, "grad_norm"])
+                # The total last: it is never finite when a term is not, and the term is the cause.
+                bad = first_bad(values.roll(-1, dims=1), [*TERMS[1:], "grad_norm", TERMS[0]])
                 if bad:
                     raise UserError(
-                        f"{run_dir}: '{bad[1]}' is not finite at step {step - row + bad[0]}; the "
-                        "last checkpoint is whole: lower --lr or --beta, or raise --ema"
+                        f"{run_dir}: '{bad[1]}' is not finite at step {step - row + bad[0]}; start "
+                        "anew with a lower --lr or --beta, or a higher --ema (the last checkpoint "
+                        "is untouched)"
                     )
                 elapsed = time.perf_counter() - since
                 numbers = _metrics(config, model, schedule, step, values[-1].tolist())
@@ -179,10 +191,10 @@ def _train(
                     log.write({"step": step, "alarm": alarm})
                     report.say(f"alarm, step {step}: {alarm}")
                 if saving:
-                    progress = {"step": done, "seconds": seconds}
+                    progress = {"step": done, "seconds": seconds, "images": image_set.fingerprint}
                     save_checkpoint(run_dir, model, optimizer, progress)
                     since = time.perf_counter()
-                if stop and not last:
+                if stopping and not last:
                     raise KeyboardInterrupt
         return _finish(run_dir, config, image_set, model, total, seconds, log)
 
@@ -244,7 +256,7 @@ def _open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file; name a folder")
     if not (run_dir / "config.toml").exists():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        if run_dir.is_dir() and set(run_dir.iterdir()) - set(partial_files(run_dir)):
             raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
         return None
     if not resume:
@@ -418,4 +430,5 @@ def _peak_rss_mb() -> float:
         import resource
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -18,6 +18,7 @@ from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.evaluation.information import rankme, std_per_dimension
 from sparsejepa.evaluation.probe import knn_accuracy
 from sparsejepa.evaluation.sparsity import summary
+from sparsejepa.files import write_text
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 
@@ -31,7 +32,8 @@ class MetricsLog:
         self.path = run_dir / METRICS
         self.last: dict[str, Any] = {}
         self.alarms: list[str] = []
-        kept = []
+        self.kept: list[dict[str, Any]] = []
+        """The rows of earlier parts of the run, oldest first."""
         if step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -39,9 +41,9 @@ class MetricsLog:
                 except ValueError:  # the line that a kill cut short
                     continue
                 if row["step"] < step:
-                    kept.append(line)
+                    self.kept.append(row)
                     self._remember(row)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -106,6 +108,12 @@ class Alarms:
         self._losses: deque[float] = deque(maxlen=50)
         self._first_rank = 0.0
 
+    def observe(self, row: dict[str, Any]) -> None:
+        """Take a metrics row, also one of an earlier part of the run, into the comparisons."""
+        if row.get("loss") is not None:
+            self._losses.append(row["loss"])
+        self._first_rank = self._first_rank or row.get("rankme") or 0.0
+
     def check(self, row: dict[str, Any], progress: float) -> list[str]:
         """Return the new alarms of a metrics row; `progress` is the share of the run done."""
         found = []
@@ -116,24 +124,29 @@ class Alarms:
                     f"unstable: the loss is {row['loss'] / usual:.1f} times its recent median; the "
                     "EMA rate may not suit the added terms (raise --ema or lower --lr)"
                 )
-            self._losses.append(row["loss"])
-        if row.get("max_usage", 0) > 0.9:
+        # Where no block is zero (a single group, lambda = 0) lambda is not to blame.
+        if row.get("max_usage", 0) > 0.9 and row.get("density", 0) < 1:
             found.append(
                 "one group: nearly all latents feed a single group; lambda is too high "
                 "(lower --lam or set --density) or --balance too low"
+            )
+        if row.get("groups_per_latent", 1) < 0.5:  # on the sphere it is at least 1
+            found.append(
+                "no group: most latents feed no group at all; lambda is too high (lower --lam or "
+                "set --density)"
             )
         if self._penalised and progress >= 1 and row.get("density", 0) > 0.99:
             found.append(
                 "no sparsity: W ended dense although it was penalised; lambda is too low "
                 "(raise --lam or set --density)"
             )
-        if "rankme" in row:
-            first = self._first_rank = self._first_rank or row["rankme"]
-            if row["rankme"] < max(1.5, 0.1 * first) or row["std_mean"] < 1e-4:
-                found.append(
-                    f"collapse: RankMe {row['rankme']:.1f}, mean spread {row['std_mean']:.1e}; the "
-                    "embeddings lose their dimensions (raise --beta or --ema, lower --lr)"
-                )
+        self.observe(row)
+        rank = row.get("rankme")  # None also if the features were not finite
+        if rank is not None and (rank < max(1.5, 0.1 * self._first_rank) or row["std_mean"] < 1e-4):
+            found.append(
+                f"collapse: RankMe {rank:.1f}, mean spread {row['std_mean']:.1e}; the embeddings "
+                "lose their dimensions (raise --beta or --ema, lower --lr)"
+            )
         new = [text for text in found if text.split(":")[0] not in self._raised]
         self._raised.update(text.split(":")[0] for text in new)
         return new

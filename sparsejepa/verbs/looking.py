@@ -35,10 +35,12 @@ class Probe(Verb):
     """Use at most this many training images."""
     img_size: tuple[int, ...] = ()
     """Size that images are decoded to, one number or height and width; their own if not given."""
+    upscale: bool = False
+    """Enlarge images that are smaller than --img-size instead of refusing them."""
     pool: Literal["mean", "concat4"] = "mean"
     """mean: average of the last layer's patch tokens; concat4: of each of the last four layers."""
     seed: int = 0
-    """Seed of that choice, of the validation part and of the untrained floor."""
+    """Seed of the images that --limit takes, of the validation part and of the untrained floor."""
     data_root: Path | None = None
     """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
     device: str = "auto"
@@ -64,6 +66,7 @@ def probe(args: Probe, console: Console) -> dict[str, Any]:
         pool=args.pool,
         limit=args.limit,
         img_size=image_size(args.img_size),
+        upscale=args.upscale,
         seed=args.seed,
         data_root=args.data_root,
         cache_dir=cache_folder(None) / "floors",
@@ -231,7 +234,7 @@ def data(args: Data, console: Console) -> dict[str, Any]:
         show_rows(console, rows)
         return {"datasets": rows}
     if not args.names:
-        raise UserError(f"data {args.action}: which one? Name {DATA}")
+        raise UserError(f"data {args.action}: which one? Give {DATA}")
     size, found = image_size(args.img_size), []
     for name in args.names:
         about = describe(name, img_size=size, data_root=args.data_root, upscale=args.upscale)
@@ -267,11 +270,15 @@ def info(args: Info, console: Console) -> dict[str, Any]:
     folder = Path(args.run)
     config = read_config(folder)
     summary = folder / "summary.json"
+    try:
+        last = json.loads(summary.read_text())["final"] if summary.exists() else _last(folder)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{summary}: damaged; copy the run again, or train it again") from None
     found = {
         "run": folder,
         "finished": summary.exists(),
         "config": config.to_dict(),
-        "last": json.loads(summary.read_text())["final"] if summary.exists() else _last(folder),
+        "last": last,
     }
     show_facts(console, config.flat(), f"{folder}: settings")
     state = "finished" if found["finished"] else "not finished; continue with --resume"

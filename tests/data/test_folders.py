@@ -68,6 +68,25 @@ def test_names_of_the_test_folder(tmp_path: Path, save: Save, both, name: str):
     assert train.targets == {} and test.targets == {}
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "Validation")])
+def test_split_folders_in_capitals_are_no_classes(tmp_path: Path, save: Save, both, train, test):
+    save(tmp_path / train / "a" / "1.png")
+    save(tmp_path / test / "a" / "2.png")
+    found = both(tmp_path)
+    assert [images.files for images in found] == [("a/1.png",), ("a/2.png",)]
+    assert found[0].targets["class"].names == ("a",)
+
+
+def test_a_folder_within_a_folder_is_seen_through(tmp_path: Path, save: Save, both):
+    save(tmp_path / "pets" / "pets" / "train" / "a" / "1.png")
+    save(tmp_path / "pets" / "pets" / "test" / "a" / "2.png")
+    save(tmp_path / "one" / "cat" / "1.png")  # a single class stays one
+    save(tmp_path / "one" / "cat" / "2.png")
+    train, test = both(tmp_path / "pets")
+    assert (train.files, test.files) == (("a/1.png",), ("a/2.png",))
+    assert both(tmp_path / "one")[0].targets["class"].names == ("cat",)
+
+
 def test_one_split_is_divided_by_class(tmp_path: Path, save: Save, both):
     for name, count in (("a", 10), ("b", 15), ("c", 2), ("lonely", 1)):
         for i in range(count):
@@ -256,7 +275,7 @@ def test_table_of_factors(tmp_path: Path, save: Save, both):
 def test_table_with_splits_and_gaps(tmp_path: Path, save: Save, both):
     for i in range(5):
         save(tmp_path / "images" / f"{i}.png")
-    rows = [["0.png", "a", "train"], ["1.png", "b", "train"], ["2.png", "a", "val"]]
+    rows = [["0.png", "a", "train"], ["1.png", "b", "Train"], ["2.png", "a", "val"]]
     write_table(tmp_path, ["file", "kind", "split"], [*rows, ["9.png", "a", "test"]])
     train, test = both(tmp_path)
     assert train.files == ("0.png", "1.png") and test.files == ("2.png",)

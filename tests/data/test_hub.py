@@ -120,6 +120,37 @@ def test_missing_labels_make_no_target(tmp_path: Path):
     assert "fine_label" not in load_dataset("hub:o/n", "test", **options).targets
 
 
+def test_a_test_split_without_the_label_column(tmp_path: Path):
+    write(tmp_path / "train.parquet", 6, None, text_label=list("aabbab"))
+    write(tmp_path / "test.parquet", 3, None)
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache"}
+    assert "text_label" in load_dataset(tmp_path, "train", **options).targets
+    test = load_dataset(tmp_path, "test", **options)
+    assert len(test) == 3 and list(test.targets) == ["fine_label", "coarse_label"]
+
+
+def test_a_copy_named_by_its_path(tmp_path: Path):
+    images, _ = write(tmp_path / "o" / "n" / "c" / "train-00000-of-00001.parquet", 4)
+    write(tmp_path / "o" / "n" / "c" / "test-00000-of-00001.parquet", 4)
+    for folder in (tmp_path / "o" / "n", tmp_path / "o" / "n" / "c"):
+        train = load_dataset(folder, cache_dir=tmp_path / "cache")
+        assert (train.images == images).all() and train.name == folder.name
+
+
+def test_parquet_files_among_images_are_passed_over(tmp_path: Path):
+    write(tmp_path / "features.parquet", 4)
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
+    assert len(load_dataset(tmp_path, cache_dir=tmp_path / "cache")) == 4
+
+
+def test_no_rows(tmp_path: Path):
+    write(tmp_path / "train.parquet", 4)
+    write(tmp_path / "test.parquet", 0)
+    with pytest.raises(UserError, match=f"{tmp_path}: holds no images"):
+        load_dataset(tmp_path, "test", cache_dir=tmp_path / "cache")
+
+
 def test_rows_without_an_image_are_listed(tmp_path: Path):
     path = tmp_path / "o" / "n" / "train.parquet"
     images = [{"bytes": png(np.zeros((4, 4, 3), np.uint8)), "path": "a"}] * 10
@@ -180,7 +211,7 @@ def test_choose_shards():
 
 
 def test_offline_error_says_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(None, None))  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
         load_dataset("svhn", data_root=tmp_path, cache_dir=tmp_path / "cache")
     message = str(caught.value)

@@ -74,6 +74,12 @@ def test_subset_is_a_function_of_seed_and_limit():
     assert others[0].files != same.files
 
 
+def test_a_negative_seed_is_a_seed():
+    images = image_set([0, 1] * 10)
+    chosen = images.subset(5, seed=-1)
+    assert len(chosen) == 5 and (chosen.images == images.subset(5, seed=-1).images).all()
+
+
 def test_subset_without_labels_or_of_everything():
     full = image_set(None)
     assert len(full.subset(7)) == 7 and full.primary is None

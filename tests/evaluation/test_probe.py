@@ -137,6 +137,7 @@ def test_the_validation_part_is_a_stratified_fifth(counts: list[int], seed: int)
     share = wanted * (np.array(counts) - 1) / (len(labels) - len(counts))
     assert (abs(taken - share) < 1).all()
     np.testing.assert_array_equal(held, validation_part(labels, seed))
+    assert validation_part(labels, -1 - seed).sum() == held.sum()
 
 
 # Ridge

@@ -75,6 +75,31 @@ def test_total_is_the_weighted_sum_without_the_penalty() -> None:
     torch.testing.assert_close(got.total, expected)
 
 
+def test_total_of_the_paper_preset_has_posterior_kl_and_ridge() -> None:
+    model = model_of(small(w_form="plain", kl="posterior", beta=0.2, ridge=0.5, loss="l2"))
+    got = model(images(), step=3)
+    assert model.groups is not None
+    expected = got.prediction + 0.1 * got.group + 0.2 * got.kl + 0.03 * got.balance
+    torch.testing.assert_close(got.total, expected + 0.5 * model.groups.ridge())
+    model.eval()  # BatchNorm rests, so that only the posterior's noise can differ
+    masks = model.sampler.sample(6, seed=0, step=0)
+    first, again, other = (model(images(), step=s, masks=masks).group.item() for s in (3, 3, 4))
+    assert first == again != other
+
+
+def test_debias_keeps_the_zero_pattern_and_stops_the_shrinkage() -> None:
+    model = model_of(small(lam=0.01, debias=0.5), total=10)
+    assert model.groups is not None
+    patterns = []
+    for step in range(10):
+        model(images(), step=step).total.backward()
+        model.after_step(step)
+        patterns.append(model.groups.block_norms() > 0)
+    assert 1 / 8 < patterns[4].float().mean() < 0.9
+    assert all(torch.equal(pattern, patterns[4]) for pattern in patterns[5:])
+    assert not torch.equal(patterns[3], patterns[4])
+
+
 def test_ema_follows_its_closed_form() -> None:
     model = model_of(small(groups="none", ema=0.8, ema_final=0.8))
     start = [p.clone() for p in model.target_encoder.parameters()]

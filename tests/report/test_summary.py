@@ -211,7 +211,7 @@ def test_no_verdict_below_the_floor() -> None:
     ]
     found = verdict(summarise(rows))
     assert found.measure == "cifar100: coarse"
-    assert any(remark.startswith("cifar100: fine is uninformative") for remark in found.remarks)
+    assert any(remark.startswith("Uninformative here: cifar100: fine.") for remark in found.remarks)
 
 
 def test_no_verdict_without_a_sparse_arm() -> None:

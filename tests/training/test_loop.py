@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 
 from sparsejepa.config import Config, preset
 from sparsejepa.errors import UserError
+from sparsejepa.files import load_tensors
+from sparsejepa.model.groups import GroupMap
 from sparsejepa.training.loop import EpochOrder, plan, pretrain
-from sparsejepa.training.monitor import Alarms, MetricsLog, first_bad
+from sparsejepa.training.monitor import Alarms, MetricsLog, OnlineEvaluation, first_bad
 
 TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
@@ -153,8 +156,16 @@ def test_interrupt_saves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    stopped = load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["step"]
+    assert 6 <= stopped < 3999
     assert not (tmp_path / "run" / "summary.json").exists()
+    again = launch(config, tmp_path / "run")
+    wait_for_steps(tmp_path / "run", again, stopped + 3)
+    again.kill()
+    again.communicate()
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows if row.endswith("}")]
+    assert stopped - 1 in steps and steps == sorted(set(steps))
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed(folder: Path, tmp_path: Path) -> None:
@@ -180,8 +191,53 @@ def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_term(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not finite at step \d+"):
+    with pytest.raises(UserError, match=r"'(prediction|group|kl)' is not finite at step \d+"):
         pretrain(config_of(folder, lr=1e8, clip=0.0, warmup=0.0, steps=40), out=tmp_path / "run")
+
+
+def test_the_term_at_fault_is_named_and_not_the_total_that_it_spoils(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(self: GroupMap) -> torch.Tensor:
+        calls.append(1)
+        return self.W.sum() * (float("nan") if len(calls) == 6 else 0.0)
+
+    calls: list[int] = []
+    monkeypatch.setattr(GroupMap, "balance", spoilt)
+    with pytest.raises(UserError, match="'balance' is not finite at step 5"):
+        pretrain(config_of(folder), out=tmp_path / "run")
+
+
+def test_a_signal_during_the_evaluation_still_saves_before_it_stops(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives when it has been decided already that this step saves nothing."""
+    evaluate = OnlineEvaluation.__call__
+
+    def interrupted(self: OnlineEvaluation, *args: Any) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(OnlineEvaluation, "__call__", interrupted)
+    config = config_of(folder, log_every=2, eval_every=4, checkpoint_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, out=tmp_path / "run")
+    assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 5
+
+
+def test_resume_refuses_other_images_and_clears_what_a_kill_left(
+    folder: Path, tmp_path: Path
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(folder, images)
+    out.mkdir()
+    (out / ".config.toml.123.tmp").touch()  # killed before the first file was whole
+    pretrain(config_of(images), out=out)
+    assert not (out / ".config.toml.123.tmp").exists()
+    (out / "summary.json").unlink()
+    (images / "dark" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"are not those that .*run began with"):
+        pretrain(config_of(images), out=out, resume=True)
 
 
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(
@@ -196,6 +252,12 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         "--crop-scale": {"crop_scale": (0.9, 0.5)},
         "--density": {"density": 0.1},
         "--device": {"device": "tpu"},
+        "--device cuda:": {"device": "cuda:"},
+        "--adam-beta2": {"adam_beta2": 1.0},
+        "--predictor-dim": {"predictor": "mlp", "predictor_dim": 30},
+        "--loss l1: unknown": {"loss": "l1"},
+        "did you mean 'nano'": {"encoder": "nanoo"},
+        "use one of 2, 4 or set --img-size": {"patch_size": 3},
     }
     for name, settings in bad.items():
         with pytest.raises(UserError, match=name):
@@ -230,7 +292,19 @@ def test_alarms_name_the_failure_signatures_once() -> None:
     for _ in range(30):
         assert alarms.check({"loss": 0.5}, 0.5) == []
     assert alarms.check({"loss": 5.0}, 0.5)[0].startswith("unstable")
+    assert alarms.check({"groups_per_latent": 0.1}, 0.5)[0].startswith("no group")
     assert Alarms(penalised=False, raised=[]).check({"density": 1.0}, 1.0) == []
+    # A single group is used by all latents, whatever lambda is.
+    assert Alarms(penalised=True, raised=[]).check({"max_usage": 1.0, "density": 1.0}, 0.5) == []
+
+
+def test_alarms_compare_with_the_rows_before_a_resume() -> None:
+    alarms = Alarms(penalised=True, raised=[])
+    for row in [{"rankme": 40.0, "std_mean": 0.3}, *[{"loss": 0.5}] * 30]:
+        alarms.observe(row)
+    late = {"rankme": 3.0, "std_mean": 0.3, "loss": 5.0}
+    assert [text.split(":")[0] for text in alarms.check(late, 0.5)] == ["unstable", "collapse"]
+    assert alarms.check({"rankme": None, "std_mean": None}, 0.6) == []
 
 
 def test_metrics_log_drops_what_a_resume_repeats(tmp_path: Path) -> None:
@@ -247,6 +321,23 @@ def test_metrics_log_drops_what_a_resume_repeats(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows[-1]["loss"] is None
+
+
+def test_metrics_are_whole_when_a_resume_cannot_rewrite_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 0, "loss": 1.0})
+    log.close()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full)
+        MetricsLog(tmp_path, 1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_first_bad_names_row_and_term() -> None:
