@@ -35,7 +35,7 @@ class DataConfig:
     img_size: tuple[int, ...] = ()
     """Image size in pixels, one number or height and width (default: the data set's own)."""
     limit: int | None = None
-    """Use only this many training images: a random subset, balanced over the classes."""
+    """Use only this many training images: a random subset, each class in proportion."""
     subset_seed: int = 0
     """Seed of that subset (shared by all runs of a sweep)."""
     data_root: Path | None = None

@@ -48,6 +48,16 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError naming it when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON-able metadata as one safetensors file, atomically."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}

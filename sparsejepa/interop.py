@@ -270,7 +270,7 @@ def _load_run(path: Path) -> tuple[ViT, RGB, RGB]:
             k: tuple(v) if k in tuples else v for k, v in config["arch"].items()
         }
         vit, mean, std = ViT(**arch), _rgb(config["mean"]), _rgb(config["std"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path / CONFIG}: damaged ({error!r}); train or copy it again") from None
     tensors, _ = load_tensors(path / WEIGHTS)
     try:

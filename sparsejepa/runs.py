@@ -147,7 +147,8 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
     if seed:
-        path = _floors(task) / f"untrained-s{seed}-{_hash(asdict(task.probes))}.json"
+        key = _hash([asdict(task.probes), encoder.architecture, _fingerprints(task)])
+        path = _floors(task) / f"untrained-s{seed}-{key}.json"
         if not path.exists():
             twin = _evaluate(task, encoder.untrained(seed), floors=False)
             write_text(path, json.dumps(twin))
@@ -171,10 +172,32 @@ def _evaluate(task: Task, *encoders: Encoder, floors: bool = True) -> list[dict[
             targets=task.probes.targets.get(data),
             floors=floors,
             limit=task.probes.limit,
-            data_root=task.config.images.data_root,
+            **_opening(task, data),
             cache_dir=_floors(task),
             device=resolve_device(task.config.run.device),
         )
+    ]
+
+
+def _opening(task: Task, data: str) -> dict[str, Any]:
+    """Return how to open `data`: the run's own images as in pretraining, others at their size."""
+    images = task.config.images
+    size = images.img_size if data == task.config.data else ()
+    return {
+        "img_size": (size[0], size[-1]) if size else None,
+        "upscale": images.upscale and data == task.config.data,
+        "data_root": images.data_root,
+    }
+
+
+def _fingerprints(task: Task) -> list[str]:
+    """Return the fingerprints of all images that the probes of a task see."""
+    from sparsejepa.data.catalog import load_dataset
+
+    return [
+        load_dataset(data, split, **_opening(task, data)).fingerprint
+        for data in task.probes.data
+        for split in ("train", "test")
     ]
 
 
@@ -240,7 +263,7 @@ def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
         if images not in counts:
             counts[images] = len(load_images(task.config))
         for name in set(task.probes.data) - set(counts):
-            train = load_dataset(name, "train", data_root=task.config.images.data_root)
+            train = load_dataset(name, "train", **_opening(task, name))
             if not any(len(target.names) > 1 for target in train.targets.values()):
                 raise UserError(
                     f"{name}: has no labels of two classes or more to probe on; name labelled data "

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,3 +282,18 @@ def test_workers_stop_with_a_checkpoint_and_go_on(
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["steps"] for row in read_rows(out / "results.jsonl")] == [60, 60]
+
+
+def test_a_folder_of_several_sizes_is_probed_at_the_size_of_pretraining(
+    tmp_path: Path, tiny_images: Path
+) -> None:
+    folder = tmp_path / "sizes"
+    shutil.copytree(tiny_images, folder)
+    for split in ("train", "test"):
+        Image.new("RGB", (48, 40), (90, 0, 0)).save(folder / split / "red" / "large.png")
+    config = TINY.replace(data=str(folder), img_size=32)
+    task = Task(config, tmp_path / "dense-s1", Probes((str(folder),)))
+    task = dataclasses.replace(task, config=config.replace(groups="none", seed=1))
+    (row,) = run_tasks([task], tmp_path / "results.jsonl", jobs=1)
+    assert row["probes"][0]["settings"]["data_img_size"] == [32, 32]
+    assert row["probes"][0]["n_test"] == 49

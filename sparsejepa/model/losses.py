@@ -18,7 +18,6 @@ def prediction_loss(
     prediction: Tensor,
     target: Tensor,
     kind: Literal["smooth_l1", "l2"] = "smooth_l1",
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Return the mean distance of predicted and target embeddings, per token and dimension.
 
@@ -26,17 +25,9 @@ def prediction_loss(
         prediction, target: [..., D].
         kind: ``smooth_l1`` (I-JEPA's code; quadratic within 1) or ``l2``, the squared distance
             (SparseJEPA section 3, without its factor D).
-        mask: [...], true for the tokens that count; all if None. With none the loss is 0.
     """
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    prediction, target = _full(prediction), _full(target)
-    if mask is None:
-        return distance(prediction, target)
-    # Both are replaced, so that a token that does not count may hold anything, NaN included.
-    prediction = torch.where(mask[..., None], prediction, 0)
-    target = torch.where(mask[..., None], target, 0)
-    counted = mask.sum().clamp_min(1) * target.shape[-1]
-    return distance(prediction, target, reduction="sum") / counted
+    return distance(_full(prediction), _full(target))
 
 
 class KLParts(NamedTuple):

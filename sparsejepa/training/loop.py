@@ -21,7 +21,7 @@ from sparsejepa.config import Config, flag, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.environment import environment, has_bf16, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.files import partial_files, save_tensors, write_text
+from sparsejepa.files import partial_files, read_json, save_tensors, write_text
 from sparsejepa.interop import Encoder, load, save_encoder
 from sparsejepa.model.jepa import Losses, SparseJEPA
 from sparsejepa.rng import derive_seed, generator
@@ -271,7 +271,7 @@ def _open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
                 "same settings or name a new folder with --out"
             )
     if (run_dir / "summary.json").exists():
-        return Run(run_dir, config, json.loads((run_dir / "summary.json").read_text()))
+        return Run(run_dir, config, read_json(run_dir / "summary.json"))
     return None
 
 
