@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from sparsejepa import cli, runs
 from sparsejepa.config import preset
+from sparsejepa.demo import TARGETS, run_demo
 from sparsejepa.errors import UserError
 from sparsejepa.runs import Probes, Task, append_row, read_rows, run_tasks
 from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
@@ -237,6 +239,19 @@ def test_unlabelled_probe_data_is_refused_before_training(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"no labels.*--data-eval"):
         run_sweep(config, seeds=1, out=tmp_path / "out", jobs=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_demo_from_end_to_end(tmp_path: Path) -> None:
+    text = io.StringIO()
+    found = run_demo(tmp_path / "demo", jobs=1, quick=True, console=Console(file=text, width=500))
+    assert [row["arm"] for row in found["runs"]] == ["dense", "lam=0", "lam=0.01"]
+    targets = {(p["data"], p["target"]) for row in found["runs"] for p in row["probes"]}
+    assert targets == {(data, name) for data, names in TARGETS.items() for name in names}
+    said = text.getvalue()
+    assert "untrained floor" in said and "raw-pixel floor" in said
+    assert found["verdict"]["text"] in said and str(tmp_path / "demo" / "report.html") in said
+    assert Path(found["report"]).read_text().startswith("<!DOCTYPE html>")
 
 
 SWEEP = """
