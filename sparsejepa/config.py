@@ -33,13 +33,13 @@ class DataConfig:
     """Which images, and how they are varied."""
 
     img_size: tuple[int, ...] = ()
-    """Image size in pixels, one number or height and width (default: the data set's own)."""
+    """Image size in pixels, one number or height and width; the data set's own if not given."""
     limit: int | None = None
     """Use only this many training images: a random subset, each class in proportion."""
     subset_seed: int = 0
     """Seed of that subset (shared by all runs of a sweep)."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
+    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     augment: Literal["none", "crop", "randaugment"] = "crop"
@@ -83,7 +83,7 @@ class MaskConfig:
     context_scale: tuple[float, float] = (0.85, 1.0)
     """Share of the patches in the context block, before the targets are taken out."""
     context_counts: tuple[int, ...] = ()
-    """Context patches per image, one of these per step (default: 1/4, 5/16 and 3/8 of all)."""
+    """Context patches per image, one of these per step; 1/4, 5/16, 3/8 of all if not given."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ class OptimConfig:
     clip: float = 1.0
     """Largest norm of the network's gradient; 0 switches clipping off."""
     ema: float | None = None
-    """EMA rate of the target encoder at the start (default: 0.992 scaled to the steps)."""
+    """EMA rate of the target encoder at the start; 0.992 scaled to the steps if not given."""
     ema_final: float | None = None
-    """EMA rate at the end (default: 0.9999 scaled to the steps)."""
+    """EMA rate at the end; 0.9999 scaled to the steps if not given."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware has it."""
 

@@ -17,6 +17,9 @@ from typing import Any
 
 from sparsejepa.errors import UserError
 
+_at_work = threading.Lock()
+"""Held in a worker while it does a step."""
+
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
@@ -49,7 +52,7 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
 
 
 def _start() -> None:
-    """Leave the terminal's process group; act as at Ctrl-C when the parent is gone."""
+    """Leave the terminal's process group; when the parent is gone, stop as at Ctrl-C and end."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     parent = multiprocessing.parent_process()
@@ -57,7 +60,9 @@ def _start() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        _thread.interrupt_main()
+        _thread.interrupt_main()  # a step at work writes its checkpoint and stops
+        with _at_work:
+            os._exit(1)  # the main thread waits for work that nobody will hand out
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -66,7 +71,7 @@ def _work(step: Callable[..., Any], args: tuple[Any, ...], threads: int | None) 
     import torch
     from threadpoolctl import threadpool_limits
 
-    with _interrupts(signal.default_int_handler), threadpool_limits(threads):
+    with _at_work, _interrupts(signal.default_int_handler), threadpool_limits(threads):
         torch.set_num_threads(threads or torch.get_num_threads())
         try:
             return step(*args)

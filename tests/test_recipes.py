@@ -64,7 +64,7 @@ def test_a_recipes_command_is_its_settings(name: str, runner: ModuleType) -> Non
     args = cli.parse(words[1:])
     assert args.settings(args.data) == config
     data = tuple(args.data_eval.split(",")) if args.data_eval else (config.data,)
-    assert probes == Probes(data)
+    assert probes == Probes(data, limit=args.probe_limit)
 
 
 def test_every_run_of_the_queue_is_in_its_recipes_sweep() -> None:

@@ -84,18 +84,17 @@ def pareto_figure(summary: Summary, measure: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(1)
         ax = axes[0]
-        ceiling = 0.0
         shown = [a for a in summary.arms if a.accuracy.get(measure) and a.structure.get("density")]
-        shown.sort(key=lambda arm: mean_sd(arm.structure["density"])[0])
-        for i, arm in enumerate(shown):
-            x, dx = mean_sd(arm.structure["density"])
-            y, dy = mean_sd(arm.accuracy[measure])
-            ceiling = max(ceiling, x)
+        points = [(mean_sd(a.structure["density"]), mean_sd(a.accuracy[measure])) for a in shown]
+        ceiling = max((x for (x, _), _ in points), default=0.0)
+        for arm, ((x, dx), (y, dy)) in zip(shown, points, strict=True):
             ax.errorbar(
                 x, 100 * y, 100 * dy, dx, fmt="o" if arm.sparse else "s",
                 color=SPARSE if arm.sparse else COLOURS[1], capsize=3, ms=7,
             )  # fmt: skip
-            place = (6, 7 if i % 2 else -15)  # neighbours' labels on opposite sides
+            others = [(abs(u - x), -v) for (u, _), (v, _) in points if (u, v) != (x, y)]
+            above = not others or y >= -min(others)[1]  # away from the nearest neighbour's label
+            place = (6, 7 if above else -15)
             ax.annotate(arm.name, (x, 100 * y), place, textcoords="offset points", fontsize=10)
         dense = summary.arm("dense")
         if dense and dense.accuracy.get(measure):
@@ -139,9 +138,10 @@ def curves_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                         *zip(*points, strict=True), styles[i % 4], label=arm, lw=1.8,
                         color=_arm_colour(arm, i), marker="o" if len(points) < 25 else "", ms=4,
                     )  # fmt: skip
-            ax.set(title=label, xlabel="step")
+            ax.set(title=label)
             ax.grid(True)
             ax.margins(y=0.12)
+        axes[-1].set_xlabel("step")
         _legend(axes[0])
     return figure
 
@@ -292,5 +292,5 @@ def _stamp(ax: Axes) -> None:
 
 def _arm_colour(arm: str, index: int) -> str:
     fixed = {"dense": DENSE, "lam=0": COLOURS[1]}
-    others = (SPARSE, COLOURS[3], COLOURS[4], COLOURS[5], COLOURS[6])
-    return fixed.get(arm, others[index % len(others)])
+    others = (SPARSE, COLOURS[3], COLOURS[5], COLOURS[6], COLOURS[4])
+    return fixed.get(arm, others[(index - len(fixed)) % len(others)])

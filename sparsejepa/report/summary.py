@@ -54,7 +54,8 @@ class Summary:
     """All arms in order (dense, lam=0, rising lam, rising density) with their floors.
 
     A measure is "data: target", with the protocol behind it unless it is the logistic probe.
-    `uninformative` holds the measures on which a control does not beat its untrained floor.
+    `uninformative` holds the measures on which a control does not beat its untrained floor,
+    `below_pixels` those on which no arm beats the raw pixels.
     """
 
     arms: tuple[Arm, ...]
@@ -62,15 +63,11 @@ class Summary:
     untrained: Mapping[str, BySeed]
     pixels: Mapping[str, float]
     uninformative: frozenset[str]
+    below_pixels: frozenset[str]
 
     def arm(self, name: str) -> Arm | None:
         """Return the arm of that name, or None."""
         return next((a for a in self.arms if a.name == name), None)
-
-    @property
-    def controls(self) -> tuple[Arm, ...]:
-        """The arms without a penalty: dense and lam=0."""
-        return tuple(a for a in self.arms if not a.sparse)
 
 
 @dataclass(frozen=True)
@@ -177,14 +174,18 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
         Arm(name, *levels[name], accuracy.get(name, {}), structure.get(name, {}))
         for name in sorted(levels, key=lambda name: _order(levels[name]))
     )
-    weak = frozenset(
+
+    def above(arm: Arm, name: str, floor: BySeed) -> bool:
+        return beats(arm.accuracy.get(name, {}), floor, images[name])
+
+    controls = [arm for arm in arms if not arm.sparse]
+    weak = [m for m in images if not all(above(a, m, untrained.get(m, {})) for a in controls)]
+    low = [
         name
-        for name in images
-        for arm in arms
-        if not arm.sparse
-        and not beats(arm.accuracy.get(name, {}), untrained.get(name, {}), images[name])
-    )
-    return Summary(arms, tuple(images), untrained, pixels, weak)
+        for name, floor in pixels.items()
+        if not any(above(a, name, dict.fromkeys(a.accuracy.get(name, {}), floor)) for a in arms)
+    ]
+    return Summary(arms, tuple(images), untrained, pixels, frozenset(weak), frozenset(low))
 
 
 STRUCTURE = {
@@ -252,6 +253,10 @@ def verdict(summary: Summary) -> Verdict:
         f"Uninformative here: {'; '.join(weak)}. Dense or lam=0 does not beat the untrained "
         "encoder by more than the interval, so nothing follows from these figures."
     ][: len(weak)]
+    low = [name for name in summary.measures if name in summary.below_pixels]
+    remarks += [f"No arm beats the raw pixels by more than the interval on: {'; '.join(low)}."][
+        : len(low)
+    ]
     if not sparse:
         text = "No verdict: there is no arm with a penalty, only the controls dense and lam=0."
         return Verdict(None, measure, {}, text, tuple(remarks))

@@ -32,7 +32,8 @@ def arm_name(config: Config) -> str:
 
 def run_name(config: Config) -> str:
     """Return the folder name that a run gets when none is given."""
-    data = "".join(c if c.isalnum() or c in "-_." else "-" for c in config.data).strip("-.")
+    data = config.data.rstrip("/").rpartition("/")[2]  # of a path or a hub name its last part
+    data = "".join(c if c.isalnum() or c in "-_." else "-" for c in data).strip("-.")
     return f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
 
 

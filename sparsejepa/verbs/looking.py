@@ -42,7 +42,7 @@ class Probe(Verb):
     seed: int = 0
     """Seed of the images that --limit takes, of the validation part and of the untrained floor."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
+    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -112,7 +112,7 @@ class Embed(Verb):
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
+    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -222,7 +222,7 @@ class Data(Verb):
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout (default: SPARSEJEPA_DATA)."""
+    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
 
 
 def data(args: Data, console: Console) -> dict[str, Any]:

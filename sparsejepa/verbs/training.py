@@ -33,7 +33,7 @@ class Settings(Verb):
     """All settings of a pretraining run as flags."""
 
     preset: str = "best"
-    """Named settings to start from (sparsejepa info lists them)."""
+    """Named settings to start from, see sparsejepa info; the defaults shown are those of best."""
     config: Path | None = None
     """TOML file of settings to start from, such as a run's config.toml; flags win over it."""
     images: DataConfig = field(default_factory=DataConfig)
@@ -105,19 +105,32 @@ class Pretrain(Settings):
     """Only say what would be done: time, memory, mask counts, files."""
 
 
+# Of a run's last numbers, those that say something without a manual.
+_TELLING = ("loss", "knn", "rankme", "density", "groups_per_latent", "dead_groups")
+
+
 def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
     """Pretrain, or plan to."""
+    if args.resume and not args.data:
+        where = f"in {args.out}" if args.out else "to be found"
+        raise UserError(f"--resume: there is no run {where}; name its folder with --out")
     config = args.settings(args.data)
     from sparsejepa.training import loop
+    from sparsejepa.training.build import default_run_dir
 
+    run_dir = args.out or default_run_dir(config)
     if args.dry_run:
-        found = loop.plan(config)
-        if args.out:
-            found["would_write"] = str(args.out)
+        found = loop.plan(config) | {"would_write": str(run_dir)}
         show_facts(console, found, "dry run: nothing was written")
         return found
-    run = loop.pretrain(config, out=args.out, resume=args.resume, console=console)
-    show_facts(console, run.summary, f"finished: {run.path}")
+    if args.resume and not (run_dir / "config.toml").exists():
+        console.print(f"--resume: no run in {run_dir} yet, a new one starts")
+    run = loop.pretrain(config, out=run_dir, resume=args.resume, console=console)
+    last = run.summary["final"]
+    facts = {name: run.summary[name] for name in ("arm", "steps", "seconds", "images_per_second")}
+    facts |= {name: last[name] for name in _TELLING if last.get(name) is not None}
+    show_facts(console, facts | {"alarms": run.summary["alarms"]}, f"finished: {run.path}")
+    console.print(f"next: sparsejepa probe {run.path} --data {config.data}")
     return {"run": run.path, "summary": run.summary, "config": config.to_dict()}
 
 
@@ -155,6 +168,7 @@ class Sweep(Settings):
     out: Path | None = None
     """Folder of the sweep; runs/sweep-DATA if not given."""
     groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
+    """The group-sparse map; --lam and --density are lists here."""
 
 
 def sweep(args: Sweep, console: Console) -> dict[str, Any]:

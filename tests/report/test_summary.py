@@ -214,6 +214,20 @@ def test_no_verdict_below_the_floor() -> None:
     assert any(remark.startswith("Uninformative here: cifar100: fine.") for remark in found.remarks)
 
 
+def test_arms_that_do_not_beat_the_pixels_are_said() -> None:
+    def found(level: float) -> tuple[frozenset[str], tuple[str, ...]]:
+        values = [level - 0.001, level, level + 0.001, level, level]
+        rows = rows_of({"dense": GOOD, "lam=0": GOOD, "lam=0.01": values})
+        for row in rows:
+            row["probes"][0]["pixels"] = 0.42
+        summary = summarise(rows)
+        return summary.below_pixels, verdict(summary).remarks
+
+    assert found(0.5) == (frozenset(), ())
+    below, remarks = found(0.42)
+    assert below == {"cifar100: fine"} and "raw pixels" in remarks[0]
+
+
 def test_no_verdict_without_a_sparse_arm() -> None:
     found = verdict(summarise(rows_of({"dense": GOOD, "lam=0": GOOD})))
     assert found.arm is None and "no arm with a penalty" in found.text
