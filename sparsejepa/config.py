@@ -363,7 +363,7 @@ PRESETS: dict[str, Preset] = {
         {
             "encoder": "nano", "patch_size": 8, "predictor_dim": 64, "predictor_depth": 3,
             "drop_path": 0.0, "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "limit": 10_000,
-            "steps": 1600, "ema": 0.99, "ema_final": 0.9995, "beta": 0.02,
+            "steps": 1200, "ema": 0.99, "ema_final": 0.9995, "beta": 0.02,
         },
     ),
     "paper": Preset(

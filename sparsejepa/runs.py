@@ -249,7 +249,7 @@ def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.probe import PROTOCOLS
     from sparsejepa.training.build import load_images, total_steps
-    from sparsejepa.training.loop import _open_run as open_run
+    from sparsejepa.training.loop import open_run
 
     for task in tasks:
         open_run(task.run_dir, task.config.check(), True)

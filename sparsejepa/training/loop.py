@@ -87,7 +87,7 @@ def pretrain(
         config = preset(settings.pop("preset", "best")).replace(data=data, **settings)
     config.check()
     run_dir = Path(out) if out is not None else default_run_dir(config)
-    done = _open_run(run_dir, config, resume)
+    done = open_run(run_dir, config, resume)
     if done is not None:
         return done
     device = torch.device(resolve_device(config.run.device))
@@ -251,7 +251,7 @@ def _finish(
     return summary
 
 
-def _open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
+def open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
     """Check the run directory against the settings; return the run if it is finished."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file; name a folder")

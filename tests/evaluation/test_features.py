@@ -55,7 +55,7 @@ def test_many_patches_make_smaller_batches(monkeypatch) -> None:
         sizes.append(len(batch))
         return tokens(batch)
 
-    monkeypatch.setattr(features, "MAX_TOKENS", 16 * 6)
+    monkeypatch.setitem(features.MAX_TOKENS, "cpu", 16 * 6)
     encoder.tokens = counted  # type: ignore[method-assign]
     np.testing.assert_allclose(embed(encoder, images).x, whole.x, atol=1e-5)
     assert sizes == [6, 6, 6, 2]
