@@ -198,7 +198,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, result: Any) -> None:
         (UserError("--x: wrong\n way"), 2, "sparsejepa: error: --x: wrong way\n"),
         (OSError(28, "No space left on device", "/runs/a"), 2, "/runs/a: no space left on device"),
         (RuntimeError("x: No space left on device (os error 28)"), 2, "no space left on device"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "/root/x: Permission denied"),
+        (PermissionError(13, "Permission denied", "/some/x"), 2, "/some/x: Permission denied"),
         (MemoryError(), 2, "out of memory"),
         (KeyboardInterrupt(), 130, "sparsejepa: interrupted\n"),
     ],

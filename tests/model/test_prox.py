@@ -1,0 +1,155 @@
+"""The proximal operators against brute force, numeric optimisation and optimality conditions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from sparsejepa.model.groups import GroupMap, prox_group_lasso, prox_sphere
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def objective(X: torch.Tensor, W: torch.Tensor, t: float) -> torch.Tensor:
+    """1/2 ||X - W||^2 + t sum_g ||X_g||, for [..., G, P]."""
+    return 0.5 * (X - W).square().sum((-2, -1)) + t * X.norm(dim=-1).sum(-1)
+
+
+@settings(max_examples=60)
+@given(
+    groups=st.integers(1, 6),
+    width=st.integers(1, 4),
+    t=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0, 3.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_no_point_on_the_sphere_beats_prox_sphere(groups: int, width: int, t: float, seed: int):
+    W = normal(groups, width, seed=seed, dtype=torch.float64)
+    best = prox_sphere(W[..., None], t)[..., 0]
+    assert best.norm().item() == pytest.approx(1, abs=1e-12)
+    anywhere = normal(1000, groups, width, seed=seed + 1, dtype=torch.float64)
+    sparse = anywhere * (normal(1000, groups, 1, seed=seed + 2) > 0)
+    sparse = sparse[sparse.flatten(1).norm(dim=1) > 0]
+    one_hot = torch.eye(groups, dtype=torch.float64)[:, :, None] * W
+    near = best + torch.logspace(-6, -0.5, 500, dtype=torch.float64)[:, None, None] * anywhere[:500]
+    directed = W * anywhere[:, :, :1].abs()  # the right directions, any block norms
+    rivals = torch.cat([anywhere, sparse, one_hot, near, directed])
+    rivals = rivals / rivals.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
+    rivals = rivals[rivals.flatten(1).norm(dim=1) > 0.5]
+    assert (objective(rivals, W, t) >= objective(best, W, t) - 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_numeric_optimisation_finds_prox_sphere_and_nothing_better(seed: int):
+    rng = np.random.default_rng(seed)
+    groups, width = int(rng.integers(2, 4)), int(rng.integers(1, 3))
+    W, t = rng.normal(size=(groups, width)), float(rng.choice([0.05, 0.3, 0.8, 2.0]))
+
+    def value(x: np.ndarray) -> float:
+        X = x.reshape(groups, width) / np.linalg.norm(x)
+        return 0.5 * np.square(X - W).sum() + t * np.linalg.norm(X, axis=1).sum()
+
+    found = min(
+        minimize(value, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12}).fun
+        for start in rng.normal(size=(12, groups * width))
+    )
+    ours = value(prox_sphere(torch.from_numpy(W)[..., None], t).numpy().ravel())
+    assert ours <= found + 1e-12
+    assert ours == pytest.approx(found, abs=2e-3)
+
+
+def test_prox_sphere_of_two_groups_agrees_with_a_fine_search_over_the_quarter_circle():
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()], dim=1)[..., None]
+    for v in ([0.9, 0.4], [0.3, 0.29], [1.5, 1.5], [0.05, 0.2]):
+        for t in (0.0, 0.1, 0.28, 0.6):
+            W = torch.tensor(v, dtype=torch.float64)[:, None]
+            ours = prox_sphere(W[..., None], t)[..., 0]
+            assert objective(ours, W, t) == pytest.approx(
+                float(objective(circle, W, t).min()), abs=1e-9
+            )
+
+
+def test_prox_sphere_at_the_threshold():
+    def norms(v: list[float], t: float) -> list[float]:
+        W = torch.tensor(v, dtype=torch.float64)[:, None, None]
+        return prox_sphere(W, t).norm(dim=1)[:, 0].tolist()
+
+    assert norms([0.5, 0.25, 0.125], 0.125) == pytest.approx([0.375, 0.125, 0] / np.sqrt(0.15625))
+    assert norms([0.5, 0.25, 0.25], 0.25) == [1, 0, 0]
+    assert norms([0.5, 0.5], 0.5) == [1, 0]  # nothing exceeds t: the first of the largest
+    assert norms([0.25, 0.5, 0.5], 0.75) == [0, 1, 0]
+    assert norms([0.5, 0.5, 0.5, 0.5], 0.25) == [0.5] * 4  # equal blocks are a fixed point
+    assert norms([0.5 + 1e-15, 0.5, 0.1], 0.5) == [1, 0, 0]  # just above: no underflow
+    assert norms([1e-20, 3e-20], 0.0) == pytest.approx([10**-0.5, 3 * 10**-0.5])
+
+
+def test_prox_sphere_without_threshold_is_the_identity_on_the_sphere_and_normalises_elsewhere():
+    W = normal(6, 4, 10)
+    unit = W / W.square().sum((0, 1)).sqrt()
+    torch.testing.assert_close(prox_sphere(unit, 0.0), unit, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(prox_sphere(37 * unit, 0.0), unit, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), t=st.floats(0, 2), dead=st.integers(0, 63))
+def test_prox_sphere_keeps_directions_order_and_zero_blocks(seed: int, t: float, dead: int):
+    W = normal(6, 3, 20, seed=seed)
+    gone = torch.tensor([bool(dead >> g & 1) for g in range(6)])
+    W[gone] = 0
+    X = prox_sphere(W, torch.tensor(t))
+    r, v = X.norm(dim=1), W.norm(dim=1)
+    torch.testing.assert_close(r.square().sum(0), torch.ones(20))
+    if gone.all():  # no direction is given: any unit vector in one group is a minimiser
+        assert ((r > 0).sum(0) == 1).all()
+        return
+    assert (r[gone] == 0).all()
+    torch.testing.assert_close(X * v[:, None], W * r[:, None], rtol=1e-5, atol=1e-6)
+    assert (r[v <= t].max() if (v <= t).any() and (v > t).any(0).all() else 0) == 0
+    order = v.argsort(0)
+    assert (r.gather(0, order).diff(dim=0) >= -1e-6).all()
+
+
+def test_prox_sphere_limit_of_a_large_threshold_is_the_largest_block_alone():
+    W = normal(5, 3, 50)
+    X = prox_sphere(W, 1e6)
+    keeps = X.norm(dim=1) > 0
+    assert torch.equal(keeps.int().argmax(0), W.norm(dim=1).argmax(0))
+    assert (keeps.sum(0) == 1).all()
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), t=st.floats(0, 3))
+def test_plain_prox_satisfies_the_optimality_condition(seed: int, t: float):
+    W = normal(5, 3, 8, seed=seed, dtype=torch.float64)
+    W[0, :, 0] = 0
+    X = prox_group_lasso(W, t)
+    v, r = W.norm(dim=1), X.norm(dim=1)
+    torch.testing.assert_close(r, (v - t).clamp_min(0))  # the closed form
+    # 0 is in X - W + t * subdifferential of ||X||: the residual is t X/||X||, or no longer than t.
+    residual = W - X
+    alive = r > 0
+    unit = X / torch.where(alive, r, 1.0)[:, None]
+    torch.testing.assert_close(torch.where(alive[:, None], residual, 0.0), t * unit)
+    assert (residual.norm(dim=1)[~alive] <= t + 1e-12).all()
+    assert X.isfinite().all() and (X[0, :, 0] == 0).all()
+
+
+def test_threshold_sums_of_the_method_leave_16_10_and_1_groups():
+    """METHOD 2, rule 4: the learning rates of W sum to 60, prox alone, whatever P and the steps."""
+    for dim, width, steps in ((96, 6, 600), (192, 12, 100), (192, 3, 200)):
+        left = []
+        for lam in (0.001, 0.01, 0.1):
+            torch.manual_seed(0)
+            model = GroupMap("region", dim, (4, 4), 16, width, hidden=4)
+            for _ in range(steps):
+                model.proximal_step(60 / steps, lam)
+            left.append((model.block_norms() > 0).float().sum(0).mean().item())
+        assert left[0] == 16 and abs(left[1] - 10) < 1 and left[2] == 1
