@@ -143,7 +143,6 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     from sparsejepa.files import write_text
     from sparsejepa.interop import load
 
-    # fp32: the floors live in a few dimensions of small variance, which bf16 would blur away.
     encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
     if seed:
