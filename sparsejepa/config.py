@@ -68,6 +68,9 @@ class EncoderConfig:
     """Width of the predictor."""
     predictor_depth: int = 4
     """Blocks (transformer) or hidden layers (mlp) of the predictor."""
+    predictor_pass: Literal["blocks", "packed", "union"] = "blocks"
+    """blocks: each target block on its own (I-JEPA); packed: all in one pass, the context sees only
+    itself; union: the patches of all blocks as one. The last two are faster, and other methods."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     threads: int | None = None
     """CPU threads; all cores if not given."""
+    compile: bool = False
+    """Compile the step: faster steps after a minute or two of compiling (needs a C++ compiler)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
@@ -285,6 +290,8 @@ class Config:
                     f"--density {self.groups.density:g} is below 1/{count}: each latent keeps at "
                     f"least one of the --num-groups {count}"
                 )
+        if self.model.predictor_pass == "packed" and self.model.predictor == "mlp":
+            raise UserError("--predictor-pass packed: only for --predictor transformer")
         if self.model.predictor_dim % 4:
             raise UserError(f"--predictor-dim {self.model.predictor_dim}: must be a multiple of 4")
         return self

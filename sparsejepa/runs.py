@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparsejepa.interop import Encoder
 
 # Settings that change no number.
-_FREE = {"data_root", "device", "threads", "checkpoint_every", "log_every", "preset"}
+_FREE = {"data_root", "device", "threads", "compile", "checkpoint_every", "log_every", "preset"}
 
 
 @dataclass(frozen=True)

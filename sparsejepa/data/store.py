@@ -140,10 +140,15 @@ class DeviceImages:
     def __len__(self) -> int:
         return len(self._host)
 
+    @property
+    def index_device(self) -> torch.device:
+        """Where `take` wants its index: with the images."""
+        return self._images.device
+
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device; index: [B] int64.
 
-        A set that is not resident needs `index` on the host; elsewhere the host waits for it.
+        The index belongs on `index_device`; from elsewhere the host waits for it.
         """
         if self.resident:
             return self._images.index_select(0, index.to(self.device, non_blocking=True))

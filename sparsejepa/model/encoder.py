@@ -32,15 +32,18 @@ def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
     return torch.cat(parts, dim=1).to(torch.get_default_dtype())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for q, k, v [..., C, d].
 
-    On the CPU in bfloat16 the explicit form is faster than the fused kernel; elsewhere the fused
-    one is used.
+    `mask`, bool [C, C], says which keys (columns) a query (row) sees; all if None. On the CPU in
+    bfloat16 the explicit form is faster than the fused kernel; elsewhere the fused one is used.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        return logits.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Attention(nn.Module):
@@ -54,13 +57,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D]."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]; `mask` as in `attend`."""
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         # One copy brings all heads into the layout of the batched matmuls; otherwise each of them
         # would copy its own operand.
         q, k, v = heads.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -93,9 +96,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D]."""
-        x = x + self._thin(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]; `mask` as in `attend`."""
+        x = x + self._thin(self.attn(self.norm1(x), mask))
         return x + self._thin(self.mlp(self.norm2(x)))
 
     def _thin(self, branch: Tensor) -> Tensor:
@@ -238,10 +241,13 @@ class ViT(nn.Module):
                     f"index must be int64 [{len(images)}, C], got {index.dtype} {list(index.shape)}"
                 )
             positions = positions[0, index]
-        x = self.patch_embed(images, index) + positions
+        x = self.patch_embed(images, index)
+        # The tokens keep the type of the products (bf16 under autocast): fp32 positions would make
+        # every later addition, norm and cast move twice the bytes.
+        x = x + positions.to(x.dtype)
         if self.cls_token is None:
             return x
-        prefix = self.cls_token + self.pos_embed[:, : self.num_prefix_tokens]
+        prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix_tokens]).to(x.dtype)
         return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
 

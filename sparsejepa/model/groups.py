@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsejepa.errors import UserError
 from sparsejepa.model.encoder import attend, sincos_position_embedding
+from sparsejepa.model.losses import full
 
 Kind = Literal["region", "concept", "feature"]
 
@@ -294,9 +295,9 @@ class GroupMap(nn.Module):
         Raises ValueError in training if the normalisation has a single value per dimension.
         """
         if isinstance(self.networks, RegionNetworks):
-            pooled = self.norm(z.float().mean(1))
+            pooled = self.norm(full(z).mean(1))
             return self.networks(torch.einsum("gpd,bd->bgp", self.W, pooled), query_index)
-        z = self.norm(z.float().flatten(0, 1)).view_as(z)
+        z = self.norm(full(z).flatten(0, 1)).view_as(z)
         u = torch.einsum("gpd,bcd->bcgp", self.W, z)
         hidden = self.networks(u, context_index, query_index)  # [B, T, G, h]
         if self.kind == "concept":  # contracting g as well adds the groups up
@@ -345,7 +346,7 @@ class GroupMap(nn.Module):
     def group_activations(self, z: Tensor) -> Tensor:
         """Return ||W^(g) z||, [B, C, G], for tokens z [B, C, D] under the running normalisation."""
         mean, variance = self.norm.running_mean, self.norm.running_var
-        z = F.batch_norm(z.float().flatten(0, 1), mean, variance, eps=self.norm.eps).view_as(z)
+        z = F.batch_norm(full(z).flatten(0, 1), mean, variance, eps=self.norm.eps).view_as(z)
         return torch.einsum("gpd,bcd->bcgp", self.W, z).norm(dim=-1)
 
 

@@ -23,6 +23,7 @@ from sparsejepa.model.groups import DensityController, GroupMap
 from sparsejepa.model.losses import (
     RunningMoments,
     aggregate_kl,
+    full,
     normalize_targets,
     posterior_kl,
     prediction_loss,
@@ -119,6 +120,24 @@ class SparseJEPA(nn.Module):
             masks = self.sampler.sample(
                 len(images), seed=self.seed, step=step, device=images.device
             )
+        noise = None
+        if self.log_variance is not None:
+            noise = torch.empty(
+                len(images),
+                self.context_encoder.embed_dim,
+                dtype=images.dtype,
+                device=images.device,
+            ).normal_(generator=generator(self.seed, step, "posterior", images.device))
+        return self.losses(images, masks, noise, self.rates.group_detached(step))
+
+    def losses(self, images: Tensor, masks: Masks, noise: Tensor | None, detached: bool) -> Losses:
+        """Return the loss terms given all that is drawn: a function that can be compiled.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            noise: standard normal [B, D] for the posterior's sample, None where there is none.
+            detached: keep the group loss from the context encoder.
+        """
         with torch.no_grad():
             self.target_encoder.eval()  # the target has no stochastic depth
             targets = normalize_targets(self.target_encoder(images))  # [B, N, D]
@@ -126,10 +145,16 @@ class SparseJEPA(nn.Module):
         predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D]
         wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
         prediction = prediction_loss(predicted, wanted, self.objective.loss)
-        return self._combine(prediction, context, targets, masks, step)
+        return self._combine(prediction, context, targets, masks, noise, detached)
 
     def _combine(
-        self, prediction: Tensor, context: Tensor, targets: Tensor, masks: Masks, step: int
+        self,
+        prediction: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        masks: Masks,
+        noise: Tensor | None,
+        detached: bool,
     ) -> Losses:
         weights = self.objective
         zero = prediction.new_zeros(())
@@ -137,22 +162,19 @@ class SparseJEPA(nn.Module):
 
         kl = marginal = correlation = zero
         latent = context
-        pooled = context.float().mean(1)  # [B, D], before any normalisation
+        pooled = full(context).mean(1)  # [B, D], before any normalisation
         if weights.kl == "aggregate" and weights.beta:
             marginal, correlation = aggregate_kl(*self.moments(pooled))
             kl = weights.kl_marginal * marginal + weights.kl_correlation * correlation
-        elif self.log_variance is not None:
-            logvar = self.log_variance(pooled).float()
+        elif self.log_variance is not None and noise is not None:
+            logvar = full(self.log_variance(pooled))
             kl = posterior_kl(pooled, logvar)
-            noise = torch.empty_like(pooled).normal_(
-                generator=generator(self.seed, step, "posterior", pooled.device)
-            )
             # One sample per image, added to each of its tokens: their mean is mu + sigma * eps.
             latent = context + ((0.5 * logvar).exp() * noise)[:, None]
         total = total + weights.beta * kl
 
         if self.groups is not None:
-            if self.rates.group_detached(step):
+            if detached:
                 latent = latent.detach()
             query = self._queries(masks, targets.shape[1])
             grouped = self.groups(latent, masks.context, query)  # [B, T, D]

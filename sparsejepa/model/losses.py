@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def normalize_targets(x: Tensor) -> Tensor:
     """Layer-normalise target tokens [..., D] without affine parameters (I-JEPA's targets)."""
-    return F.layer_norm(_full(x), x.shape[-1:])
+    return F.layer_norm(full(x), x.shape[-1:])
 
 
 def prediction_loss(
@@ -27,7 +27,7 @@ def prediction_loss(
             (SparseJEPA section 3, without its factor D).
     """
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    return distance(_full(prediction), _full(target))
+    return distance(full(prediction), full(target))
 
 
 class KLParts(NamedTuple):
@@ -56,7 +56,7 @@ def aggregate_kl(
             well-conditioned S.
         variance_floor: added to the variances, so that a dead dimension costs a finite amount.
     """
-    mu, cov = _full(mu), _full(cov)
+    mu, cov = full(mu), full(cov)
     with torch.autocast(mu.device.type, enabled=False):
         variance = cov.diagonal() + variance_floor
         marginal = 0.5 * (variance + mu.square() - 1 - variance.log()).mean()
@@ -75,7 +75,7 @@ def posterior_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     Args:
         mu, logvar: [..., D], one diagonal Gaussian per sample.
     """
-    mu, logvar = _full(mu), _full(logvar)
+    mu, logvar = full(mu), full(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
 
 
@@ -105,7 +105,7 @@ class RunningMoments(nn.Module):
 
         In training a small batch also updates the running moments; in evaluation nothing does.
         """
-        x = _full(x)
+        x = full(x)
         with torch.autocast(x.device.type, enabled=False):
             mean = x.mean(0)
             centred = x - mean
@@ -135,5 +135,6 @@ def _straight_through(value: Tensor, gradient: Tensor) -> Tensor:
     return value + (gradient - gradient.detach())
 
 
-def _full(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
+    """Return x in fp32, or as it is in fp64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -10,15 +10,16 @@ what a sampler does with the exact enumeration of what it should do.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
-from itertools import product
+from itertools import accumulate, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsejepa.errors import UserError
-from sparsejepa.rng import generator
+from sparsejepa.rng import derive_seed, generator
 
 Shape = tuple[int, int]
 
@@ -27,7 +28,10 @@ MAX_SHAPES = 6
 
 
 class Masks(NamedTuple):
-    """Patch indices: `context` [B, C], ascending; `targets` [B, M, K], blocks row by row."""
+    """Patch indices: `context` [B, C], ascending; `targets` [B, M, K], blocks row by row.
+
+    Merged targets are [B, 1, U], ascending.
+    """
 
     context: Tensor
     targets: Tensor
@@ -57,6 +61,10 @@ class MaskSampler:
             its sides are in the grid's proportion.
         context_counts: context patches C, one of these per step; about N/4, 5N/16, 3N/8 if empty.
         candidates: candidates per image, the last resort included; at least 2.
+        merge: give the union of the target blocks as one, without the doubled patches, for a
+            predictor that takes them all at once. All images of a step get the same number U of
+            target patches, the mean size of the union: of a larger one a random part, for a smaller
+            one some hidden patches more.
 
     Attributes:
         target_shapes, context_counts: what the steps are drawn from.
@@ -76,6 +84,7 @@ class MaskSampler:
         context_scale: tuple[float, float] = (0.85, 1.0),
         context_counts: Sequence[int] = (),
         candidates: int = 8,
+        merge: bool = False,
     ) -> None:
         rows, cols = grid_size
         if num_targets < 1:
@@ -101,6 +110,7 @@ class MaskSampler:
         for plan in sorted(self.plans, key=lambda p: (-math.prod(p.target), -p.count)):
             if plan.count == self.context_counts[-1]:
                 self._check(plan, "--context-counts" if context_counts else "--target-scale")
+        self._union = {plan: self._mean_union(plan) for plan in self.plans} if merge else None
 
     def _check(self, plan: StepPlan, counts_flag: str) -> None:
         """Raise UserError where the last resort fails, or is what most images would need."""
@@ -129,11 +139,18 @@ class MaskSampler:
                 "--context-scale"
             )
 
+    def _mean_union(self, plan: StepPlan) -> int:
+        """Return U: the mean number of patches that the target blocks of an image cover."""
+        index, place, _ = self._choose(1024, plan, generator(0, 0, "mask-union"))
+        covered = cover(index, math.prod(self.grid_size))[place].any(1)
+        mean = round(covered.sum(1).double().mean().item())
+        return min(mean, math.prod(self.grid_size) - plan.count)
+
     def plan(self, *, seed: int, step: int) -> StepPlan:
         """Return what the images of a step share, a fixed function of (seed, step)."""
-        weights = torch.tensor(list(self.plans.values()), dtype=torch.float64)
-        drawn = torch.multinomial(weights, 1, generator=generator(seed, step, "mask-shape"))
-        return list(self.plans)[int(drawn)]
+        drawn = derive_seed(seed, step, "mask-shape") / 2**63  # uniform in [0, 1)
+        up_to = list(accumulate(self.plans.values()))
+        return list(self.plans)[min(bisect(up_to, drawn * up_to[-1]), len(up_to) - 1)]
 
     def sample(
         self, batch_size: int, *, seed: int, step: int, device: torch.device | str = "cpu"
@@ -144,18 +161,31 @@ class MaskSampler:
         synchronised with the device.
 
         Returns:
-            Masks: `context` [B, C] and `targets` [B, M, K].
+            Masks: `context` [B, C] and `targets` [B, M, K], or merged [B, 1, U].
         """
         plan = self.plan(seed=seed, step=step)
         draw = generator(seed, step, "masks", device)
+        index, place, visible = self._choose(batch_size, plan, draw)
+        keys = torch.rand(visible.shape, generator=draw, device=draw.device)
+        context = keys.masked_fill(~visible, -1.0).topk(plan.count, sorted=False).indices
+        context = context.sort().values
+        if self._union is None:
+            return Masks(context, index[place])
+        # In [1, 2] for the union, below 1 for the rest, -1 for the context.
+        covered = cover(index, keys.shape[1])[place].any(1)
+        keys = (keys + covered).scatter_(1, context, -1.0)
+        union = keys.topk(self._union[plan], sorted=False).indices
+        return Masks(context, union.sort().values[:, None])
+
+    def _choose(
+        self, batch_size: int, plan: StepPlan, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return block indices [P, K], the targets' places [B, M], visible patches [B, N]."""
         index, place, visible = self._candidates(batch_size, plan, draw)
         feasible = visible.sum(-1) >= plan.count  # [B, T]
         first = feasible.int().argmax(1)[:, None, None]  # argmax returns the first of equals
-        place = place.take_along_dim(first, 1).squeeze(1)  # [B, M]
-        visible = visible.take_along_dim(first, 1).squeeze(1)  # [B, N]
-        keys = torch.rand(visible.shape, generator=draw, device=draw.device)
-        context = keys.masked_fill_(~visible, -1.0).topk(plan.count, sorted=False).indices
-        return Masks(context.sort().values, index[place])
+        place = place.take_along_dim(first, 1).squeeze(1)
+        return index, place, visible.take_along_dim(first, 1).squeeze(1)
 
     def _candidates(
         self, batch_size: int, plan: StepPlan, draw: torch.Generator

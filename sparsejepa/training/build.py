@@ -81,6 +81,7 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
         target_aspect_ratio=masks.target_aspect_ratio,
         context_scale=masks.context_scale,
         context_counts=masks.context_counts,
+        merge=config.model.predictor_pass == "union",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, 0, "init-encoder"))
@@ -97,7 +98,8 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
         if config.model.predictor == "mlp":
             predictor = MLPPredictor(width, grid, dim=dim, depth=layers)
         else:
-            predictor = TransformerPredictor(width, grid, dim=dim, depth=layers)
+            packed = config.model.predictor_pass == "packed"
+            predictor = TransformerPredictor(width, grid, dim=dim, depth=layers, packed=packed)
         torch.manual_seed(derive_seed(seed, 0, "init-groups"))
         kind = config.groups.groups
         groups = None

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsejepa.config import Config, flag, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
-from sparsejepa.environment import environment, has_bf16, resolve_device
+from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.files import partial_files, read_json, save_tensors, write_text
 from sparsejepa.interop import Encoder, load, save_encoder
-from sparsejepa.model.jepa import Losses, SparseJEPA
-from sparsejepa.rng import derive_seed, generator
+from sparsejepa.model.jepa import SparseJEPA
+from sparsejepa.rng import generator
 from sparsejepa.training.build import (
     arm_name,
     build_augment,
     build_model,
-    build_optimizer,
     default_run_dir,
     describe_parameters,
     load_images,
@@ -45,10 +44,10 @@ from sparsejepa.training.monitor import (
     group_state,
 )
 from sparsejepa.training.schedule import Schedule
+from sparsejepa.training.step import TERMS, TrainStep
 
-TERMS = [field.name for field in fields(Losses)]
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
-_FREE_ON_RESUME = {"data_root", "device", "threads", "checkpoint_every", "preset"}
+_FREE_ON_RESUME = {"data_root", "device", "threads", "compile", "checkpoint_every", "preset"}
 
 
 @dataclass(frozen=True)
@@ -116,19 +115,18 @@ def _train(
     console: Console | None,
 ) -> dict[str, Any]:
     device = next(model.parameters()).device
-    schedule, seed, batch = Schedule(config, total), config.run.seed, config.optim.batch_size
+    batch = config.optim.batch_size
     images = DeviceImages(image_set, device)
-    augment, autocast = build_augment(config, image_set), build_autocast(config, device)
-    optimizer = build_optimizer(config, model)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    order = EpochOrder(len(image_set), batch, seed)
+    report = ProgressLine(console, arm_name(config))
+    train_step = TrainStep(config, model, build_augment(config, image_set), total, report.say)
+    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device)
     evaluate = OnlineEvaluation(image_set, images)
     eval_every = config.run.eval_every or max(1, total // 10)
     save_every = config.run.checkpoint_every or max(1, total // 20)
 
     start, seconds = 0, 0.0
     if (run_dir / CHECKPOINT).exists():
-        progress = load_checkpoint(run_dir, model, optimizer)
+        progress = load_checkpoint(run_dir, model, train_step.optimizer)
         start, seconds = progress["step"], progress["seconds"]
         if progress.get("images", image_set.fingerprint) != image_set.fingerprint:
             raise UserError(
@@ -139,29 +137,14 @@ def _train(
     alarms = Alarms(config.penalised, log.alarms)
     for row in log.kept:
         alarms.observe(row)
-    pending = torch.zeros(config.run.log_every, len(TERMS) + 1, device=device)
-    report = ProgressLine(console, arm_name(config), start, total, batch)
+    pending = torch.zeros(config.run.log_every, len(TERMS), device=device)
     model.train()
 
-    with report, contextlib.closing(log):
+    with report.between(start, total, batch), contextlib.closing(log):
         since, counted = time.perf_counter(), start
         for step in range(start, total):
-            # Layers draw (stochastic depth) from torch's own generator: key it on the step too.
-            torch.manual_seed(derive_seed(seed, step, "layers"))
-            pixels = images.take(order(step))  # uint8 [B, H, W, 3]
-            x = augment(pixels, generator(seed, step, "augment", device))  # [B, 3, h, w]
-            with autocast:
-                losses = model(x, step=step)
-            losses.total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.clip or float("inf"))
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr(step)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.after_step(step)
             row = step % config.run.log_every
-            pending[row, :-1], pending[row, -1] = losses.stacked(), norm
-
+            pending[row] = train_step(images.take(order(step)), step)
             done, last = step + 1, step + 1 == total
             stopping = bool(stop)  # read once: a signal from here on waits for the next step
             saving = last or done % save_every == 0 or stopping
@@ -169,7 +152,7 @@ def _train(
             if saving or row == config.run.log_every - 1:
                 values = pending[: row + 1].cpu()
                 # The total last: it is never finite when a term is not, and the term is the cause.
-                bad = first_bad(values.roll(-1, dims=1), [*TERMS[1:], "grad_norm", TERMS[0]])
+                bad = first_bad(values.roll(-1, dims=1), [*TERMS[1:], TERMS[0]])
                 if bad:
                     raise UserError(
                         f"{run_dir}: '{bad[1]}' is not finite at step {step - row + bad[0]}; start "
@@ -177,14 +160,14 @@ def _train(
                         "is untouched)"
                     )
                 elapsed = time.perf_counter() - since
-                numbers = _metrics(config, model, schedule, step, values[-1].tolist())
+                numbers = _metrics(model, train_step.schedule, step, values[-1].tolist())
                 rate = batch * (done - counted) / max(elapsed, 1e-9)
                 numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
                 seconds, since, counted = seconds + elapsed, time.perf_counter(), done
                 log.write(numbers)
                 report.update(done, numbers)
                 if last or done % eval_every == 0:
-                    numbers = {"step": step, **evaluate(model.target_encoder, autocast)}
+                    numbers = {"step": step, **evaluate(model.target_encoder, train_step.autocast)}
                     log.write(numbers)
                     since = time.perf_counter()
                 for alarm in alarms.check({**log.last, **numbers}, done / total):
@@ -192,7 +175,7 @@ def _train(
                     report.say(f"alarm, step {step}: {alarm}")
                 if saving:
                     progress = {"step": done, "seconds": seconds, "images": image_set.fingerprint}
-                    save_checkpoint(run_dir, model, optimizer, progress)
+                    save_checkpoint(run_dir, model, train_step.optimizer, progress)
                     since = time.perf_counter()
                 if stopping and not last:
                     raise KeyboardInterrupt
@@ -200,12 +183,12 @@ def _train(
 
 
 def _metrics(
-    config: Config, model: SparseJEPA, schedule: Schedule, step: int, values: list[float]
+    model: SparseJEPA, schedule: Schedule, step: int, values: list[float]
 ) -> dict[str, Any]:
     """Return the row of metrics.jsonl for the last of the pending steps."""
     row: dict[str, Any] = {"step": step, "loss": values[0]}
-    row |= dict(zip(TERMS[1:], values[1:-1], strict=True))
-    row |= {"grad_norm": values[-1], "lr": schedule.lr(step), "ema": schedule.ema(step)}
+    row |= dict(zip(TERMS[1:], values[1:], strict=True))
+    row |= {"lr": schedule.lr(step), "ema": schedule.ema(step)}
     if model.groups is not None:
         steered = model.controller is not None and not schedule.frozen(step)
         row["lam"] = float(model.controller.lam) if steered else schedule.lam(step)  # type: ignore[union-attr]
@@ -285,10 +268,16 @@ def read_config(run_dir: Path) -> Config:
 
 
 class EpochOrder:
-    """Which images a step sees: a new permutation each epoch, keyed on (seed, epoch)."""
+    """Which images a step sees: a new permutation each epoch, keyed on (seed, epoch).
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    It lies on `device`, so that on a GPU no step but an epoch's first sends anything there.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
         self._num_images, self._batch, self._seed = num_images, batch_size, seed
+        self._device = device
         self._per_epoch = num_images // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -298,15 +287,9 @@ class EpochOrder:
         if epoch != self._epoch:
             keyed = generator(self._seed, epoch, "order")
             self._epoch = epoch
-            self._order = torch.randperm(self._num_images, generator=keyed)
+            order = torch.randperm(self._num_images, generator=keyed)
+            self._order = order.to(self._device, non_blocking=True)
         return self._order[position * self._batch : (position + 1) * self._batch]
-
-
-def build_autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Return the autocast context of a run: bf16 if asked for or, with auto, where it is fast."""
-    wanted = config.optim.precision
-    enabled = wanted == "bf16" or (wanted == "auto" and has_bf16(str(device)))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager
@@ -333,25 +316,21 @@ def _stop_on_signal() -> Iterator[list[int]]:
 class ProgressLine:
     """A bar with images/s and time left on a terminal, some plain lines elsewhere."""
 
-    def __init__(
-        self, console: Console | None, name: str, start: int, total: int, batch: int
-    ) -> None:
-        self._console, self._name, self._total, self._batch = console, name, total, batch
+    def __init__(self, console: Console | None, name: str) -> None:
+        self._console, self._name = console, name
         self._bar: Progress | None = None
-        self._printed = start
-        if console is not None and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task(name, total=total, completed=start)
 
-    def __enter__(self) -> ProgressLine:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
+    @contextlib.contextmanager
+    def between(self, start: int, total: int, batch: int) -> Iterator[None]:
+        """Show progress from step `start` to `total` while the context lasts."""
+        self._total, self._batch, self._printed = total, batch, start
+        if self._console is None or not self._console.is_terminal:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console) as self._bar:
+            self._task = self._bar.add_task(self._name, total=total, completed=start)
+            yield
 
     def update(self, done: int, row: dict[str, Any]) -> None:
         rate = row["images_per_second"]
@@ -379,21 +358,13 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
     image_set = load_images(config)
     total = total_steps(config, len(image_set))
     model = build_model(config, image_set.img_size, total).to(device)
-    images, augment = DeviceImages(image_set, device), build_augment(config, image_set)
-    autocast, batch = build_autocast(config, device), config.optim.batch_size
-    optimizer, order = build_optimizer(config, model), EpochOrder(len(image_set), batch, 0)
+    images, batch = DeviceImages(image_set, device), config.optim.batch_size
+    train_step = TrainStep(config, model, build_augment(config, image_set), total)
+    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device)
     times = []
     for step in range(timed_steps + 1):
         began = time.perf_counter()
-        with autocast:
-            losses = model(
-                augment(images.take(order(0)), generator(0, step, "augment", device)), step=step
-            )
-        losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step(step)
-        float(losses.total.detach())  # waits for the device
+        train_step(images.take(order(0)), step).tolist()  # waits for the device
         times.append(time.perf_counter() - began)
     seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
     memory = (
@@ -413,7 +384,7 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
         "target_blocks": config.masks.num_targets,
         "target_shapes": [list(shape) for shape in sampler.target_shapes],
         "context_counts": list(sampler.context_counts),
-        "precision": "bf16" if autocast._enabled else "fp32",
+        "precision": "bf16" if train_step.autocast._enabled else "fp32",
         "device": str(device),
         "images_per_second": batch / seconds,
         "minutes": total * seconds / 60,

@@ -322,3 +322,28 @@ def test_flaws_of_the_widely_copied_sampler() -> None:
     assert torch.cat([m.targets.flatten() for m in used]).bincount(minlength=64).min() > 0
     half = np.mean([(m.context < 32).double().mean().item() for m in used])
     assert half == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 4), (14, 14), (4, 8)])
+@settings(max_examples=15, deadline=None)
+@given(step=st.integers(0, 10_000), batch_size=st.integers(1, 40))
+def test_merged_targets_are_the_union(grid: tuple[int, int], step: int, batch_size: int) -> None:
+    """Against the same draw with its blocks apart: the union, a part of it, or a little more."""
+    apart = MaskSampler(grid)
+    merged = MaskSampler(grid, merge=True)
+    one, many = (s.sample(batch_size, seed=3, step=step) for s in (merged, apart))
+    assert torch.equal(one.context, many.context)
+    assert one.targets.shape[:2] == (batch_size, 1)
+    for context, union, blocks in zip(one.context, one.targets[:, 0], many.targets, strict=True):
+        chosen, whole = set(union.tolist()), set(blocks.flatten().tolist())
+        assert union.tolist() == sorted(chosen)  # ascending, none twice
+        assert not chosen & set(context.tolist())
+        assert chosen <= whole or whole <= chosen
+
+
+def test_merged_targets_have_the_mean_size_of_the_union() -> None:
+    apart, merged = MaskSampler((8, 8)), MaskSampler((8, 8), merge=True)
+    for step in range(12):
+        blocks = apart.sample(512, seed=0, step=step).targets.flatten(1)
+        covered = torch.zeros(512, 64).scatter_(1, blocks, 1.0).sum(1).mean()
+        assert abs(merged.sample(8, seed=0, step=step).targets.shape[2] - covered) < 1
