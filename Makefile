@@ -1,19 +1,23 @@
-# Two commands: `make demo` and `make test`. Each sets itself up in .venv on its first call.
+# `make demo`, `make bench` and `make test`. Each sets itself up in .venv on its first call.
 PYTHON ?= python3
 BIN := .venv/bin
 # Where the versions are pinned and where the package says what it needs.
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo bench test lint clean
 
 help:
 	@echo "make demo    built-in scenes, dense against sparse: a table and a page in runs/demo"
+	@echo "make bench   measure this machine: tables, bench.jsonl and bench.png in runs/bench"
 	@echo "make test    lint, types and tests"
 	@echo "make lint    lint and types only"
 	@echo "make clean   remove .venv and caches (keeps runs/)"
 
 demo: .venv/installed
 	$(BIN)/sparsejepa demo --out runs/demo
+
+bench: .venv/installed
+	$(BIN)/sparsejepa bench --out runs/bench
 
 test: lint
 	$(BIN)/python -m pytest

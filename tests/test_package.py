@@ -28,6 +28,7 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["report"],
+    ["benchmarks"],
     ["workers"],
     ["runs"],
     ["sweep"],

@@ -6,7 +6,7 @@ al. 2023): the context encoder sees the visible patches only, so hidden ones cos
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,55 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
+class Linear(nn.Linear):
+    """x W^T + b, in one pass where torch takes two.
+
+    On the CPU in bfloat16 torch's own layer first writes b out and then adds the product to it;
+    oneDNN's kernel, the one that compiled code uses, adds b at the end, and where no gradient is
+    asked for a GELU as well. 15 to 25 % less time at this model's shapes.
+    """
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """Map [..., D_in] to [..., D_out], through an erf GELU if asked."""
+        if not _has_fused_linear(x):
+            y = super().forward(x)
+        elif torch.is_grad_enabled():
+            y = _FusedLinear.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        else:
+            return _fused_linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype), gelu)
+        return F.gelu(y) if gelu else y
+
+
+def _has_fused_linear(x: Tensor) -> bool:
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()  # it fuses more than this
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _fused_linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    after = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _fused_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        # A product with ones sums the rows in fp32, and faster than sum() does in bf16.
+        total = (rows.new_ones(1, len(rows)) @ rows)[0]
+        return grad @ weight, rows.t() @ x.reshape(-1, x.shape[-1]), total
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. Raises UserError if `num_heads` does not divide `dim`."""
 
@@ -54,15 +103,20 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise UserError(f"{num_heads} attention heads do not divide the width {dim}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D]; `mask` as in `attend`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D], or those of the `last` tokens to [B, last, D].
+
+        `mask`, bool [C, C], is that of `attend`.
+        """
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         # One copy brings all heads into the layout of the batched matmuls; otherwise each of them
         # would copy its own operand.
         q, k, v = heads.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        if last is not None:
+            q, mask = q[:, :, -last:], None if mask is None else mask[-last:]
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -71,12 +125,12 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens [..., D] to [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):
@@ -96,9 +150,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D]; `mask` as in `attend`."""
-        x = x + self._thin(self.attn(self.norm1(x), mask))
+    def forward(self, x: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]; `mask` and `last` are those of `Attention`."""
+        attended = self.attn(self.norm1(x), mask, last)
+        x = (x if last is None else x[:, -last:]) + self._thin(attended)
         return x + self._thin(self.mlp(self.norm2(x)))
 
     def _thin(self, branch: Tensor) -> Tensor:

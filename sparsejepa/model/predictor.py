@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsejepa.model.encoder import Block, init_weights, sincos_position_embedding
+from sparsejepa.model.encoder import Block, Linear, init_weights, sincos_position_embedding
 
 
 class TransformerPredictor(nn.Module):
@@ -49,7 +49,7 @@ class TransformerPredictor(nn.Module):
         self.packed = packed
         if num_heads is None:
             num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
-        self.embed = nn.Linear(embed_dim, dim)
+        self.embed = Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.register_buffer(
             "positions", sincos_position_embedding(grid_size, dim), persistent=False
@@ -57,7 +57,7 @@ class TransformerPredictor(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(*(Block(dim, num_heads, drop_path=rate) for rate in rates))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.proj = nn.Linear(dim, embed_dim)
+        self.proj = Linear(dim, embed_dim)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -77,16 +77,19 @@ class TransformerPredictor(nn.Module):
         seen = self.embed(context)
         seen = seen + self.positions[context_index].to(seen.dtype)
         hidden = (self.mask_token + self.positions[target_index]).to(seen.dtype)
+        mask = None
         if self.packed:
-            tokens = torch.cat([seen, hidden.flatten(1, 2)], dim=1)
             mask = packed_mask(seen.shape[1], blocks, patches, seen.device)
-            for block in self.blocks:
-                tokens = block(tokens, mask)
-            return self.proj(self.norm(tokens[:, seen.shape[1] :])).unflatten(1, (blocks, patches))
-        # One batch of B*M sequences, each the whole context followed by one block's mask tokens.
-        seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
-        tokens = self.blocks(torch.cat([seen, hidden], dim=2).flatten(0, 1))
-        return self.proj(self.norm(tokens[:, -patches:])).unflatten(0, (-1, blocks))
+            tokens = torch.cat([seen, hidden.flatten(1, 2)], dim=1)
+        else:
+            # A batch of B*M sequences, each the whole context followed by one block's mask tokens.
+            seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
+            tokens = torch.cat([seen, hidden], dim=2).flatten(0, 1)
+        # Nobody asks for the context's tokens after the last block: there they are only seen.
+        asked = blocks * patches if self.packed else patches
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, mask, asked if i == len(self.blocks) - 1 else None)
+        return self.proj(self.norm(tokens)).view(len(context), blocks, patches, -1)
 
 
 def packed_mask(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparsejepa.verbs import looking, training
+from sparsejepa.verbs import benching, looking, training
 from sparsejepa.verbs.base import Verb
 
 VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
@@ -20,5 +20,6 @@ VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
     "masks": (looking.Masks, looking.masks),
     "data": (looking.Data, looking.data),
     "embed": (looking.Embed, looking.embed),
+    "bench": (benching.Bench, benching.bench),
     "info": (looking.Info, looking.info),
 }

@@ -15,7 +15,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sparsejepa.config import ENCODER_SIZES
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import Attention, Block, ViT, attend, sincos_position_embedding
+from sparsejepa.model.encoder import (
+    Attention,
+    Block,
+    Linear,
+    ViT,
+    attend,
+    sincos_position_embedding,
+)
 
 
 def small(seed: int = 0, **kwargs) -> ViT:
@@ -325,3 +332,27 @@ def test_impossible_inputs():
         model(images, torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="the last 3 blocks of an encoder that has 2"):
         model.forward_intermediates(images, 3)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
+def test_one_pass_linear_layer_against_float64(gelu: bool, shape: tuple[int, ...]) -> None:
+    """In bf16 on the CPU: values and all three gradients, and the same values without gradients."""
+    torch.manual_seed(0)
+    layer = Linear(12, 20)
+    rounded = {name: p.bfloat16().double() for name, p in layer.named_parameters()}
+    x = torch.randn(shape).bfloat16()
+    exact_x = x.double().requires_grad_()
+    weight, bias = (rounded[name].requires_grad_() for name in ("weight", "bias"))
+    exact = torch.nn.functional.linear(exact_x, weight, bias)
+    exact = torch.nn.functional.gelu(exact) if gelu else exact
+    exact.square().sum().backward()
+    x.requires_grad_()
+    y = layer(x, gelu=gelu)
+    assert y.dtype == torch.bfloat16
+    y.square().sum().backward()
+    pairs = [(y, exact), (x.grad, exact_x.grad), (layer.weight.grad, weight.grad)]
+    for got, wanted in [*pairs, (layer.bias.grad, bias.grad)]:
+        torch.testing.assert_close(got.double(), wanted, rtol=3e-2, atol=6e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, gelu=gelu).double(), exact, rtol=1e-2, atol=1e-2)

@@ -72,7 +72,7 @@ class OnCuda(torch.Generator):
     """A host generator that says it lives on the GPU: no numbers are drawn from it here."""
 
     def __new__(cls, device: Any = None) -> OnCuda:
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -92,6 +92,7 @@ def on_fake_gpu(model: SparseJEPA) -> SparseJEPA:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize(
     "settings",
     [
