@@ -19,10 +19,10 @@ from torch import Tensor
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.linear import (
     BLOCK,
+    LogisticDescent,
     Standardized,
     as_matrix,
     leave_one_out,
-    minimise_logistic,
     moments,
     validation_part,
 )
@@ -119,8 +119,8 @@ class LogisticProbe(LinearProbe):
         C: inverse strength of the penalty; several to choose from; or, if None, 1 / (n lambda) for
             lambda = 1, 0.1, ..., 1e-7. The choice is made by accuracy on a stratified fifth of the
             training rows (a tie goes to the stronger penalty), then all rows are fitted. The values
-            are tried from the strongest penalty on, each from the solution before it, and the
-            search ends when two in a row fall below the best.
+            are tried from the strongest penalty on, each from the solution before it and to ten
+            times `tol`, and the search ends when two in a row fall below the best.
         tol: largest entry of the scaled gradient of the mean loss at which to stop.
         max_iter: L-BFGS iterations per value of C.
         random_state: seed of the validation part.
@@ -151,13 +151,15 @@ class LogisticProbe(LinearProbe):
         rows = space.rotated
         labels = self._labels(y, len(rows))
         theta = self._start(rows, labels)
+        descent = LogisticDescent(space.variance)
         self.validation_score_: float | None = None
         if isinstance(self.C, int | float):
             self.C_ = float(self.C)
         else:
-            self.C_, theta = self._choose(space, labels, theta)
-        theta, self.n_iter_ = self._minimise(rows, labels, space.variance, self.C_, theta)
-        self._keep(space, theta[:-1], theta[-1])
+            self.C_, theta = self._choose(descent, rows, labels, theta)
+        descent.place(rows, labels, theta)
+        self.n_iter_ = descent.minimise(self.C_, tol=self.tol, max_iter=self.max_iter)
+        self._keep(space, descent.theta[:-1], descent.theta[-1])
         self.settings_ = {"C": self.C_}
         return self
 
@@ -171,25 +173,21 @@ class LogisticProbe(LinearProbe):
         theta[-1] = (labels.bincount() / len(labels)).log()
         return theta
 
-    def _minimise(
-        self, rows: Tensor, labels: Tensor, variance: Tensor, C: float, theta: Tensor
-    ) -> tuple[Tensor, int]:
-        return minimise_logistic(
-            rows, labels, variance, C, theta, tol=self.tol, max_iter=self.max_iter
-        )
-
-    def _choose(self, space: Standardized, labels: Tensor, theta: Tensor) -> tuple[float, Tensor]:
+    def _choose(
+        self, descent: LogisticDescent, rows: Tensor, labels: Tensor, theta: Tensor
+    ) -> tuple[float, Tensor]:
         """Return the best C on the validation part, and the weights found there."""
-        rows = space.rotated
         default = [10.0**power / len(rows) for power in range(8)]
         grid = sorted(default if self.C is None else self.C)  # type: ignore[arg-type]
         chosen = validation_part(labels.cpu().numpy(), self.random_state)
         held = torch.from_numpy(chosen).to(rows.device)
-        fit_rows, fit_labels = rows[~held], labels[~held]
         held_rows, held_labels = rows[held], labels[held]
+        descent.place(rows[~held], labels[~held], theta)
         best, best_score, behind = (grid[0], theta), -1.0, 0
         for C in grid:
-            theta, _ = self._minimise(fit_rows, fit_labels, space.variance, C, theta)
+            # What is left at ten times the tolerance is far below the noise of the accuracy.
+            descent.minimise(C, tol=10 * self.tol, max_iter=self.max_iter)
+            theta = descent.theta
             predicted = torch.addmm(theta[-1], held_rows, theta[:-1]).argmax(1)
             score = float((predicted == held_labels).double().mean())
             if score > best_score:

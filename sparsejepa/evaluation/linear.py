@@ -17,6 +17,10 @@ from sparsejepa.errors import UserError
 VALIDATION_SHARE = 0.2
 BLOCK = 2**23
 """Numbers in one block of scores or similarities: bounds memory."""
+HISTORY = 30
+"""Steps that L-BFGS remembers."""
+SAMPLE = 4096
+"""Rows that the curvature is measured on."""
 
 
 class Standardized:
@@ -78,71 +82,123 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(constant | (scale == 0), 1.0, scale)
 
 
-def minimise_logistic(
-    rows: Tensor,
-    labels: Tensor,
-    variance: Tensor,
-    C: float,
-    start: Tensor,
-    *,
-    tol: float,
-    max_iter: int,
-) -> tuple[Tensor, int]:
-    """Minimise 1/2 ||W||^2 + C * sum of cross entropies over weights W [r, K] and intercepts [K].
+class LogisticDescent:
+    """Minimises 1/2 ||W||^2 + C * sum of cross entropies, for one C after another.
 
-    Full-batch L-BFGS with strong Wolfe conditions, in coordinates in which all axes are about
-    equally steep: several times fewer iterations, the same minimum.
+    Full-batch L-BFGS (Nocedal and Wright 2006, algorithm 7.4) from a diagonal that makes all
+    principal axes about equally steep. The unit step is nearly always good enough, so that an
+    iteration is one evaluation. Two things pass from one C to the next, where only the penalty
+    changes: the gradient, and the curvature met on the way, of which the penalty's part is known.
 
     Args:
-        rows, variance: see `Standardized`; the rows may be a part of those.
-        labels: int64 [n], class numbers.
-        start: [r + 1, K], the intercepts last.
-        tol: largest entry of the scaled gradient of the mean loss at which to stop.
+        variance: [r], see `Standardized`.
 
-    Returns the minimiser, as `start`, and the number of iterations.
+    Attributes:
+        theta: [r + 1, K], weights W and, last, the intercepts.
     """
-    lam = 1 / (C * len(rows))
-    blocks = max(1, BLOCK // (2 * start.shape[1]))
-    parts = list(zip(rows.split(blocks), labels.split(blocks), strict=True))
-    # On the principal axes the Hessian is about curvature * variance + lam, the curvature being the
-    # mean of p (1 - p); measured at the start, it makes all axes about equally steep.
-    curvature = 0.0
-    for part, _ in parts:
-        p = torch.addmm(start[-1], part, start[:-1]).softmax(1)
-        curvature += float((p * (1 - p)).sum(dtype=torch.float64))
-    curvature = max(curvature / (len(rows) * start.shape[1]), 1e-6)
-    steepness = torch.cat([curvature * variance + lam, variance.new_tensor([curvature])])
-    scale = steepness.rsqrt().unsqueeze(1).to(rows.dtype)
-    point = start / scale
 
-    def closure() -> Tensor:
-        weights = point * scale
-        gradient = torch.zeros_like(weights)
-        loss = torch.zeros((), dtype=torch.float64, device=rows.device)
-        for part, label in parts:
-            label = label.unsqueeze(1)
-            logp = torch.addmm(weights[-1], part, weights[:-1]).log_softmax(1)
+    def __init__(self, variance: Tensor) -> None:
+        self.variance = variance
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # steps, and how the gradient changed
+        self.lam = 0.0  # the penalty that those changes include
+
+    def place(self, rows: Tensor, labels: Tensor, theta: Tensor) -> None:
+        """Stand at theta on rows [n, r], all or a part of `Standardized.rotated`, of class [n]."""
+        size = max(1, BLOCK // (2 * theta.shape[1]))
+        self.parts = list(zip(rows.split(size), labels.unsqueeze(1).split(size), strict=True))
+        self.n, self.sample = len(rows), rows[:: max(1, len(rows) // SAMPLE)]
+        self.theta = theta
+        self.entropy, self.slope = self._evaluate(theta)
+
+    def minimise(self, C: float, *, tol: float, max_iter: int) -> int:
+        """Move theta to the minimum at C; return the number of iterations.
+
+        Ends when the largest entry of the scaled gradient of the mean loss is at most tol, or when
+        what is left to gain is lost in the rounding of the loss.
+        """
+        lam, self.lam = self.lam, 1 / (C * self.n)
+        for step, change in self.pairs:
+            change[:-1] += (self.lam - lam) * step[:-1]
+        steepness, rounding = self._steepness(), torch.finfo(self.theta.dtype).eps
+        loss, gradient = self._penalised(self.theta, self.entropy, self.slope)
+        for iteration in range(max_iter):
+            if self._largest(gradient, steepness) <= tol:
+                steepness = self._steepness()  # less by now, if the probabilities are near 0 and 1
+                if self._largest(gradient, steepness) <= tol:
+                    return iteration
+            direction = self._direction(gradient, steepness)
+            descent = float((gradient * direction).sum(dtype=torch.float64))
+            if descent > -rounding * abs(loss):
+                return iteration
+            size = 1.0
+            while True:
+                step = size * direction
+                theta = self.theta + step
+                entropy, slope = self._evaluate(theta)
+                new_loss, new_gradient = self._penalised(theta, entropy, slope)
+                excess = new_loss - loss - size * descent
+                if excess <= (1e-4 - 1) * size * descent + rounding * abs(loss):
+                    break
+                # The minimum of the parabola through what is known, if that is a sensible step.
+                size *= min(max(-size * descent / (2 * excess), 0.1), 0.5)
+                if size < 1e-9:
+                    return iteration
+            change = new_gradient - gradient
+            if float((step * change).sum()) > 0:  # but for rounding it is
+                self.pairs = [*self.pairs[1 - HISTORY :], (step, change)]
+            self.theta, self.entropy, self.slope = theta, entropy, slope
+            loss, gradient = new_loss, new_gradient
+        return max_iter
+
+    def _evaluate(self, theta: Tensor) -> tuple[float, Tensor]:
+        """Return the mean cross entropy and its gradient [r + 1, K]."""
+        loss = torch.zeros((), dtype=torch.float64, device=theta.device)
+        gradient = torch.zeros_like(theta)
+        for part, label in self.parts:
+            logp = torch.addmm(theta[-1], part, theta[:-1]).log_softmax(1)
             loss -= logp.gather(1, label).sum(dtype=torch.float64)
             residual = logp.exp_()
             residual.scatter_add_(1, label, residual.new_full(label.shape, -1.0))
             gradient[:-1].addmm_(part.T, residual)
             gradient[-1] += residual.sum(0)
-        gradient /= len(rows)
-        gradient[:-1] += lam * weights[:-1]
-        point.grad = gradient * scale
-        return loss / len(rows) + lam / 2 * weights[:-1].double().square().sum()
+        return float(loss / self.n), gradient / self.n
 
-    optimizer = torch.optim.LBFGS(
-        [point],
-        max_iter=max_iter,
-        max_eval=4 * max_iter,
-        tolerance_grad=tol,
-        tolerance_change=1e-9 if rows.dtype == torch.float32 else 1e-14,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return point.detach() * scale, optimizer.state[point]["n_iter"]
+    def _penalised(self, theta: Tensor, entropy: float, slope: Tensor) -> tuple[float, Tensor]:
+        """Add the penalty to the mean cross entropy and its gradient."""
+        gradient = slope.clone()
+        gradient[:-1] += self.lam * theta[:-1]
+        return entropy + self.lam / 2 * float(theta[:-1].double().square().sum()), gradient
+
+    @staticmethod
+    def _largest(gradient: Tensor, steepness: Tensor) -> float:
+        """Return the largest entry of the scaled gradient."""
+        return float((gradient / steepness.sqrt()).abs().max())
+
+    def _steepness(self) -> Tensor:
+        """Return about how the Hessian's diagonal runs over the principal axes, [r + 1, 1].
+
+        There the Hessian is about curvature * variance + lam, the curvature the mean of p (1 - p).
+        """
+        p = torch.addmm(self.theta[-1], self.sample, self.theta[:-1]).softmax(1)
+        curvature = max(float((p * (1 - p)).mean(dtype=torch.float64)), 1e-6)
+        intercept = self.variance.new_tensor([curvature])
+        steepness = torch.cat([curvature * self.variance + self.lam, intercept])
+        return steepness.unsqueeze(1).to(self.theta.dtype)
+
+    def _direction(self, gradient: Tensor, steepness: Tensor) -> Tensor:
+        """Return minus the gradient times the inverse Hessian that the pairs suggest."""
+        direction, shares = -gradient, []
+        for step, change in reversed(self.pairs):
+            share = (step * direction).sum() / (step * change).sum()
+            direction = direction - share * change
+            shares.append(share)
+        direction = direction / steepness
+        if self.pairs:
+            step, change = self.pairs[-1]
+            direction *= (step * change).sum() / (change * change / steepness).sum()
+        for (step, change), share in zip(self.pairs, reversed(shares), strict=True):
+            direction += (share - (change * direction).sum() / (step * change).sum()) * step
+        return direction
 
 
 def leave_one_out(

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import probe as module
-from sparsejepa.evaluation.linear import Standardized, validation_part
+from sparsejepa.evaluation.linear import LogisticDescent, Standardized, validation_part
 from sparsejepa.evaluation.probe import (
     KNNProbe,
     LogisticProbe,
@@ -99,6 +99,45 @@ def test_single_precision_and_the_usual_tolerance_are_enough() -> None:
         )
         assert found == pytest.approx(least, rel=1e-4)
         assert abs(rough.score(new, new_y) - exact.score(new, new_y)) <= 0.003
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_descent_finds_every_minimum_of_a_path(order: int) -> None:
+    x, y = blobs(400, 12, classes=5)
+    z, space, labels = standardised(x), Standardized(x), torch.from_numpy(y)
+    descent = LogisticDescent(space.variance)
+    descent.place(space.rotated, labels, torch.zeros(13, 5, dtype=torch.float64))
+    for C in np.logspace(-3, 1, 9)[::order]:
+        descent.minimise(C, tol=1e-9, max_iter=500)
+        cold = LogisticProbe(C, tol=1e-9).fit(x, y)
+        coef = (space.basis @ descent.theta[:-1]).T.numpy()
+        found = objective(z, y, C, coef, descent.theta[-1].numpy())
+        least = objective(z, y, C, cold.coef_.numpy(), cold.intercept_.numpy())
+        assert found == pytest.approx(least, rel=1e-12)
+        again = descent.minimise(C, tol=1e-9, max_iter=500)
+        assert again <= 3  # it is there already
+    # Other rows, the curvature of the first: the minimum is that of the other rows.
+    descent.place(space.rotated[:300], labels[:300], descent.theta)
+    descent.minimise(0.1, tol=1e-9, max_iter=500)
+    theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=10_000).fit(z[:300], y[:300])
+    coef = (space.basis @ descent.theta[:-1]).T
+    np.testing.assert_allclose(coef, theirs.coef_, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 20.0])
+@pytest.mark.parametrize("C", [1e-2, 1.0, 100.0])
+def test_single_precision_is_no_worse_than_scikit_learns(spread: float, C: float) -> None:
+    x, y = blobs(2000, 30, classes=8, spread=spread)
+    z = standardised(x).astype(np.float32)
+    theirs = LogisticRegression(C=C, max_iter=10_000).fit(z, y)
+    ours = LogisticProbe(C).fit(x.astype(np.float32), y)
+    least, found = (
+        objective(
+            standardised(x), y, C, np.asarray(p.coef_, float), np.asarray(p.intercept_, float)
+        )
+        for p in (theirs, ours)
+    )
+    assert found <= least * (1 + 1e-6)
 
 
 def test_c_is_chosen_on_a_part_of_train() -> None:
