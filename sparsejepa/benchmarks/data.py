@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparsejepa.benchmarks import settings as bench
-from sparsejepa.benchmarks.peers import entries, installed, lightly_collator, unchanged
+from sparsejepa.benchmarks.peers import installed, lightly_collator, unchanged
 from sparsejepa.benchmarks.reference import MaskCollator
 from sparsejepa.benchmarks.settings import BenchSettings, Section
 from sparsejepa.benchmarks.steps import our_step
-from sparsejepa.benchmarks.timing import Contender, interleave, ratios, spread
+from sparsejepa.benchmarks.timing import Contender, entries, interleave, ratios, spread
 from sparsejepa.data.augment import CROP_TRIES, Augment
 from sparsejepa.data.decode import decode
 from sparsejepa.data.store import DeviceImages, ImageSet

@@ -141,8 +141,9 @@ def _peak_memory(call: Callable[[int], object], device: str) -> float:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
+        there = torch.cuda.memory_allocated(device)  # the other points' weights among it
         call(1)
-        return float(torch.cuda.max_memory_allocated(device))
+        return float(torch.cuda.max_memory_allocated(device) - there)
     with PeakMemory() as memory:
         call(1)
     return float(memory.peak)

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsejepa.benchmarks import settings as bench
 from sparsejepa.benchmarks.settings import BenchSettings, Section, available_memory
 from sparsejepa.benchmarks.steps import our_step
-from sparsejepa.benchmarks.timing import interleave, ratios, spread
+from sparsejepa.benchmarks.timing import entries, interleave, ratios, spread
 from sparsejepa.config import ENCODER_SIZES
 from sparsejepa.data.augment import normalize
 from sparsejepa.environment import has_bf16
@@ -94,7 +94,8 @@ def section(settings: BenchSettings) -> Section:
                 works |= {name: count(build, settings, "fp32"), peer.package: work}
                 rivals |= {name: name, peer.package: name}
         if settings.compile and "ours" in builds:
-            builds["ours, compiled"] = partial(_our_step, compile=True)
+            said: Callable[[str], None] = result.notes.append
+            builds["ours, compiled"] = partial(_our_step, say=said, compile=True)
             works["ours, compiled"], rivals["ours, compiled"] = works["ours"], "ours"
         needed, room = len(builds) * each + activations, available_memory(settings.device)
         if needed > room:
@@ -111,6 +112,8 @@ def section(settings: BenchSettings) -> Section:
                 device=settings.device,
                 warmup=1 if settings.quick else 2,
             )
+        if any(note.startswith("--compile") for note in result.notes):  # it was not compiled
+            rivals.pop("ours, compiled", None)
         for name, rival in rivals.items():
             work, timing = works[name], timings[name]
             row = replace(timing, name=f"{name}, {precision}").row(version=installed(name))
@@ -182,11 +185,6 @@ def unchanged() -> Iterator[None]:
         os.environ.update(environment)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
-
-
-def entries(name: str, values: tuple[float, float, float]) -> dict[str, float]:
-    """Return median and quartiles as three entries of a row."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 def _ours(peer: Peer, work: Work) -> tuple[str, Build]:

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
-from sparsejepa.benchmarks.peers import entries
 from sparsejepa.benchmarks.settings import BenchSettings, Section
-from sparsejepa.benchmarks.timing import Contender, interleave, ratios
+from sparsejepa.benchmarks.timing import Contender, entries, interleave, ratios
 from sparsejepa.evaluation.classifiers import KNNProbe, LinearProbe, LogisticProbe, RidgeProbe
 from sparsejepa.evaluation.information import rankme
+from sparsejepa.evaluation.linear import LogisticDescent, Standardized
 
 ROWS, WIDTH, CLASSES, QUERIES = 50_000, 192, 100, 10_000
 LAMBDA = 1e-4
@@ -28,6 +29,7 @@ VALUES = 20
 """Values of C to choose from, between lambda = 1 and 1e-7."""
 SEPARATION = 0.2
 """Of class means, in standard deviations of a class: test accuracies of about a half."""
+LEARN = "logistic, scikit-learn lbfgs, one C"
 PAUSE = 0.3
 """Seconds of rest after scikit-learn, whose BLAS threads go on spinning for a while."""
 
@@ -51,21 +53,37 @@ def section(settings: BenchSettings) -> Section:
 
         return call
 
-    def usual(number: int) -> None:
-        fitted[learn] = LogisticRegression(C=one, max_iter=1000).fit(z, y)
+    def usual(name: str, threads: int) -> Contender:
+        def call(number: int) -> None:
+            with threadpool_limits(threads, user_api="blas"):
+                fitted[name] = LogisticRegression(C=one, max_iter=1000).fit(z, y)
+
+        return call
 
     def nearest(number: int) -> None:
         KNNProbe(device=settings.device).fit(here, y).predict(test_x)
 
-    ours, learn = "logistic, ours, one C", "logistic, scikit-learn lbfgs, one C"
-    path, ridge, pause = f"logistic, ours, {VALUES} values of C", "ridge, ours", "pause"
+    def whole_path(number: int) -> None:
+        space = Standardized(here, settings.device)
+        labels = torch.from_numpy(y).to(here.device)
+        descent = LogisticDescent(space.variance)
+        descent.place(space.rotated, labels, space.rotated.new_zeros(width + 1, classes))
+        for C in many:
+            descent.minimise(C, tol=LogisticProbe().tol, max_iter=500)
+
+    # More threads are not always faster for it: its BLAS's threads and its own get into each
+    # other's way.
+    learn = {f"{LEARN}, {k} BLAS threads": k for k in sorted({1, settings.threads})}
+    ours, path = "logistic, ours, one C", f"logistic, ours, search over {VALUES} C"
+    ridge, pause = "ridge, ours", "pause"
     contenders: dict[str, Contender] = {
         ours: fit(ours, LogisticProbe(one, device=settings.device)),
         path: fit(path, LogisticProbe(many, device=settings.device)),
+        f"logistic, ours, {VALUES} fits in full, each from the one before": whole_path,
         ridge: fit(ridge, RidgeProbe(device=settings.device)),
         f"nearest neighbours of {queries:,}": nearest,
         "rankme": lambda number: rankme(here),
-        learn: usual,
+        **{name: usual(name, threads) for name, threads in learn.items()},
         pause: lambda number: time.sleep(PAUSE),
     }
     timings = interleave(
@@ -73,12 +91,12 @@ def section(settings: BenchSettings) -> Section:
     )
     del timings[pause]
     result = Section("probe", f"Probes of {n:,} x {width} features, {classes} classes")
-    objectives = {name: objective(fitted[name], z, y, one) for name in (ours, learn)}
+    objectives = {name: objective(fitted[name], z, y, one) for name in (ours, *learn)}
     for name, timing in timings.items():
         # How many times as long as our fit at one value of C.
         row = timing.row(**entries("x_ours_one_C", ratios(timing, timings[ours])))
         if name in fitted:
-            x_as_fitted = scaler.transform(test_x) if name == learn else test_x
+            x_as_fitted = scaler.transform(test_x) if name in learn else test_x
             row["accuracy"] = float(np.mean(fitted[name].predict(x_as_fitted) == test_y))
         row["objective_above_least"] = None
         if name in objectives:

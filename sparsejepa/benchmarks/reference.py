@@ -3,7 +3,9 @@
 All patches are embedded and the hidden ones dropped; the context is repeated for every target block
 and the blocks go through the predictor as B*M sequences; masks are drawn for one image after
 another in Python and collated; AdamW and EMA move one tensor at a time; the loss is read at every
-step. Left out, in its favour: images come ready, as normalised floats on the device.
+step. Left out, in its favour: images come ready, as normalised floats on the device. On a GPU,
+where drawing masks in the process itself would be all that is measured, they are drawn beforehand,
+as by ideal workers, and AdamW is torch's default.
 
 Parameters have the names of `SparseJEPA`, so that either loads the other's weights.
 """
@@ -24,6 +26,8 @@ from sparsejepa.model.encoder import sincos_position_embedding
 
 NUM_TARGETS = 4
 _MOMENTUM = 0.996
+_READY = 8
+_LOOPS = ("foreach", "fused")
 
 
 class Attention(nn.Module):
@@ -206,6 +210,7 @@ class ReferenceStep:
 
     def __init__(self, settings: BenchSettings, *, bf16: bool, fused: bool = True) -> None:
         device = settings.device
+        on_gpu = device.startswith("cuda")
         torch.manual_seed(0)
         self.model = Reference(settings, fused).to(device)
         side = settings.img_size
@@ -218,13 +223,18 @@ class ReferenceStep:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=1e-4, weight_decay=0.05, foreach=False, fused=False
+            groups, lr=1e-4, weight_decay=0.05, **({} if on_gpu else dict.fromkeys(_LOOPS, False))
         )
+        self.ready = [self._draw() for _ in range(_READY)] if on_gpu else []
+
+    def _draw(self) -> tuple[list[Tensor], list[Tensor]]:
+        seen, targets = self.masks(len(self.images))
+        device = self.images.device
+        return [mask.to(device) for mask in seen], [mask.to(device) for mask in targets]
 
     def __call__(self, number: int) -> float:
         """Take a step and return its loss."""
-        drawn = self.masks(len(self.images))
-        seen, targets = ([mask.to(self.images.device) for mask in masks] for masks in drawn)
+        seen, targets = self.ready[number % _READY] if self.ready else self._draw()
         with self.autocast:
             loss = self.model(self.images, seen, targets)
         loss.backward()

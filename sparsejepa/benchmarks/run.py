@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparsejepa.benchmarks.settings import BenchSettings
+from sparsejepa.benchmarks.settings import BenchSettings, Section
 from sparsejepa.environment import environment
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.files import write_text
@@ -47,7 +48,8 @@ def run_bench(
         console: rich console for tables and progress.
 
     Returns:
-        The lines written, by section. Raises UserError for an unknown section.
+        The lines written, by section. Raises UserError for an unknown section or an `out` that is a
+        file.
     """
     names = names or list(SECTIONS)
     for name in names:
@@ -55,7 +57,11 @@ def run_bench(
             known = ", ".join(SECTIONS)
             hint = nearest(name, SECTIONS)
             raise UserError(f"--sections {name}: unknown{hint}; there are {known}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
     torch.set_num_threads(settings.threads)
+    if settings.device.startswith("cuda"):
+        torch.cuda.set_device(settings.device)
     out.mkdir(parents=True, exist_ok=True)
     about = {"command": command, "environment": environment() | {"threads": settings.threads}}
     about["settings"] = dataclasses.asdict(settings)
@@ -63,8 +69,7 @@ def run_bench(
     for number, name in enumerate(names, 1):
         console.print(f"measuring {name} ({number} of {len(names)})")
         began = time.perf_counter()
-        module = importlib.import_module(f"sparsejepa.benchmarks.{SECTIONS[name]}")
-        found = dataclasses.asdict(module.section(settings))
+        found = dataclasses.asdict(_measure(name, settings))
         lines.append(found | about | {"seconds": time.perf_counter() - began})
         show_section(console, found)
         # After each section: what has been measured survives an interruption.
@@ -72,3 +77,16 @@ def run_bench(
         save_png(bench_figure(lines), out / FIGURE)
     console.print(f"written: {out / LINES}, {out / FIGURE}")
     return {"out": out, "sections": lines}
+
+
+def _measure(name: str, settings: BenchSettings) -> Section:
+    """Return what a section found, or a note that memory did not suffice for it."""
+    gc.collect()
+    if settings.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what earlier sections kept counts as taken
+    module = importlib.import_module(f"sparsejepa.benchmarks.{SECTIONS[name]}")
+    try:
+        return module.section(settings)
+    except (MemoryError, torch.OutOfMemoryError):
+        note = "left out: not enough memory; a smaller --batch-size may do"
+        return Section(name, name, [], [note])

@@ -17,7 +17,7 @@ from sparsejepa.benchmarks import settings as bench
 from sparsejepa.benchmarks.products import all_products, bandwidth, yardstick_dtype
 from sparsejepa.benchmarks.reference import ReferenceStep
 from sparsejepa.benchmarks.settings import BenchSettings, Section, available_memory
-from sparsejepa.benchmarks.timing import Contender, Timing, interleave, ratios, spread
+from sparsejepa.benchmarks.timing import Contender, Timing, entries, interleave, ratios, spread
 from sparsejepa.model.costs import FP32, Sizes, costs, parameters, peak_memory, products, total
 from sparsejepa.training.step import TrainStep
 
@@ -51,18 +51,20 @@ def section(settings: BenchSettings) -> Section:
     timings = interleave(
         contenders, rounds=settings.rounds, device=device, warmup=1 if settings.quick else 2
     )
+    if any(note.startswith("--compile") for note in result.notes):  # they were not compiled
+        timings = {name: t for name, t in timings.items() if "compiled" not in name}
     flops = {name: total(costs(sizes)).flops for name, (_, sizes) in made.items()}
     flops[alone] = sum(p.flops for p in products(plain))
     bases = {kind: _fastest_reference(timings, kind) for kind in ("fp32", "bf16")}
     for name, timing in timings.items():
         row = _rates(timing, settings.batch, flops[name])
         scale = flops[name] / flops[alone]
-        row |= _spread("share", [scale * x for x in ratios(timings[alone], timing)])
+        row |= entries("share", [scale * x for x in ratios(timings[alone], timing)])
         for kind, base in bases.items():
-            row |= _spread(f"x_reference_{kind}", ratios(base, timing) if base else None)
+            row |= entries(f"x_reference_{kind}", ratios(base, timing) if base else None)
         result.rows.append(row)
     result.notes += _overheads(timings, dtype)
-    result.notes.append(_roofs(settings, plain, flops[alone] / timings[alone].median))
+    result.notes.append(_roofs(settings, plain, dtype, flops[alone] / timings[alone].median))
     return result
 
 
@@ -120,14 +122,8 @@ def _fastest_reference(timings: dict[str, Timing], kind: str) -> Timing | None:
 
 
 def _rates(timing: Timing, batch: int, flops: float) -> dict[str, Any]:
-    rates = _spread("images_per_second", spread([batch / s for s in timing.seconds]))
+    rates = entries("images_per_second", spread([batch / s for s in timing.seconds]))
     return timing.row(**rates, gflops=flops / timing.median / 1e9)
-
-
-def _spread(name: str, values: tuple[float, ...] | list[float] | None) -> dict[str, float | None]:
-    """Return median and quartiles as three entries of a row; None where there are none."""
-    median, low, high = values or (None, None, None)
-    return {name: median, f"{name}_low": low, f"{name}_high": high}
 
 
 def _overheads(timings: dict[str, Timing], dtype: str) -> list[str]:
@@ -141,9 +137,10 @@ def _overheads(timings: dict[str, Timing], dtype: str) -> list[str]:
     return found
 
 
-def _roofs(settings: BenchSettings, plain: Sizes, rate: float) -> str:
+def _roofs(settings: BenchSettings, plain: Sizes, dtype: str, rate: float) -> str:
     """Say how many images a second the products and the memory would allow."""
-    step, moved = total(costs(plain)), bandwidth(settings.device, settings.quick)
+    step = total(costs(plain, 2 if dtype == "bf16" else FP32))
+    moved = bandwidth(settings.device, settings.quick)
     return (
         f"per image {step.flops / settings.batch / 1e9:.2f} GFLOP and "
         f"{step.bytes / settings.batch / 1e6:.1f} MB moved; roofs: products at "

@@ -103,3 +103,9 @@ def synchronize(device: str) -> None:
     """Wait until `device` has done all that it was given."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def entries(name: str, values: Sequence[float] | None) -> dict[str, float | None]:
+    """Return median and quartiles as three entries of a row; None where there are none."""
+    median, low, high = values or (None, None, None)
+    return {name: median, f"{name}_low": low, f"{name}_high": high}

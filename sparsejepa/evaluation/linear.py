@@ -117,18 +117,29 @@ class LogisticDescent:
         what is left to gain is lost in the rounding of the loss.
         """
         lam, self.lam = self.lam, 1 / (C * self.n)
+        steepness, rounding = self._steepness(), torch.finfo(self.theta.dtype).eps
         for step, change in self.pairs:
             change[:-1] += (self.lam - lam) * step[:-1]
-        steepness, rounding = self._steepness(), torch.finfo(self.theta.dtype).eps
+        # Where the penalty was most of a change, what is left of it is rounding.
+        least = 16 * rounding * max(lam, self.lam)
+        self.pairs = [
+            (s, c) for s, c in self.pairs if float((s * c).sum()) > least * float((s * s).sum())
+        ]
         loss, gradient = self._penalised(self.theta, self.entropy, self.slope)
+        stalled = 0
         for iteration in range(max_iter):
+            if stalled == 5:  # the gradient is rounding by now
+                return iteration
             if self._largest(gradient, steepness) <= tol:
                 steepness = self._steepness()  # less by now, if the probabilities are near 0 and 1
                 if self._largest(gradient, steepness) <= tol:
                     return iteration
             direction = self._direction(gradient, steepness)
             descent = float((gradient * direction).sum(dtype=torch.float64))
-            if descent > -rounding * abs(loss):
+            if self.pairs and not descent < 0:  # rounding has spoilt what is remembered
+                self.pairs = []
+                continue
+            if not descent < -rounding * abs(loss):
                 return iteration
             size = 1.0
             while True:
@@ -141,11 +152,12 @@ class LogisticDescent:
                     break
                 # The minimum of the parabola through what is known, if that is a sensible step.
                 size *= min(max(-size * descent / (2 * excess), 0.1), 0.5)
-                if size < 1e-9:
+                if not size >= 1e-9:  # NaN ends here too
                     return iteration
             change = new_gradient - gradient
             if float((step * change).sum()) > 0:  # but for rounding it is
                 self.pairs = [*self.pairs[1 - HISTORY :], (step, change)]
+            stalled = stalled + 1 if new_loss > loss - rounding * abs(loss) else 0
             self.theta, self.entropy, self.slope = theta, entropy, slope
             loss, gradient = new_loss, new_gradient
         return max_iter

@@ -47,7 +47,7 @@ PROTOCOLS: dict[str, Callable[[int, torch.device | str], Probe]] = {
 }
 """Name: how to make the probe from a seed and a device."""
 
-FLOOR_VERSION = 1
+FLOOR_VERSION = 2
 """Part of the key of kept floors; to be raised when probes or pixel features change."""
 
 

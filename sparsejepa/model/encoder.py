@@ -6,6 +6,7 @@ al. 2023): the context encoder sees the visible patches only, so hidden ones cos
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -70,9 +71,15 @@ def _has_fused_linear(x: Tensor) -> bool:
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()  # it fuses more than this
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _onednn_has_bf16()
     )
+
+
+@cache
+def _onednn_has_bf16() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _fused_linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:

@@ -55,19 +55,12 @@ class TrainStep:
         self._seed, self._clip = config.run.seed, config.optim.clip or float("inf")
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._say = say
-        self._compiled: Literal["no", "untried", "yes"] = "no"
-        if config.run.compile:
-            self._compiled = "untried"
-            model.losses = torch.compile(model.losses)
+        self._compile: Literal["no", "untried", "works"] = "untried" if config.run.compile else "no"
 
     def __call__(self, pixels: Tensor, step: int) -> Tensor:
         """Take the step on images [B, H, W, 3] uint8; return the values of `TERMS`, fp32 [9]."""
-        # Layers draw (stochastic depth) from torch's own generator: key it on the step too.
-        torch.manual_seed(derive_seed(self._seed, step, "layers"))
         x = self.augment(pixels, generator(self._seed, step, "augment", self.device))
-        with self.autocast:
-            losses = self._losses(x, step)
-        losses.total.backward()
+        losses = self._backward(x, step)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
@@ -76,25 +69,37 @@ class TrainStep:
         self.model.after_step(step)
         return torch.cat([losses.stacked(), norm.detach().float()[None]])
 
-    def _losses(self, x: Tensor, step: int) -> Losses:
+    def _backward(self, x: Tensor, step: int) -> Losses:
+        """Return the losses of images [B, 3, h, w]; their gradients are in the parameters."""
         sampler = self.model.sampler
         masks = sampler.sample(len(x), seed=self._seed, step=step, device=self.device)
-        if self._compiled == "no":
-            return self.model(x, step=step, masks=masks)
+
+        def run() -> Losses:
+            # Layers draw (stochastic depth) from torch's own generator: key it on the step too.
+            torch.manual_seed(derive_seed(self._seed, step, "layers"))
+            with self.autocast:
+                losses = self.model(x, step=step, masks=masks)
+            losses.total.backward()
+            return losses
+
+        if self._compile == "no":
+            return run()
         # Two sizes change from step to step. Said beforehand, one compilation serves all of them.
         if len(sampler.context_counts) > 1:
             torch._dynamo.mark_dynamic(masks.context, 1)
         if len(sampler.target_shapes) > 1:
             torch._dynamo.mark_dynamic(masks.targets, 2)
+        if self._compile == "works":
+            return run()
         try:
-            losses = self.model(x, step=step, masks=masks)
+            self.model.losses = torch.compile(self.model.losses)
+            losses = run()
+            self._compile = "works"
+            return losses
         except Exception as error:  # whatever compilers fail with; a true fault fails again below
-            if self._compiled == "yes":
-                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._say(f"--compile: not possible here, going on without it ({reason})")
-            self._compiled = "no"
-            del self.model.losses  # the attribute that hides the method
-            return self.model(x, step=step, masks=masks)
-        self._compiled = "yes"
-        return losses
+        self._compile = "no"
+        self.model.__dict__.pop("losses", None)  # the attribute that hides the method
+        self.optimizer.zero_grad()
+        return run()

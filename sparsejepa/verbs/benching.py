@@ -54,7 +54,7 @@ class Bench(Verb):
 
 def bench(args: Bench, console: Console) -> dict[str, Any]:
     """Measure and print one table per section."""
-    check_counts(args, "rounds", "threads", "img_size", "patch_size", "context")
+    check_counts(args, "rounds", "threads", "batch_size", "img_size", "patch_size", "context")
     import torch
 
     from sparsejepa.benchmarks.run import run_bench

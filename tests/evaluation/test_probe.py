@@ -124,6 +124,35 @@ def test_one_descent_finds_every_minimum_of_a_path(order: int) -> None:
     np.testing.assert_allclose(coef, theirs.coef_, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_single_precision_path_over_many_decades(seed: int) -> None:
+    """More features than rows, so that at weak penalties next to nothing curves the loss."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(40, 100)).astype(np.float32), rng.integers(3, size=40)
+    space, labels = Standardized(x), torch.from_numpy(y)
+    descent = LogisticDescent(space.variance)
+    descent.place(space.rotated, labels, torch.zeros(len(space.variance) + 1, 3))
+    z = standardised(x)
+    for C in 10.0 ** np.arange(-3, 6, 2):
+        assert descent.minimise(C, tol=1e-5, max_iter=500) < 500
+        coef = (space.basis @ descent.theta[:-1].double()).T.numpy()
+        found = objective(z, y, C, coef, descent.theta[-1].double().numpy())
+        exact = LogisticProbe(C, tol=1e-10, max_iter=5000).fit(x.astype(np.float64), y)
+        least = objective(z, y, C, exact.coef_.numpy(), exact.intercept_.numpy())
+        assert found < 1.01 * least
+
+
+def test_a_step_into_nan_ends() -> None:
+    """Remembered curvature that is nonsense is dropped, and nothing loops for ever."""
+    x, y = blobs(60, 4, classes=3)
+    space, labels = Standardized(x.astype(np.float32)), torch.from_numpy(y)
+    descent = LogisticDescent(space.variance)
+    descent.place(space.rotated, labels, torch.zeros(5, 3))
+    descent.pairs = [(torch.full((5, 3), np.nan), torch.ones(5, 3))]
+    assert descent.minimise(1.0, tol=1e-4, max_iter=50) < 50
+    assert descent.theta.isfinite().all()
+
+
 @pytest.mark.parametrize("spread", [0.5, 2.0, 20.0])
 @pytest.mark.parametrize("C", [1e-2, 1.0, 100.0])
 def test_single_precision_is_no_worse_than_scikit_learns(spread: float, C: float) -> None:
