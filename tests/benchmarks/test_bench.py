@@ -8,7 +8,6 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,14 +29,6 @@ SMALL = BenchSettings(
     context=5, rounds=1, quick=True,
 )  # fmt: skip
 FLAGS = "--encoder nano --img-size 16 --batch-size 4 --predictor-dim 32 --predictor-depth 1 --quick"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: str) -> str:
