@@ -44,6 +44,8 @@ class Source:
     """Changes when the files do; part of the cache's key."""
     read: Callable[[tuple[int, int] | None, bool], tuple[Iterable[Block], dict[str, Target]]]
     """(img_size, upscale) -> decoded blocks, and targets of all items, readable or not."""
+    masks: Callable[[ImageSet], np.ndarray | None] | None = None
+    """The decoded split -> object masks [N, H, W], if any; they are not cached."""
 
 
 def load(
@@ -106,7 +108,7 @@ def _write(
         file.seek(0)
         _write_header(file, shape)
         _sync(file)
-    kept = {k: Target(t.values[positions], t.names) for k, t in targets.items()}
+    kept = {key: target.take(np.array(positions, np.int64)) for key, target in targets.items()}
     with (folder / "targets.npy").open("wb") as file:
         values = [t.values for t in kept.values()]
         np.save(file, np.array(values, np.int64).reshape(len(kept), len(positions)))
@@ -117,6 +119,7 @@ def _write(
         "name": source.name,
         "split": source.split,
         "targets": {k: t.names for k, t in kept.items()},
+        "notes": {k: t.note for k, t in kept.items() if t.note},
         "mean": mean,
         "std": std,
         "skipped": skipped,
@@ -137,12 +140,15 @@ def _open(folder: Path, source: Source) -> ImageSet:
         _verify(folder / name, written)
     images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
     values = np.load(folder / "targets.npy", allow_pickle=False)
-    names = meta["targets"]
+    names, notes = meta["targets"], meta.get("notes", {})
     return ImageSet(
         name=source.name,
         split=source.split,
         images=images,
-        targets={k: Target(v, tuple(names[k])) for k, v in zip(names, values, strict=True)},
+        targets={
+            key: Target(own, tuple(names[key]), notes.get(key, ""))
+            for key, own in zip(names, values, strict=True)
+        },
         mean=triple(meta["mean"]),
         std=triple(meta["std"]),
         skipped=tuple((file, reason) for file, reason in meta["skipped"]),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ import numpy as np
 from sparsejepa.data import cache, scenes, shapes
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import EXTENSIONS, Block
-from sparsejepa.data.folders import read_folder, split_folders
+from sparsejepa.data.factors import chosen
+from sparsejepa.data.folders import find_table, read_folder, split_folders
 from sparsejepa.data.hub import fetch, find_copy, local_shards, read_hub
 from sparsejepa.data.sources import choose_splits
 from sparsejepa.data.store import ImageSet, Target
@@ -64,6 +65,8 @@ def load_dataset(
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     upscale: bool = False,
+    truth: bool = False,
+    factors: Sequence[str] = (),
 ) -> ImageSet:
     """Return one split of a data set, decoded, with labels.
 
@@ -77,48 +80,64 @@ def load_dataset(
         cache_dir: where decoded images are kept (default: SPARSEJEPA_CACHE, or
             ~/.cache/sparsejepa).
         upscale: enlarge images that are smaller than `img_size` instead of refusing them.
+        truth: read or render object masks, where there are any: built-in scenes, and folders with
+            masks/ beside images/.
+        factors: names of columns that become the targets, in this order, instead of those that
+            look like labels. Any column of numbers or text will do, and lists of one length;
+            numbers with many values are cut into bins (`Target.note`). Which images are train and
+            which are test does not depend on it.
 
     Raises UserError: unknown name, missing or empty folder, data that is neither local nor to be
-    had from the hub, images of several sizes or too small, no space for the cache.
+    had from the hub, images of several sizes or too small, no space for the cache; a factor that is
+    unknown, incomplete or constant; masks that do not fit their images.
     """
     if split not in SCENE_COUNTS:
         raise UserError(f"split '{split}': there are train and test{nearest(split, SCENE_COUNTS)}")
-    sources = find_sources(str(name), data_root, img_size)
+    sources = find_sources(str(name), data_root, img_size, factors)
     folder = cache_folder(cache_dir)
-    train = cache.load(sources["train"], folder, img_size, upscale)
-    if split == "train":
-        return train
-    test = cache.load(sources["test"], folder, img_size, upscale)
-    if test.img_size != train.img_size:
-        train_size, test_size = ("x".join(map(str, s.img_size)) for s in (train, test))
-        raise UserError(
-            f"{name}: training images have {train_size} pixels and test images {test_size}; "
-            "set --img-size"
-        )
-    return replace(test, mean=train.mean, std=train.std)
+    train = images = cache.load(sources["train"], folder, img_size, upscale)
+    if split == "test":
+        images = cache.load(sources["test"], folder, img_size, upscale)
+        if images.img_size != train.img_size:
+            train_size, test_size = ("x".join(map(str, s.img_size)) for s in (train, images))
+            raise UserError(
+                f"{name}: training images have {train_size} pixels and test images {test_size}; "
+                "set --img-size"
+            )
+        images = replace(images, mean=train.mean, std=train.std)
+    if factors and name in SCENES:  # their targets are all there is: no need to render them again
+        names = chosen(factors, list(images.targets), str(name))
+        images = replace(images, targets={key: images.targets[key] for key in names})
+    read_masks = sources[split].masks
+    return replace(images, masks=read_masks(images)) if truth and read_masks else images
 
 
 def find_sources(
-    name: str, data_root: Path | None = None, img_size: tuple[int, int] | None = None
+    name: str,
+    data_root: Path | None = None,
+    img_size: tuple[int, int] | None = None,
+    factors: Sequence[str] = (),
 ) -> dict[str, Source]:
     """Return the train and test source of a data set. Raises UserError as `load_dataset`."""
     if name in SCENES:
         return _scene_sources(name, img_size)
     root = data_folder(data_root)
     if name in HUB:
-        return _hub_sources(name, *HUB[name], root)
+        return _hub_sources(name, *HUB[name], root, factors)
     if name.startswith("hub:"):
         owner, _, rest = name.removeprefix("hub:").partition("/")
         repo, _, config = rest.partition("/")
         if not all(re.fullmatch(r"[\w.-]+", part) for part in (owner, repo)):
             raise UserError(f"{name}: write hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
-        return _hub_sources(name, f"{owner}/{repo}", config or None, root)
+        return _hub_sources(name, f"{owner}/{repo}", config or None, root, factors)
     path = os.path.expanduser(name)  # unlike pathlib's, these never raise
     if os.path.exists(path):
-        read = read_hub if _is_hub_copy(path) else read_folder
-        return read(Path(path), Path(path).resolve().name)
+        folder, own = Path(path), Path(path).resolve().name
+        if _is_hub_copy(path):
+            return read_hub(folder, own, factors=factors)
+        return read_folder(folder, own, factors)
     if name and root is not None and os.path.isdir(root / name):
-        return _read_copy(root / name, name, None)
+        return _read_copy(root / name, name, None, factors)
     if re.fullmatch(r"[\w-]+/[\w.-]+", name):
         raise UserError(f"{name}: no such folder; for a data set of the hub write hub:{name}")
     if re.search(r"[/\\]|^[.~]", name):
@@ -142,7 +161,8 @@ def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
         else:  # OWNER/NAME/CONFIG/SPLIT-....parquet
             found = {f"{folder.name}/{p.parts[-3]}" for p in folder.glob("*/*/*.parquet")}
             if not found and not any(repo.endswith(f"/{folder.name}") for repo, _ in HUB.values()):
-                kind = "parquet files" if any(folder.rglob("*.parquet")) else "folder of images"
+                parquet = not find_table(folder) and any(folder.rglob("*.parquet"))
+                kind = "parquet files" if parquet else "folder of images"
                 plain.append(DatasetRow(folder.name, kind, str(folder), _splits(folder, None)))
         known = {repo for repo, _ in repos.values()}
         repos |= {f"hub:{repo}": (repo, None) for repo in sorted(found - known)}
@@ -203,17 +223,21 @@ def cache_folder(cache_dir: Path | None) -> Path:
     return Path(named).expanduser()
 
 
-def _hub_sources(name: str, repo: str, config: str | None, root: Path | None) -> dict[str, Source]:
+def _hub_sources(
+    name: str, repo: str, config: str | None, root: Path | None, factors: Sequence[str]
+) -> dict[str, Source]:
     copy = find_copy(repo, root)
     if copy is not None:
-        return _read_copy(copy, name, config)
-    return read_hub(fetch(repo, config), name, config)
+        return _read_copy(copy, name, config, factors)
+    return read_hub(fetch(repo, config), name, config, factors)
 
 
-def _read_copy(folder: Path, name: str, config: str | None) -> dict[str, Source]:
-    if next(folder.rglob("*.parquet"), None) is None:
-        return read_folder(folder, name)
-    return read_hub(folder, name, config)
+def _read_copy(
+    folder: Path, name: str, config: str | None, factors: Sequence[str]
+) -> dict[str, Source]:
+    if find_table(folder) or next(folder.rglob("*.parquet"), None) is None:
+        return read_folder(folder, name, factors)
+    return read_hub(folder, name, config, factors)
 
 
 def _is_hub_copy(folder: str) -> bool:
@@ -254,8 +278,8 @@ def _scene_sources(name: str, img_size: tuple[int, int] | None) -> dict[str, Sou
         if name == "scenes:single":
             grid = np.random.default_rng(0).permutation(len(scenes.SingleObjects()))
             index = grid[index]
-        read = partial(_render, name, index, height)
-        sources[split] = Source(name, split, f"{code}/{start}/{count}/{height}", read)
+        read, masks = partial(_render, name, index, height), partial(_masks, name, index, height)
+        sources[split] = Source(name, split, f"{code}/{start}/{count}/{height}", read, masks)
         start += count
     return sources
 
@@ -275,3 +299,15 @@ def _render(
             yield Block(list(images), list(range(start, start + len(part))), [], [])
 
     return blocks(), {key: Target(values, names) for (key, names), values in columns}
+
+
+def _masks(name: str, index: np.ndarray, side: int, _: ImageSet) -> np.ndarray:
+    """Object masks uint8 [N, S, S] of scenes `index` [N]."""
+    masks = np.empty((len(index), side, side), np.uint8)
+    for start in range(0, len(index), 500):
+        part = slice(start, start + 500)
+        if name == "scenes":
+            masks[part] = scenes.Scenes().render(index[part], side).masks
+        else:
+            masks[part] = scenes.SingleObjects().masks(index[part], side)
+    return masks

@@ -116,11 +116,15 @@ def to_rgb(source: Path | bytes) -> Image.Image:
         raise Unreadable("not an image" if "cannot identify" in reason else reason) from None
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
     """Resize the largest centred part of the shape of `size` (h, w) to that size."""
     if (image.height, image.width) == size:
         return image
-    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (size[1], size[0]), resample)
 
 
 def _read_all(

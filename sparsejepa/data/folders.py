@@ -1,18 +1,21 @@
-"""Folders of image files: class folders, unlabelled images, or a table of labels."""
+"""Folders of image files: class folders, unlabelled images, or a table of labels; and masks."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import EXTENSIONS
+from sparsejepa.data.factors import arrow_columns, chosen, factor_target
+from sparsejepa.data.masks import read_masks
 from sparsejepa.data.sources import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -23,7 +26,7 @@ from sparsejepa.data.sources import (
     index_target,
     make_source,
 )
-from sparsejepa.data.store import Target
+from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.errors import UserError
 
 
@@ -83,22 +86,32 @@ def split_folders(root: Path) -> dict[str, Path]:
         holder = entries[0]
 
 
-def read_folder(root: Path, name: str) -> dict[str, Source]:
-    """Read a folder of images.
+def find_table(root: Path) -> Path | None:
+    """Return the table of labels at the top of a folder, if there is one."""
+    tables = (root / "factors.csv", root / "factors.parquet")
+    return next((path for path in tables if path.is_file()), None)
 
-    Either factors.csv beside images/ (first column the file, other columns labels, `split` train or
-    test), or train/ and test/ (also val/, valid/, validation/), or one folder that is then split;
-    inside, class folders, possibly nested, or images without labels.
 
-    Raises UserError: no such folder, no images in it, or a table that cannot be read.
+def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str, Source]:
+    """Read a folder of images; with `factors`, those columns are the targets.
+
+    Either factors.csv (or .parquet) beside images/ (first column the file, other columns labels,
+    `split` train or test), or train/ and test/ (also val/, valid/, validation/), or one folder that
+    is then split; inside, class folders, possibly nested, or images without labels. Beside images/
+    there may be masks/ with files of the same names: grey or palette values are objects.
+
+    Raises UserError: no such folder, no images in it, a table that cannot be read, or a factor that
+    is not there or unusable.
     """
     if not root.exists():
         raise UserError(f"{root}: no such folder")
     if not root.is_dir():
         raise UserError(f"{root}: not a folder; give the folder that holds the images")
-    if (root / "factors.csv").is_file():
-        return _read_factors(root, name)
-    folders = split_folders(root)
+    table = find_table(root)
+    if table is not None:
+        return _read_factors(root, table, name, factors)
+    images = root / "images" if (root / "images").is_dir() and (root / "masks").is_dir() else root
+    folders = split_folders(images)
     parts = {}
     for split, folder in folders.items():
         files = scan(folder)
@@ -117,9 +130,17 @@ def read_folder(root: Path, name: str) -> dict[str, Source]:
     sources = {}
     for split, (files, unusable) in parts.items():
         targets = _class_targets(classes[split], names)
-        origin = str(folders.get(split, folders["train"]))
-        sources[split] = _file_source(name, split, files, targets, unusable, origin)
+        if factors:
+            targets = {key: targets[key] for key in chosen(factors, list(targets), str(root))}
+        folder = folders.get(split, folders["train"])
+        masks = _masks_beside(folder, root) if images != root else None
+        sources[split] = _file_source(name, split, files, targets, unusable, str(folder), masks)
     return sources
+
+
+def _masks_beside(folder: Path, root: Path) -> Callable[[ImageSet], np.ndarray | None]:
+    """Return the reader of the masks of `folder`, which is ROOT/images or lies in it."""
+    return partial(read_masks, folder, root / "masks" / folder.relative_to(root / "images"))
 
 
 def _classify(files: list[ImageFile]) -> tuple[list[ImageFile], tuple[tuple[str, str], ...]]:
@@ -149,6 +170,7 @@ def _file_source(
     targets: dict[str, Target],
     unusable: tuple[tuple[str, str], ...],
     origin: str,
+    masks: Callable[[ImageSet], np.ndarray | None] | None = None,
 ) -> Source:
     def table() -> Table:
         if not files:
@@ -157,43 +179,49 @@ def _file_source(
 
     labels = {key: [t.names, t.values.tolist()] for key, t in targets.items()}
     stamp = [[(f.relative, f.stamp) for f in files], labels, unusable]
-    return make_source(name, split, stamp, origin, table)
+    return make_source(name, split, stamp, origin, table, masks)
 
 
-def _read_factors(root: Path, name: str) -> dict[str, Source]:
-    header, rows = _read_csv(root / "factors.csv")
+def _read_factors(root: Path, path: Path, name: str, factors: Sequence[str]) -> dict[str, Source]:
+    listed, columns = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
     files = {file.relative: file for file in scan(root / "images")}
-    listed = [row[0] for row in rows]
     unusable = tuple((f, "no such file in images/") for f in listed if f not in files)
-    unusable += tuple((f, "no row in factors.csv") for f in sorted(set(files) - set(listed)))
-    rows = [row for row in rows if row[0] in files]
-    if not rows:
-        raise UserError(f"{root / 'factors.csv'}: its first column names no image in images/")
-    columns = {key: [row[i] for row in rows] for i, key in enumerate(header) if i}
+    unusable += tuple((f, f"no row in {path.name}") for f in sorted(set(files) - set(listed)))
+    there = [row for row, file in enumerate(listed) if file in files]
+    if not there:
+        raise UserError(f"{path}: its first column names no image in images/")
+    listed = [listed[row] for row in there]
+    columns = {key: [column[row] for row in there] for key, column in columns.items()}
     splits = columns.pop("split", None)
     names = {key: category_names(column) for key, column in columns.items()}
     targets = {key: index_target(columns[key], names[key]) for key in columns if names[key]}
     if splits is None:
         primary = next(iter(targets.values()), None)
-        labels = primary.values.tolist() if primary else [0] * len(rows)
-        test = in_test([row[0] for row in rows], labels)
+        labels = primary.values.tolist() if primary else [0] * len(listed)
+        test = in_test(listed, labels)
     else:
         for split in splits:
-            if split.lower() not in TRAIN_NAMES + TEST_NAMES:
-                raise UserError(
-                    f"{root / 'factors.csv'}: split '{split}' is neither train nor test"
-                )
-        test = np.array([split.lower() in TEST_NAMES for split in splits])
+            if str(split).lower() not in TRAIN_NAMES + TEST_NAMES:
+                raise UserError(f"{path}: split '{split}' is neither train nor test")
+        test = np.array([str(split).lower() in TEST_NAMES for split in splits])
+    if factors:  # after the division, which must not depend on them
+        targets = {
+            key: factor_target(key, columns[key], ~test, str(path))
+            for key in chosen(factors, list(columns), str(path))
+        }
     sources = {}
     for split, mask in (("train", ~test), ("test", test)):
-        chosen = {key: Target(t.values[mask], t.names) for key, t in targets.items()}
-        part = [files[row[0]] for row, inside in zip(rows, mask, strict=True) if inside]
+        own = {key: target.take(mask) for key, target in targets.items()}
+        part = [files[file] for file, inside in zip(listed, mask, strict=True) if inside]
         left_out = unusable if split == "train" else ()
-        sources[split] = _file_source(name, split, part, chosen, left_out, str(root))
+        sources[split] = _file_source(
+            name, split, part, own, left_out, str(root), _masks_beside(root / "images", root)
+        )
     return sources
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+def _read_csv(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """Return the names of the first column, which are files, and the other columns by name."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = [row for row in csv.reader(file) if row]
@@ -201,10 +229,28 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"{path}: cannot be read as a table ({error})") from None
     if len(table) < 2 or len(table[0]) < 1:
         raise UserError(f"{path}: no rows; the first column names files in images/")
-    for number, row in enumerate(table[1:], 2):
-        if len(row) != len(table[0]):
-            raise UserError(f"{path}: row {number} has {len(row)} cells instead of {len(table[0])}")
-    return table[0], table[1:]
+    header, *rows = table
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise UserError(f"{path}: row {number} has {len(row)} cells instead of {len(header)}")
+    columns = {key: [row[i] for row in rows] for i, key in enumerate(header) if i}
+    return [row[0] for row in rows], columns
+
+
+def _read_parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """As `_read_csv`; list columns are taken apart."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a table ({reason})") from None
+    if not table.num_rows or not table.num_columns:
+        raise UserError(f"{path}: no rows; the first column names files in images/")
+    files = [str(name) for name in table.column(0).to_pylist()]
+    return files, arrow_columns(table.remove_column(0))
 
 
 @contextlib.contextmanager

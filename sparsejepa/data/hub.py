@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import Item
+from sparsejepa.data.factors import arrow_columns, chosen, factor_target, may_be_factor
 from sparsejepa.data.sources import (
     Table,
     category_names,
@@ -136,8 +137,13 @@ def choose_shards(files: Iterable[str], config: str | None, origin: str) -> dict
     return found[chosen]
 
 
-def read_hub(folder: Path, name: str, config: str | None = None) -> dict[str, Source]:
-    """Read a local copy of a hub data set. Raises UserError when it is not complete."""
+def read_hub(
+    folder: Path, name: str, config: str | None = None, factors: Sequence[str] = ()
+) -> dict[str, Source]:
+    """Read a local copy of a hub data set; with `factors`, those columns are the targets.
+
+    Raises UserError when the copy is not complete, and on decoding when a factor is unusable.
+    """
     shards = local_shards(folder, config)
     paths = {
         split: [folder / file for file in shards[theirs]]
@@ -149,14 +155,16 @@ def read_hub(folder: Path, name: str, config: str | None = None) -> dict[str, So
     }
     sources = {}
     for split in ("train", "test"):
-        table = partial(_table, paths, split, str(folder))
-        sources[split] = make_source(name, split, stamp, str(folder), table)
+        table = partial(_table, paths, split, str(folder), factors)
+        own = [stamp, *factors] if factors else stamp
+        sources[split] = make_source(name, split, own, str(folder), table)
     return sources
 
 
-def _table(paths: dict[str, list[Path]], split: str, origin: str) -> Table:
+def _table(
+    paths: dict[str, list[Path]], split: str, origin: str, factors: Sequence[str] = ()
+) -> Table:
     """Find image and label columns, and set up the reading of one split's rows."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     own = split if split in paths else "train"
@@ -164,12 +172,7 @@ def _table(paths: dict[str, list[Path]], split: str, origin: str) -> Table:
         schema = pq.read_schema(paths["train"][0])
         features = _features(schema)
         image, labels = _image_column(schema, features), _label_columns(schema, features)
-        values = {
-            part: pa.concat_tables(
-                [pq.ParquetFile(p).read(list(labels)) for p in shards], promote_options="permissive"
-            )
-            for part, shards in paths.items()
-        }
+        values = {part: _read(shards, list(labels)) for part, shards in paths.items()}
         count = sum(pq.read_metadata(shard).num_rows for shard in paths[own])
     if image is None:
         raise UserError(f"{origin}: no column holds images; there are {', '.join(schema.names)}")
@@ -192,8 +195,46 @@ def _table(paths: dict[str, list[Path]], split: str, origin: str) -> Table:
             [*map(str, range(count))], primary.values.tolist() if primary else [0] * count
         )
         keep = test if split == "test" else ~test
-        targets = {key: Target(t.values[keep], t.names) for key, t in targets.items()}
+        targets = {key: target.take(keep) for key, target in targets.items()}
+    if factors:  # after the division, which must not depend on them
+        targets = _factor_targets(paths, keep, split, factors, labels, origin)
     return Table(_items(paths[own], image, keep, origin), targets)
+
+
+def _factor_targets(
+    paths: dict[str, list[Path]],
+    keep: np.ndarray,
+    split: str,
+    factors: Sequence[str],
+    classes: dict[str, tuple[str, ...]],
+    origin: str,
+) -> dict[str, Target]:
+    """Make targets of the factors, for the rows `keep` [N] bool if one part serves both splits."""
+    import pyarrow.parquet as pq
+
+    with _damage(origin):
+        names = [f.name for f in pq.read_schema(paths["train"][0]) if may_be_factor(f.type)]
+        tables = [_read(shards, names) for shards in paths.values()]
+    parts = [arrow_columns(table) for table in tables]
+    shared = [name for name in parts[0] if name in parts[-1]]
+    if len(parts) == 2:
+        keep = np.repeat([split == "train", split == "test"], [table.num_rows for table in tables])
+    train = keep if split == "train" else ~keep
+    targets = {}
+    for name in chosen(factors, shared, origin):
+        values = [value for part in parts for value in part[name]]
+        target = factor_target(name, values, train, origin, classes.get(name, ()))
+        targets[name] = target.take(keep)
+    return targets
+
+
+def _read(shards: list[Path], columns: list[str]) -> Any:
+    """Read columns of some parquet files as one table; those that a file lacks are left out."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = [pq.ParquetFile(shard).read(columns) for shard in shards]
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _items(shards: list[Path], column: str, keep: np.ndarray, origin: str) -> Iterator[Item]:

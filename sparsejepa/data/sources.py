@@ -17,7 +17,7 @@ import numpy as np
 
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import Block, Item, decode
-from sparsejepa.data.store import Target
+from sparsejepa.data.store import ImageSet, Target
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -35,7 +35,12 @@ class Table(NamedTuple):
 
 
 def make_source(
-    name: str, split: str, stamp: Any, origin: str, table: Callable[[], Table]
+    name: str,
+    split: str,
+    stamp: Any,
+    origin: str,
+    table: Callable[[], Table],
+    masks: Callable[[ImageSet], np.ndarray | None] | None = None,
 ) -> Source:
     """Build a source whose `table` is asked for only when there is something to decode.
 
@@ -50,7 +55,7 @@ def make_source(
         return _with_unusable(blocks, list(unusable)), targets
 
     digest = hashlib.blake2b(json.dumps([origin, stamp]).encode(), digest_size=16).hexdigest()
-    return Source(name, split, digest, read)
+    return Source(name, split, digest, read, masks)
 
 
 def choose_splits(present: Iterable[str]) -> dict[str, str]:

@@ -25,6 +25,12 @@ class Target:
 
     values: np.ndarray
     names: tuple[str, ...]
+    note: str = ""
+    """What was done to the values: numbers cut into bins."""
+
+    def take(self, index: np.ndarray) -> Target:
+        """Return the target of the chosen images: their positions, or [N] bool."""
+        return replace(self, values=self.values[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,8 @@ class ImageSet:
     """Changes whenever an image or a label does."""
     files: tuple[str, ...] = field(default=(), repr=False)
     """Where each image comes from, relative to the folder; empty when images are not files."""
+    masks: np.ndarray | None = field(default=None, repr=False)
+    """[N, H, W] uint8 or uint16: 0 the background, k the k-th object; None if not known."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,8 +82,9 @@ class ImageSet:
         return replace(
             self,
             images=self.images[index],
-            targets={k: Target(t.values[index], t.names) for k, t in self.targets.items()},
+            targets={key: target.take(index) for key, target in self.targets.items()},
             files=tuple(self.files[i] for i in index) if self.files else (),
+            masks=None if self.masks is None else self.masks[index],
             fingerprint=digest.hexdigest(),
         )
 

@@ -1,0 +1,295 @@
+"""Object measures against scikit-learn, brute force over pixels, and hand-made masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from sklearn.metrics import adjusted_rand_score
+
+from sparsejepa.evaluation import objects
+from sparsejepa.evaluation.objects import (
+    assign_patches,
+    corloc,
+    fg_ari,
+    kmeans_patches,
+    mean_best_overlap,
+    object_scores,
+    patch_labels,
+    permuted_patches,
+    position_blocks,
+    upsample,
+)
+
+RNG = np.random.default_rng(0)
+MEASURES = (fg_ari, mean_best_overlap, corloc)
+
+sides = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted masks of one shape, some labels far apart."""
+    shape = draw(sides)
+    labels = st.sampled_from([0, 1, 2, 3, 300, 65_535])
+    return tuple(draw(arrays.arrays(np.uint16, shape, elements=labels)) for _ in range(2))  # type: ignore[return-value]
+
+
+def box(inside: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero(inside)
+    return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+
+
+def box_iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    canvas = np.zeros((2, 20, 20), bool)
+    for layer, (top, left, bottom, right) in zip(canvas, (a, b), strict=True):
+        layer[top:bottom, left:right] = True
+    return (canvas[0] & canvas[1]).sum() / (canvas[0] | canvas[1]).sum()
+
+
+@given(pairs())
+def test_measures_are_brute_force(pair):
+    true, predicted = pair
+    ari, overlap, located = (measure(true, predicted) for measure in MEASURES)
+    for i, (t, p) in enumerate(zip(true, predicted, strict=True)):
+        labels, segments = np.unique(t[t > 0]), np.unique(p)
+        if (t > 0).sum() < 2:
+            assert np.isnan(ari[i])
+        else:
+            assert ari[i] == pytest.approx(adjusted_rand_score(t[t > 0], p[t > 0]), abs=1e-12)
+        if not len(labels):
+            assert np.isnan(overlap[i]) and np.isnan(located[i])
+            continue
+        iou = [[((t == a) & (p == b)).sum() / ((t == a) | (p == b)).sum() for b in segments]
+               for a in labels]  # fmt: skip
+        assert overlap[i] == pytest.approx(np.max(iou, 1).mean(), rel=1e-12)
+        found = any(box_iou(box(t == a), box(p == b)) >= 0.5 for a in labels for b in segments)
+        assert located[i] == found
+
+
+def test_work_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    true, predicted = RNG.integers(0, 4, (2, 23, 7, 6))
+    whole = [measure(true, predicted) for measure in MEASURES]
+    patches = patch_labels(true, (3, 2))
+    monkeypatch.setattr(objects, "_CELLS", 100)
+    for measure, expected in zip(MEASURES, whole, strict=True):
+        np.testing.assert_array_equal(measure(true, predicted), expected)
+    assert (patch_labels(true, (3, 2)) == patches).all()
+
+
+def halves() -> np.ndarray:
+    """One image of 4 x 6: background, then objects 1 and 2 of 4 x 2 pixels."""
+    return np.repeat([[[0, 0, 1, 1, 2, 2]]], 4, 1)
+
+
+def test_perfect_up_to_names():
+    true, names = halves(), np.array([7, 3, 5])
+    for measure in MEASURES:
+        assert measure(true, names[true]) == 1
+
+
+def test_one_segment_for_all():
+    true, one = halves(), np.full((1, 4, 6), 9)
+    assert fg_ari(true, one) == 0
+    assert mean_best_overlap(true, one) == pytest.approx(8 / 24)  # each object a third of it
+    assert corloc(true, one) == 0
+    assert corloc(np.where(true > 0, 1, 0), one) == 1  # 16 of 24 pixels
+
+
+def test_background_counts_for_overlap_only():
+    true = halves()
+    spilled = np.where(true == 0, 1, true)  # segment 1 takes the background as well
+    assert fg_ari(true, spilled) == 1
+    assert mean_best_overlap(true, spilled) == pytest.approx((0.5 + 1) / 2)
+    assert corloc(true, np.where(true == 2, 1, 0)) == 1  # one object is enough
+
+
+def test_a_box_of_exactly_half_counts():
+    true = np.zeros((1, 4, 4), int)
+    true[:, :, :2] = 1
+    assert corloc(true, np.zeros_like(true)) == 1
+    true[:, 3, :2] = 0
+    assert corloc(true, np.zeros_like(true)) == 0
+
+
+def test_the_box_of_a_segment_holds_all_its_parts():
+    true = np.zeros((1, 4, 4), int)
+    true[:, :2, :2] = 1
+    corners = np.zeros_like(true)
+    corners[:, 0, 0] = corners[:, 3, 3] = 1  # its box is the image
+    assert corloc(true, corners) == 0
+
+
+@pytest.mark.parametrize(("predicted", "value"), [([5, 5, 5], 1), ([5, 5, 6], 0), ([4, 5, 6], 0)])
+def test_a_single_object_is_whole_or_not(predicted: list[int], value: float):
+    true = np.array([[[0, 1, 1, 1]]])
+    assert fg_ari(true, np.array([[[0, *predicted]]])) == value
+
+
+def test_pixels_that_are_all_apart_agree():
+    assert fg_ari(np.array([[[1, 2, 3]]]), np.array([[[5, 6, 7]]])) == 1
+
+
+def test_empty_masks_are_left_out_of_the_mean():
+    true = np.concatenate([halves(), np.zeros((1, 4, 6), int)])
+    labels = patch_labels(true, (4, 6))
+    for name, estimate in object_scores(true, labels, (4, 6)).items():
+        assert estimate.value == 1 and estimate.note == "1 of 2 points not defined", name
+    for estimate in object_scores(true[1:], labels[1:], (4, 6)).values():
+        assert estimate.value is None and estimate.note
+
+
+def test_scores_are_means_of_the_measures():
+    true = RNG.integers(0, 4, (30, 8, 8))
+    labels = RNG.integers(0, 3, (30, 4))
+    scores = object_scores(true, labels, (2, 2))
+    assert scores["mbo"].value == pytest.approx(
+        mean_best_overlap(true, upsample(labels, (2, 2), (8, 8))).mean()
+    )
+    for estimate in scores.values():
+        assert estimate.value is not None and estimate.low is not None and estimate.high is not None
+        assert estimate.low <= estimate.value <= estimate.high
+    assert object_scores(true, labels, (2, 2), resamples=0)["fg_ari"].low is None
+
+
+def test_chance_of_random_pixels_is_zero():
+    true, predicted = RNG.integers(0, 4, (2, 400, 8, 8))
+    values = fg_ari(true, predicted)
+    assert abs(values.mean()) < 4 * values.std() / 20
+
+
+def test_assignment_is_the_argmax_in_units_of_the_rms():
+    activations = RNG.random((5, 6, 4)) * [1, 10, 100, 0]
+    rms = np.sqrt((activations**2).mean((0, 1)))
+    expected = (activations[..., :3] / rms[:3]).argmax(2)
+    assert (assign_patches(activations) == expected).all()
+    assert (assign_patches(activations, rms) == expected).all()
+    assert (assign_patches(activations * [7, 1, 0.1, 1]) == expected).all()  # scale is no matter
+
+
+def test_dead_groups_never_win():
+    activations = np.zeros((1, 3, 3))
+    activations[0, :, 2] = [0, 0, 1]
+    assert (assign_patches(activations) == 2).all()  # the only living one, also where it is off
+    activations[..., 0] = 5
+    assert (assign_patches(activations, np.array([0.0, 1, 1]))[0] == [1, 1, 2]).all()
+    assert (assign_patches(np.zeros((2, 3, 4))) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("activations", "rms", "message"),
+    [
+        (np.ones((2, 3)), None, r"must be \[n, N, G\]"),
+        (np.ones((2, 3, 0)), None, r"must be \[n, N, G\]"),
+        (np.ones((2, 3, 4)), np.ones(3), r"rms must be \[4\]"),
+        (np.full((2, 3, 4), np.nan), None, "finite"),
+        (np.ones((2, 3, 4)), -np.ones(4), "not negative"),
+    ],
+)
+def test_activations_that_are_none(activations, rms, message):
+    with pytest.raises(ValueError, match=message):
+        assign_patches(activations, rms)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(5, 17), st.integers(5, 17))
+def test_upsampling_takes_the_patch_of_a_pixels_centre(rows, columns, height, width):
+    labels = np.arange(rows * columns)[None]
+    found = upsample(labels, (rows, columns), (height, width))[0]
+    for y in range(height):
+        for x in range(width):
+            row, column = int((y + 0.5) * rows / height), int((x + 0.5) * columns / width)
+            assert found[y, x] == row * columns + column
+    assert (patch_labels(found[None], (rows, columns)) == labels).all()
+
+
+@given(arrays.arrays(np.uint8, (2, 6, 8), elements=st.integers(0, 3)))
+def test_patch_labels_are_the_majority(masks):
+    found, without = patch_labels(masks, (2, 2)), patch_labels(masks, (2, 2), background=False)
+    for i in range(2):
+        for k in range(4):
+            y, x = 3 * (k // 2), 4 * (k % 2)
+            counts = np.bincount(masks[i, y : y + 3, x : x + 4].ravel(), minlength=4)
+            assert found[i, k] == counts.argmax()
+            assert without[i, k] == (counts[1:].argmax() + 1 if counts[1:].any() else 0)
+
+
+@pytest.mark.parametrize(
+    ("true", "predicted", "message"),
+    [
+        (np.zeros((1, 2, 2), int), np.zeros((1, 2, 3), int), r"true masks \(1, 2, 2\) and"),
+        (np.zeros((2, 2), int), np.zeros((2, 2), int), r"true masks must be whole numbers \[n"),
+        (np.zeros((1, 2, 2)), np.zeros((1, 2, 2)), "whole numbers"),
+        (np.full((1, 2, 2), -1), np.zeros((1, 2, 2), int), "true masks must be from 0 to 65535"),
+        (np.zeros((1, 2, 2), int), np.full((1, 2, 2), 70_000), "predicted masks must be from 0"),
+    ],
+)
+def test_masks_that_are_none(true, predicted, message):
+    for measure in MEASURES:
+        with pytest.raises(ValueError, match=message):
+            measure(true, predicted)
+
+
+def test_grids_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"labels of patches must be \[n, 2x3\], got \(1, 5\)"):
+        upsample(np.zeros((1, 5), int), (2, 3), (8, 8))
+    with pytest.raises(ValueError, match="masks of 2x2 pixels on a grid"):
+        patch_labels(np.zeros((1, 2, 2), int), (3, 2))
+
+
+def test_kmeans_finds_separate_clusters():
+    centres = np.eye(4) * 50
+    kind = RNG.integers(0, 4, (6, 9))
+    tokens = centres[kind] + RNG.normal(size=(6, 9, 4))
+    found = kmeans_patches(centres[RNG.integers(0, 4, 500)] + RNG.normal(size=(500, 4)), tokens, 4)
+    assert found.dtype == np.int64 and adjusted_rand_score(kind.ravel(), found.ravel()) == 1
+
+
+def test_kmeans_on_a_part_of_many_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(objects, "KMEANS_POINTS", 50)
+    train, tokens = RNG.normal(size=(200, 2)), RNG.normal(size=(3, 5, 2))
+    first, again, other = (kmeans_patches(train, tokens, 3, seed) for seed in (1, 1, 2))
+    assert first.shape == (3, 5) and set(np.unique(first)) <= {0, 1, 2}
+    assert (first == again).all() and (first != other).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_kmeans_of_constant_tokens_is_one_cluster():
+    assert (kmeans_patches(np.ones((20, 3)), np.ones((2, 4, 3)), 5) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("train", "tokens", "k", "message"),
+    [
+        (np.ones((9, 3)), np.ones((2, 4, 2)), 2, r"\[m, D\] and \[n, N, D\]"),
+        (np.ones((9, 3)), np.ones((8, 3)), 2, r"\[m, D\] and \[n, N, D\]"),
+        (np.ones((9, 3)), np.ones((2, 4, 3)), 10, "k = 10: there are 9 training tokens"),
+        (np.ones((9, 3)), np.ones((2, 4, 3)), 0, "k = 0"),
+        (np.full((9, 3), np.inf), np.ones((2, 4, 3)), 2, "finite"),
+    ],
+)
+def test_kmeans_of_what_is_none(train, tokens, k, message):
+    with pytest.raises(ValueError, match=message):
+        kmeans_patches(train, tokens, k)
+
+
+def test_blocks_are_compact_and_the_same_everywhere():
+    blocks = position_blocks((4, 4), 3, 4)
+    assert blocks.shape == (3, 16) and (blocks == blocks[0]).all()
+    sizes = np.bincount(blocks[0])
+    assert len(sizes) == 4 and sizes.max() <= 6
+    rows, columns = np.indices((4, 4)).reshape(2, -1)
+    for block in range(4):
+        inside = blocks[0] == block
+        assert np.ptp(rows[inside]) <= 2 and np.ptp(columns[inside]) <= 2
+    assert sorted(position_blocks((2, 2), 1, 64)[0]) == [0, 1, 2, 3]
+
+
+def test_permutation_keeps_each_images_labels():
+    labels = RNG.integers(0, 5, (20, 16))
+    found = permuted_patches(labels)
+    assert (np.sort(found) == np.sort(labels)).all() and (found != labels).any()
+    assert (found == permuted_patches(labels)).all() and (
+        found != permuted_patches(labels, 1)
+    ).any()
