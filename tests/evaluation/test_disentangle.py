@@ -1,0 +1,444 @@
+"""Disentanglement on codes with known answers, and against scikit-learn and plain loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy
+from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import mutual_info_score, roc_auc_score
+from sklearn.neighbors import NearestCentroid
+
+from sparsejepa.errors import UserError
+from sparsejepa.evaluation import disentangle as d
+from sparsejepa.evaluation import resampled
+from sparsejepa.evaluation.estimate import bootstrap_weights
+
+LEVELS = (2, 3, 4)
+GRID = np.array(list(itertools.product(*map(range, LEVELS))) * 10)
+"""Every combination of three factors, ten times: balanced and independent to the last digit."""
+FEW: dict[str, Any] = {"resamples": 5}
+ALL = {
+    *("mig", "sap", "modularity", "explicitness", "irs", "factor_vae"),
+    *("dci_disentanglement", "dci_completeness", "dci_informativeness"),
+}
+
+
+def scores(codes: np.ndarray, factors: np.ndarray = GRID, **options) -> dict[str, float | None]:
+    found = d.disentanglement(codes, factors, codes, factors, resamples=5, **options)
+    assert set(found) == ALL
+    return {name: estimate.value for name, estimate in found.items()}
+
+
+def noisy(n: int = 300, columns: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Codes that mix two factors of 3 and 4 unbalanced levels with noise."""
+    rng = np.random.default_rng(seed)
+    factors = np.stack([rng.integers(0, 3, n), rng.binomial(3, 0.3, n)], 1)
+    mix = np.random.default_rng(99).normal(size=(2, columns))
+    return factors @ mix + 0.7 * rng.normal(size=(n, columns)), factors
+
+
+# --- codes with known answers ---------------------------------------------------------------------
+
+
+def test_one_column_per_factor_is_perfect():
+    found = scores(GRID.astype(float))
+    # The second best column is independent of the factor, and right in one of K cases.
+    assert found.pop("sap") == pytest.approx(np.mean([1 - 1 / k for k in LEVELS]))
+    for name, value in found.items():
+        assert value == pytest.approx(1, abs=1e-9), name
+
+
+def test_order_sign_and_scale_of_the_columns_do_not_matter():
+    changed = GRID[:, [2, 0, 1]] * np.array([-3.0, 1e-6, 1e6]) + 5
+    before, after = scores(GRID.astype(float)), scores(changed)
+    for name in ALL:
+        assert after[name] == pytest.approx(before[name], abs=1e-9), name
+
+
+def test_two_factors_rotated_by_45_degrees():
+    factors = np.array(list(itertools.product((0, 1), (0, 1))) * 25)
+    a, b = factors.T
+    found: Any = scores(np.stack([a + b, a - b], 1).astype(float), factors)
+    # Both columns know as much of both factors, so no gap, no modularity; within a level the
+    # distance from the mean is 1/2, over all it is 1; only a joint reading gets all of it.
+    assert found["mig"] == pytest.approx(0, abs=1e-12)
+    assert found["sap"] == pytest.approx(0, abs=1e-12)
+    assert found["modularity"] == pytest.approx(0, abs=1e-12)
+    assert found["irs"] == pytest.approx(0.5)
+    assert found["explicitness"] == pytest.approx(1)
+    assert found["dci_informativeness"] == 1
+    assert found["dci_disentanglement"] < 0.05
+    assert found["dci_completeness"] < 0.05
+    assert found["factor_vae"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_information_of_a_half_known_factor():
+    # One column says which half of four levels, one says nothing: (log 2 - 0) / log 4.
+    factor = np.arange(80)[:, None] % 4
+    codes = np.stack([factor[:, 0] // 2, np.arange(80) // 4 % 2], 1).astype(float)
+    assert d.mig(codes, factor).value == pytest.approx(0.5)
+    # Two columns of 1 bit about factor one, of which the first has 1 bit about factor two too.
+    factors = np.stack([np.arange(80) % 2, np.arange(80) // 2 % 2], 1)
+    codes = np.stack([2 * factors[:, 0] + factors[:, 1], factors[:, 0]], 1).astype(float)
+    assert d.modularity(codes, factors).value == pytest.approx((0 + 1) / 2)
+
+
+def test_duplicated_columns_and_how_units_mend_them():
+    twice = np.repeat(GRID, 2, axis=1).astype(float)
+    found = scores(twice)
+    assert found["mig"] == found["sap"] == 0
+    for name in ("modularity", "irs", "factor_vae", "explicitness", "dci_disentanglement"):
+        assert found[name] == pytest.approx(1), name
+    # Each factor's importance lies in 2 of 6 columns.
+    assert found["dci_completeness"] == pytest.approx(1 - math.log(2) / math.log(6), abs=0.05)
+    assert scores(twice, units=[0, 0, 1, 1, 2, 2]) == pytest.approx(scores(GRID.astype(float)))
+
+
+def test_rotation_within_a_unit_changes_neither_irs_nor_factor_vae():
+    codes, factors = noisy(columns=4)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(2, 2)))[0]
+    rotated = np.concatenate([codes[:, :2] @ turn, codes[:, 2:]], 1)
+    units = np.array([0, 0, 1, 1])
+    for measure in (d.irs, d.factor_vae_score):
+        values = [measure(x, factors, units=units, **FEW).value for x in (codes, rotated)]
+        assert values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-7])
+def test_constant_codes_have_their_stated_values(jitter: float):
+    rng = np.random.default_rng(0)
+    codes = np.float32(0.3) * (1 + jitter * rng.normal(size=(240, 4))).astype(np.float32)
+    found = d.disentanglement(codes, GRID, codes, GRID, **FEW)
+    stated = dict.fromkeys(ALL, 0.0) | {
+        "explicitness": 0.5,
+        "dci_informativeness": np.mean([1 / k for k in LEVELS]),
+    }
+    assert {name: e.value for name, e in found.items()} == pytest.approx(stated)
+    assert all("constant" in estimate.note for estimate in found.values())
+
+
+def test_noise_is_at_chance():
+    rng = np.random.default_rng(0)
+    factors = rng.integers(0, 4, (4000, 3))
+    codes = rng.normal(size=(4000, 6))
+    found = d.disentanglement(codes[:2000], factors[:2000], codes[2000:], factors[2000:], **FEW)
+    values = {name: estimate.value or 0 for name, estimate in found.items()}
+    assert values["mig"] < 0.01 and values["sap"] < 0.03
+    assert values["explicitness"] == pytest.approx(0.5, abs=0.03)
+    assert values["factor_vae"] == pytest.approx(1 / 3, abs=0.06)
+    assert values["dci_informativeness"] == pytest.approx(1 / 4, abs=0.03)
+    assert values["dci_disentanglement"] < 0.02 and values["dci_completeness"] < 0.02
+
+
+def test_a_perfect_code_is_found_among_many_columns_of_noise():
+    rng = np.random.default_rng(0)
+    codes = np.concatenate([GRID, rng.normal(size=(240, 60))], 1)
+    found = d.dci(codes, GRID, codes, GRID, **FEW)
+    assert found["disentanglement"].value > 0.97 and found["completeness"].value > 0.97
+    assert found["importance"][:3].diagonal().min() > 0.97
+
+
+# --- against scikit-learn and plain loops ---------------------------------------------------------
+
+
+def reference_information(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """The reference's matrix [L, F]: its discretiser and scikit-learn, pair by pair."""
+    cells = [np.digitize(c, np.histogram(c, 20)[1][:-1]) for c in codes.T]
+    return np.array([[mutual_info_score(f, c) for f in factors.T] for c in cells])
+
+
+@given(seed=st.integers(0, 1000), columns=st.integers(2, 6))
+@settings(max_examples=10, deadline=None)
+def test_mig_and_modularity_are_the_reference(seed: int, columns: int):
+    codes, factors = noisy(120, columns, seed)
+    m = reference_information(codes, factors)
+    top = np.sort(m, 0)[::-1]
+    h = [mutual_info_score(f, f) for f in factors.T]
+    assert d.mig(codes, factors, **FEW).value == pytest.approx(np.mean((top[0] - top[1]) / h))
+    largest = np.square(m).max(1)
+    other = np.square(m).sum(1) - largest
+    expected = np.mean(1 - other / (largest * (factors.shape[1] - 1)))
+    assert d.modularity(codes, factors, **FEW).value == pytest.approx(expected)
+
+
+def test_resampled_information_is_that_of_the_points_drawn():
+    codes, factors = noisy(80)
+    information, of_factors = resampled.mutual_informations(
+        resampled.checked_points(codes, factors, None), 20, 6, 3
+    )
+    cells = resampled.binned(codes, 20)
+    for r, weights in enumerate(bootstrap_weights(80, 6, 3), start=1):
+        drawn, y = np.repeat(cells, weights, 0), np.repeat(factors, weights, 0)
+        expected = [[mutual_info_score(f, c) for f in y.T] for c in drawn.T]
+        np.testing.assert_allclose(information[r], expected, atol=1e-12)
+        np.testing.assert_allclose(of_factors[r], [mutual_info_score(f, f) for f in y.T])
+
+
+def test_sap_is_the_nearest_centroid_of_each_column():
+    (codes, factors), (test_codes, test_factors) = noisy(200), noisy(150, seed=1)
+    accuracy = np.array(
+        [
+            [
+                NearestCentroid().fit(c[:, None], f).score(t[:, None], g)
+                for f, g in zip(factors.T, test_factors.T, strict=True)
+            ]
+            for c, t in zip(codes.T, test_codes.T, strict=True)
+        ]
+    )
+    top = np.sort(accuracy, 0)[::-1]
+    found = d.sap(codes, factors, test_codes, test_factors)
+    assert found.value == pytest.approx(np.mean(top[0] - top[1]))
+    # A unit counts as its best column; a constant column gives the most frequent class.
+    found = d.sap(codes, factors, test_codes, test_factors, units=[0, 0, 1, 1, 1])
+    assert found.value == pytest.approx(np.mean(abs(accuracy[:2].max(0) - accuracy[2:].max(0))))
+    one = np.array([[0.0, 1], [0, 1], [5, 1], [5, 1], [5, 1]])
+    found = d.sap(one, [[0], [0], [1], [1], [1]], one, [[0], [0], [1], [1], [1]])
+    assert found.value == pytest.approx(1 - 3 / 5)
+
+
+def test_explicitness_is_scikit_learns():
+    (codes, factors), (test_codes, test_factors) = noisy(400), noisy(300, seed=1)
+    factors[:, 0] = factors[:, 0] > 0
+    test_factors[:, 0] = test_factors[:, 0] > 0
+    mean, std = codes.mean(0), codes.std(0)
+    expected = []
+    for f, g in zip(factors.T, test_factors.T, strict=True):
+        model = LogisticRegression(tol=1e-8, max_iter=1000).fit((codes - mean) / std, f)
+        p = model.predict_proba((test_codes - mean) / std)
+        expected.append(np.mean([roc_auc_score(g == k, p[:, k]) for k in range(p.shape[1])]))
+    found: Any = d.explicitness(codes, factors, test_codes, test_factors)
+    assert found.value == pytest.approx(np.mean(expected), abs=1e-4)
+    assert found.low < found.value < found.high
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=2, max_size=30
+    )
+)
+def test_area_under_the_curve_with_ties_and_weights(rows: list[tuple[int, bool, int]]):
+    values, positive, weights = (np.array(column) for column in zip(*rows, strict=True))
+    area = resampled.roc_area(values.astype(float), positive, weights[None].astype(float))[0]
+    y, s = np.repeat(positive, weights), np.repeat(values, weights)
+    if 0 < y.sum() < len(y):
+        assert area == pytest.approx(roc_auc_score(y, s))
+    else:
+        assert math.isnan(area)
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(1, 400), q=st.floats(0.5, 1))
+@settings(max_examples=50, deadline=None)
+def test_quantiles_of_repeated_values(seed: int, n: int, q: float):
+    rng = np.random.default_rng(seed)
+    values, weights = rng.normal(size=(n, 2)).round(1), rng.poisson(1, (4, n))
+    found = resampled.upper_quantile(values, weights.astype(float), q)
+    for row, w in zip(found, weights, strict=True):
+        drawn = np.repeat(values, w, 0)
+        expected = np.quantile(drawn, q, axis=0) if len(drawn) else [0, 0]
+        np.testing.assert_allclose(row, expected, atol=1e-12)
+
+
+def test_irs_is_the_reference():
+    codes, factors = noisy(400)
+    spread = np.abs(codes - codes.mean(0)).max(0)
+    best = np.full(codes.shape[1], -np.inf)
+    for f in factors.T:
+        levels = [codes[f == level] for level in np.unique(f)]
+        far = [np.quantile(np.abs(x - x.mean(0)), 0.99, axis=0) for x in levels]
+        best = np.maximum(best, 1 - np.mean(far, 0) / spread)
+    found = d.irs(codes, factors)
+    assert found.value == pytest.approx(np.average(best, weights=spread))
+    # Two columns as one unit: Euclidean distances.
+    pair = codes[:, :2]
+    spread = np.linalg.norm(pair - pair.mean(0), axis=1).max()
+    best = 0
+    for f in factors.T:
+        levels = [pair[f == level] for level in np.unique(f)]
+        far = [np.quantile(np.linalg.norm(x - x.mean(0), axis=1), 0.99) for x in levels]
+        best = max(best, 1 - np.mean(far) / spread)
+    assert d.irs(pair, factors, units=[0, 0]).value == pytest.approx(best)
+
+
+def test_factor_vae_score_agrees_with_a_loop():
+    codes, factors = noisy(500)
+    rng = np.random.default_rng(0)
+    codes += 3 * rng.normal(size=codes.shape)
+    overall = codes.var(0)
+    table = np.zeros((2, 2, codes.shape[1]))
+    for part, votes in enumerate((1500, 1500)):
+        for _ in range(votes):
+            f = rng.integers(2)
+            same = np.flatnonzero(factors[:, f] == factors[rng.integers(500), f])
+            winner = np.argmin(codes[rng.choice(same, 64)].var(0) / overall)
+            table[part, f, winner] += 1
+    decided = table[0].argmax(0)
+    expected = table[1][decided, np.arange(codes.shape[1])].sum() / 1500
+    found: Any = d.factor_vae_score(codes, factors, **FEW)
+    assert 0.5 < found.value < 1
+    assert found.value == pytest.approx(expected, abs=0.04)
+
+
+def test_dci_is_that_of_the_importances():
+    (codes, factors), (test_codes, test_factors) = noisy(200), noisy(150, seed=1)
+    models: tuple[Any, ...] = ("forest", "boosted")
+    for model in models:
+        found = d.dci(codes, factors, test_codes, test_factors, model=model, trees=8)
+        importance, accuracy = [], []
+        for f, g in zip(factors.T, test_factors.T, strict=True):
+            fitted = (
+                ExtraTreesClassifier(
+                    8,
+                    max_features=1.0,  # type: ignore[arg-type]
+                    min_samples_leaf=5,
+                    random_state=0,
+                )
+                if model == "forest"
+                else GradientBoostingClassifier(n_estimators=8, random_state=0)
+            ).fit(codes, f)
+            importance.append(fitted.feature_importances_)
+            accuracy.append(fitted.score(test_codes, g))
+        r = np.array(importance).T
+        np.testing.assert_allclose(found["importance"], r)
+        rows = 1 - entropy(r, axis=1, base=2)
+        assert found["disentanglement"].value == pytest.approx(np.average(rows, weights=r.sum(1)))
+        assert found["completeness"].value == pytest.approx(np.mean(1 - entropy(r, base=5)))
+        assert found["informativeness"].value == pytest.approx(np.mean(accuracy))
+        assert (found["disentanglement"].low is None) == (model == "boosted")
+    units = [0, 0, 1, 2, 2]
+    found = d.dci(codes, factors, test_codes, test_factors, model="boosted", trees=8, units=units)
+    np.testing.assert_allclose(found["importance"], [r[:2].sum(0), r[2], r[3:].sum(0)])
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_value_narrow_and_repeat():
+    widths: list[dict[str, float]] = []
+    found: Any
+    for n in (200, 2400):
+        parts = (*noisy(n), *noisy(n, seed=1))
+        found = d.disentanglement(*parts, quick=True, resamples=50)
+        assert set(found) == {name for name in ALL if not name.startswith("dci")}
+        for name, estimate in found.items():
+            assert estimate.low <= estimate.value <= estimate.high, name
+        widths.append({name: e.high - e.low for name, e in found.items()})
+        assert found == d.disentanglement(*parts, quick=True, resamples=50)
+        without = d.disentanglement(*parts, quick=True, resamples=0)
+        assert all(e.low is None and e.high is None for e in without.values())
+        for name, estimate in without.items():
+            assert estimate.value == pytest.approx(found[name].value), name
+    for name in ("mig", "sap", "modularity", "explicitness"):
+        assert widths[1][name] < 0.8 * widths[0][name], name
+
+
+def test_intervals_are_about_as_wide_as_the_values_scatter():
+    sets = [(*noisy(300, seed=s), *noisy(300, seed=s + 100)) for s in range(40)]
+    measures = {
+        d.mig: lambda p: d.mig(*p[:2], resamples=40),
+        d.modularity: lambda p: d.modularity(*p[:2], resamples=40),
+        d.sap: lambda p: d.sap(*p, resamples=40),
+        d.explicitness: lambda p: d.explicitness(*p, resamples=40),
+    }
+    for measure, call in measures.items():
+        found: list[Any] = [call(parts) for parts in sets]
+        scatter = np.std([e.value for e in found])
+        claimed = np.mean([e.high - e.low for e in found]) / (2 * 1.96)
+        assert 0.6 < claimed / scatter < 1.6, measure.__name__
+
+
+# --- input that is not as it should be ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        (np.zeros((9, 2)), "9 rows for 10"),
+        (np.zeros(10), "shape"),
+        (np.zeros((10, 0)), "shape"),
+        (np.full((10, 1), np.nan), "factor 0 holds NaN"),
+        (np.full((10, 2), -1), "negative"),
+        (np.linspace(0, 1, 20).reshape(10, 2), "cut it into bins"),
+        ([["red"]] * 10, "must be numbers"),
+    ],
+)
+def test_factors_that_are_no_classes(factors, said: str):
+    with pytest.raises(UserError, match=said) as caught:
+        d.check_factors(factors, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_of_any_kind_are_classes():
+    for kind in (bool, np.uint8, float):
+        found = d.check_factors(np.eye(3, dtype=kind), 3)
+        assert found.dtype == np.int64 and found.tolist() == np.eye(3).tolist()
+    with pytest.raises(UserError, match="factor 0 is continuous"):
+        d.check_factors(np.arange(100)[:, None], 100)
+
+
+def test_factors_with_one_value_are_left_out():
+    codes, factors = noisy(200)
+    more = np.insert(factors, 1, 7, axis=1)
+    plain = d.disentanglement(codes, factors, codes, factors, **FEW)
+    found = d.disentanglement(codes, more, codes, more, **FEW)
+    for name, estimate in found.items():
+        assert estimate.value == plain[name].value, name
+        assert "one value only: factor 1" in estimate.note
+    importance = d.dci(codes, more, codes, more, **FEW)["importance"]
+    assert importance.shape == (5, 3) and not importance[:, 1].any()
+    none = d.disentanglement(codes, more[:, [1]], codes, more[:, [1]], **FEW)
+    assert all(e.value is None and "one value" in e.note for e in none.values())
+
+
+def test_too_few_units_or_factors_is_not_defined():
+    codes, factors = noisy(200)
+    one_unit = d.disentanglement(codes, factors, codes, factors, units=[0] * 5, **FEW)
+    undefined = {name for name, e in one_unit.items() if e.value is None}
+    assert undefined == {"mig", "sap", "dci_completeness"}
+    one = factors[:, :1]
+    one_factor = d.disentanglement(codes, one, codes, one, **FEW)
+    undefined = {name for name, e in one_factor.items() if e.value is None}
+    assert undefined == {"modularity", "factor_vae", "dci_disentanglement"}
+    assert all(one_factor[name].note for name in undefined)
+
+
+def test_classes_that_one_part_lacks():
+    codes, factors = noisy(200)
+    only = np.where(factors[:, :1] == 2, 0, factors[:, :1])
+    test = np.where(factors[:, :1] == 2, 3, factors[:, :1])
+    found = d.disentanglement(codes, only, codes, test, **FEW)
+    assert all(e.value is None or np.isfinite(e.value) for e in found.values())
+    lone = d.explicitness(codes, factors, codes, np.zeros_like(factors))
+    assert lone.value is None and "two classes" in lone.note
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"codes": np.full((240, 3), np.nan)}, "NaN"),
+        ({"codes": np.zeros(240)}, "matrix"),
+        ({"codes": np.zeros((0, 3))}, "matrix"),
+        ({"units": [0, 1]}, "one whole number per"),
+        ({"units": [0.0, 1.0, 2.0]}, "one whole number per"),
+        ({"units": [0, 2, 2]}, "each with a column"),
+    ],
+)
+def test_wrong_codes_or_units(change: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        d.mig(*(change.get(name, GRID) for name in ("codes", "factors")), units=change.get("units"))
+
+
+def test_parts_of_different_width_and_unknown_models():
+    with pytest.raises(ValueError, match="differ"):
+        d.sap(GRID, GRID, GRID[:, :2], GRID)
+    with pytest.raises(ValueError, match="differ"):
+        d.dci(GRID, GRID, GRID, GRID[:, :2])
+    with pytest.raises(ValueError, match="'forest' or 'boosted'"):
+        d.dci(GRID, GRID, GRID, GRID, model="bush")  # type: ignore[arg-type]
