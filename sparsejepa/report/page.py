@@ -62,35 +62,53 @@ class Page:
 
 def write_page(path: Path, page: Page) -> Path:
     """Render `page` to one HTML file, atomically, and return its path."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    template = files("sparsejepa.report").joinpath("page.html").read_text(encoding="utf-8")
-    html = (
-        Environment(autoescape=True, undefined=StrictUndefined)
-        .from_string(template)
-        .render(
-            title=page.title,
-            subtitle=page.subtitle,
-            verdict=page.verdict,
-            remarks=page.remarks,
-            tables=page.tables,
-            figures=[
-                {
-                    "svg": Markup(inline_svg(picture.figure, f"f{i}")),
-                    "caption": picture.caption,
-                    "alt": picture.alt,
-                }
-                for i, picture in enumerate(page.pictures)
-            ],
-            command=page.command,
-            environment=page.environment,
-            settings=page.settings,
-        )
+    html = render(
+        "page.html",
+        title=page.title,
+        subtitle=page.subtitle,
+        verdict=page.verdict,
+        remarks=page.remarks,
+        tables=page.tables,
+        figures=drawn(page.pictures, "f"),
+        command=page.command,
+        environment=page.environment,
+        settings=page.settings,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a template of this package with `values`, all escaped, and the pages' style."""
+    from jinja2 import Environment, StrictUndefined
+
+    return (
+        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        .from_string(resource(template))
+        .render(style=resource("style.css"), **values)
+    )
+
+
+def resource(name: str) -> Any:
+    """Return a file beside this module as markup, which is trusted as the code is."""
+    from markupsafe import Markup
+
+    return Markup(files("sparsejepa.report").joinpath(name).read_text(encoding="utf-8"))
+
+
+def drawn(pictures: Sequence[Picture], prefix: str) -> list[dict[str, Any]]:
+    """Return svg, caption and alt of each picture; `prefix` keeps their identifiers apart."""
+    from markupsafe import Markup
+
+    return [
+        {
+            "svg": Markup(inline_svg(picture.figure, f"{prefix}{i}")),
+            "caption": picture.caption,
+            "alt": picture.alt,
+        }
+        for i, picture in enumerate(pictures)
+    ]
 
 
 def sweep_pictures(
