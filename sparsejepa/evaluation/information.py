@@ -1,11 +1,339 @@
-"""How many dimensions an embedding uses, and how far it has collapsed."""
+"""What embeddings share among their dimensions and with labels, and how many they use.
+
+Letters: n points, D dimensions, G groups, P group width; information is in nats. Every interval
+resamples points and refits nothing: each estimator here is, to first order, the mean of one term
+per point, and the terms are drawn again (the linear bootstrap, Davison and Hinkley 1997, section
+2.7.4). Drawing the points themselves would add the estimator's own bias a second time: repeated
+points lower the determinant of a covariance and fill a histogram unevenly, by more than the
+interval is wide where D is large.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws, undefined
+
+SINGULAR = 1e-10
+"""Eigenvalue of a correlation matrix below which its direction counts as absent."""
+
+
+def wishart_bias(n: int, d: int) -> float:
+    """Return what -1/2 log det of a sample correlation matrix is too large by, in nats.
+
+    Exact for n independent Gaussian points in d dimensions, whatever their correlations, from the
+    expected log determinant of a Wishart matrix with n - 1 degrees of freedom:
+    1/2 [d psi((n-1)/2) - sum over i = 1..d of psi((n-i)/2)]. Raises ValueError unless n > d >= 0.
+    """
+    from scipy.special import digamma
+
+    if not n > d >= 0:
+        raise ValueError(f"the bias is defined for more points than dimensions, got {n} and {d}")
+    return float((digamma((n - 1) / 2) - digamma((n - np.arange(1, d + 1)) / 2)).sum() / 2)
+
+
+def total_correlation(
+    x: Any,
+    *,
+    blocks: Any = None,
+    copula: bool = True,
+    correct: bool = True,
+    resamples: int = 200,
+    random_state: int = 0,
+) -> Estimate:
+    """Return the Gaussian total correlation (multi-information) of the dimensions of x [n, D].
+
+    With a covariance S it is 1/2 [sum_j log S_jj - log det S]: sum of the entropies less the joint
+    entropy; no data with normal margins and these correlations have less. With ``copula`` each
+    dimension is ranked first and takes normal scores (average ranks for ties), so that no monotone
+    change of a dimension matters. With ``correct`` the exact bias (`wishart_bias`) is subtracted;
+    then a value near 0 can come out negative.
+
+    Args:
+        blocks: [D] labels; the total correlation *between* the blocks of equal label,
+            1/2 [sum_b log det S_bb - log det S], with its own exact bias. A block may be
+            rank-deficient: it counts with the dimensions that it spans.
+
+    The interval draws jackknife pseudo-values again (ranks kept). It has the right width where
+    dimensions depend on each other and is too wide where they do not: about 1.3 times, more where n
+    is only a few times D.
+
+    Constant dimensions are left out, and the note says how many. Undefined, with a note, if fewer
+    than two dimensions (blocks) vary, if points are too few, or if a dimension is a linear function
+    of others in other blocks, as a duplicated column: the true value is infinite then.
+
+    Raises ValueError if the shapes do not fit or x is not finite.
+    """
+    x = _matrix(x)
+    n, width = x.shape
+    blocks = np.arange(width) if blocks is None else np.asarray(blocks)
+    if blocks.shape != (width,):
+        raise ValueError(f"blocks must label {width} dimensions, got shape {blocks.shape}")
+    varies = _varies(x)
+    left_out = int(width - varies.sum())
+    note = f"{left_out} of {width} dimensions are constant and left out" if left_out else ""
+    x, blocks = x[:, varies], blocks[varies]
+    names = np.unique(blocks)
+    if len(names) < 2:
+        return undefined(f"{len(names)} of {width} dimensions or blocks vary, two are needed")
+    if copula:
+        x = normal_scores(x)
+    parts = [_whiten(x[:, blocks == name]) for name in names]
+    sizes = [part.shape[1] for part in parts]
+    d = sum(sizes)
+    if n <= d:
+        return undefined(f"{n} points are too few for {d} dimensions")
+    white = np.concatenate(parts, 1)
+    eigenvalues, axes = np.linalg.eigh(white.T @ white / n)
+    if eigenvalues[0] < SINGULAR:
+        return undefined("infinite: a dimension is a linear function of the others")
+    value = -np.log(eigenvalues).sum() / 2
+    if correct:
+        value -= wishart_bias(n, d) - sum(wishart_bias(n, size) for size in sizes)
+    # Without point i, log det of the scatter falls by -log(1 - leverage of i): nothing is refitted.
+    starts = np.cumsum([0, *sizes[:-1]])
+    whole = 1 - ((white @ axes) ** 2 / eigenvalues).sum(1) / (n - 1)
+    if whole.min() < SINGULAR:
+        reason = "no interval: without one of the points the covariance is singular"
+        return Estimate(float(value), note="; ".join(filter(None, [note, reason])))
+    within = 1 - np.add.reduceat(white**2, starts, axis=1) / (n - 1)
+    terms = (n - 1) / 2 * (np.log(whole) - np.log(within).sum(1))
+    return _from_terms(value, terms, resamples, random_state, note)
+
+
+def gaussian_mutual_information(
+    x: Any,
+    y: Any,
+    *,
+    copula: bool = True,
+    correct: bool = True,
+    resamples: int = 200,
+    random_state: int = 0,
+) -> Estimate:
+    """Return I(x; y) in nats of x [n, a] and y [n, b], Gaussian after ranking each dimension.
+
+    `total_correlation` between the two blocks, with its exact bias correction, interval, notes and
+    errors; x and y may be vectors [n]. Ince et al. 2017, Human Brain Mapping 38, equation 31.
+    """
+    x, y = (_matrix(part) for part in (x, y))
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} points and y has {len(y)}")
+    return total_correlation(
+        np.concatenate([x, y], 1),
+        blocks=np.repeat([0, 1], [x.shape[1], y.shape[1]]),
+        copula=copula,
+        correct=correct,
+        resamples=resamples,
+        random_state=random_state,
+    )
+
+
+def normal_scores(x: Any) -> np.ndarray:
+    """Return x [n, D] with each dimension ranked and put on the quantiles of N(0, 1)."""
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    x = np.asarray(x)
+    return ndtri(rankdata(x, axis=0) / (len(x) + 1))
+
+
+def overlap_information(W: Any, covariance: Any = None, noise: float = 0.1) -> float:
+    """Return the total correlation in nats of the groups G_g = W^(g) z + noise, in closed form.
+
+    z ~ N(0, covariance) and independent Gaussian noise of standard deviation ``noise`` on every
+    entry: what the overlap of the groups' rows alone creates, 0 for disjoint latents.
+
+    Args:
+        W: [G, P, D].
+        covariance: [D, D] of the latents; the identity if None.
+
+    Raises ValueError if the shapes do not fit or ``noise`` is not positive.
+    """
+    W = _array(W).astype(float)
+    if W.ndim != 3 or noise <= 0:
+        raise ValueError(f"expected W [G, P, D] and noise > 0, got shape {W.shape} and {noise}")
+    groups, P, D = W.shape
+    covariance = np.eye(D) if covariance is None else _array(covariance).astype(float)
+    if covariance.shape != (D, D):
+        raise ValueError(f"the covariance must be {D} x {D}, got shape {covariance.shape}")
+    rows = W.reshape(-1, D)
+    joint = rows @ covariance @ rows.T + noise**2 * np.eye(len(rows))
+    g = np.arange(groups)
+    own = joint.reshape(groups, P, groups, P)[g, :, g]
+    return float((np.linalg.slogdet(own)[1].sum() - np.linalg.slogdet(joint)[1]) / 2)
+
+
+def ksg_mutual_information(
+    x: Any, y: Any, k: int = 3, *, resamples: int = 200, random_state: int = 0
+) -> Estimate:
+    """Return I(x; y) in nats of x [n, a] and y [n, b] from distances to k-th neighbours.
+
+    Kraskov, Stoegbauer and Grassberger 2004, equation 8, in the maximum norm, on standardised
+    dimensions, constant ones left out. For few dimensions: above ten in all it is far too low, and
+    the note says so. Undefined if x or y is constant. Both may be vectors. Raises ValueError if
+    the shapes do not fit or k is not in 1..n-1.
+    """
+    x, y = (_matrix(part) for part in (x, y))
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} points and y has {len(y)}")
+    return _ksg([x, y], k, resamples, random_state)
+
+
+def ksg_total_correlation(
+    x: Any, k: int = 3, *, resamples: int = 200, random_state: int = 0
+) -> Estimate:
+    """Return the total correlation in nats of the dimensions of x [n, D], few of them.
+
+    The same for D variables: Kraskov et al. 2004, equation 23. Same notes and errors as
+    `ksg_mutual_information`.
+    """
+    x = _matrix(x)
+    return _ksg([x[:, [j]] for j in range(x.shape[1])], k, resamples, random_state)
+
+
+def _ksg(parts: list[np.ndarray], k: int, resamples: int, random_state: int) -> Estimate:
+    """Total correlation between variables [n, d_i], of which constant dimensions are left out."""
+    from scipy.spatial import KDTree
+    from scipy.special import digamma
+
+    n = len(parts[0])
+    if not 1 <= k < n:
+        raise ValueError(f"k must be from 1 to {n - 1}, got {k}")
+    parts = [part[:, _varies(part)] for part in parts]
+    parts = [_standardise(part) for part in parts if part.shape[1]]
+    if len(parts) < 2:
+        return undefined("two variables that vary are needed")
+    # Ties would put neighbours at distance 0; the authors' remedy, far below any real distance.
+    rng = np.random.default_rng(random_state)
+    parts = [part + 1e-10 * rng.standard_normal(part.shape) for part in parts]
+    whole = np.concatenate(parts, 1)
+    note = ""
+    if whole.shape[1] > 10:
+        note = f"{whole.shape[1]} dimensions: above ten this estimator is far too low"
+    reach = KDTree(whole).query(whole, k + 1, p=np.inf)[0][:, -1]
+    reach = np.nextafter(reach, 0)  # neighbours nearer than the k-th
+    terms = np.full(n, digamma(k) + (len(parts) - 1) * digamma(n))
+    for part in parts:
+        # The point itself is among those counted: n_i + 1.
+        counts = KDTree(part).query_ball_point(part, reach, p=np.inf, return_length=True)
+        terms -= digamma(counts)
+    return _from_terms(float(terms.mean()), terms, resamples, random_state, note)
+
+
+def density_ratio_total_correlation(
+    x: Any, *, hidden: int = 64, resamples: int = 200, random_state: int = 0
+) -> Estimate:
+    """Return a lower estimate of the total correlation in nats of x [n, D]: for ranking only.
+
+    A small network on normal scores learns to tell points from points whose columns are permuted
+    independently; its logit f is the log density ratio. On the half of the points that it has not
+    seen, each real one stands among m permuted ones: E log [(m + 1) e^f / (e^f + sum e^f')], the
+    contrastive bound of van den Oord et al. 2018. In expectation it is below the truth, never above
+    log(m + 1), and by how much depends on the network; it needs no Gaussian copula. The interval
+    holds the network and the permuted points fixed.
+
+    Undefined for fewer than 40 points or two dimensions that vary. Raises ValueError if x is not a
+    finite matrix.
+    """
+    import warnings
+
+    from scipy.special import logit, logsumexp
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
+    x = _matrix(x)
+    x = x[:, _varies(x)]
+    n = len(x)
+    if n < 40 or x.shape[1] < 2:
+        return undefined("needs 40 points and two dimensions that vary")
+    rng = np.random.default_rng(random_state)
+    real = normal_scores(x)[rng.permutation(n)]
+    train, test = real[: n // 2], real[n // 2 :]
+    network = MLPClassifier(
+        hidden,
+        learning_rate_init=3e-3,
+        early_stopping=True,
+        n_iter_no_change=15,
+        random_state=random_state,
+    ).set_params(batch_size=min(200, n // 20))  # steps enough where points are few
+    both = np.concatenate([train, rng.permuted(train, axis=0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        network.fit(both, np.repeat([1, 0], len(train)))
+
+    def score(points: np.ndarray) -> np.ndarray:
+        chance = np.asarray(network.predict_proba(points))[:, 1]
+        return logit(chance.clip(1e-13, 1 - 1e-13))
+
+    f, others = score(test), logsumexp(score(rng.permuted(test, axis=0)))
+    terms = f - np.logaddexp(f, others) + np.log(len(test) + 1)
+    return _from_terms(float(terms.mean()), terms, resamples, random_state, "for ranking only")
+
+
+def mutual_information(
+    a: Any, y: Any, bins: int = 20, *, resamples: int = 200, random_state: int = 0
+) -> Estimate:
+    """Return I(a; y) in nats between a [n] and labels y [n] by a histogram, Miller-Madow corrected.
+
+    Integers, and floats with at most ``bins`` distinct values, are categories as they are; other
+    floats are cut into ``bins`` parts of equal count (ties together), so that no monotone change
+    of a matters. Miller 1955: each entropy gains (occupied cells - 1) / 2n. Near 0 the
+    result can be negative; `chance_information` says what independent values give.
+
+    Undefined, with a note, where a or y has one value only. Raises ValueError if the shapes do
+    not fit, a is not finite, or y are not integers.
+    """
+    a, y = _categories(a, y, bins)
+    if min(a.max(), y.max()) == 0:
+        return undefined("one value only")
+    terms = _information_terms(a, y)
+    return _from_terms(float(terms.mean()), terms, resamples, random_state)
+
+
+def chance_information(
+    a: Any, y: Any, bins: int = 20, *, permutations: int = 100, random_state: int = 0
+) -> Estimate:
+    """Return what `mutual_information` gives if y is permuted: mean and central 95 % in nats.
+
+    A measured value says something where it lies above ``high``. Same errors.
+    """
+    a, y = _categories(a, y, bins)
+    if min(a.max(), y.max()) == 0:
+        return undefined("one value only")
+    rng = np.random.default_rng(random_state)
+    draws = [_information_terms(a, rng.permutation(y)).mean() for _ in range(permutations)]
+    return from_draws(float(np.mean(draws)), draws)
+
+
+def _categories(a: Any, y: Any, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """a [n] and y [n] as category numbers from 0."""
+    from scipy.stats import rankdata
+
+    a, y = _array(a), _array(y)
+    if a.ndim != 1 or a.shape != y.shape or not len(a):
+        raise ValueError(f"expected two vectors of equal length, got {a.shape} and {y.shape}")
+    if not np.isfinite(a).all():
+        raise ValueError("the values hold NaN or infinity")
+    if y.dtype.kind not in "iub":
+        raise ValueError(f"labels must be integers, got {y.dtype}; cut continuous ones into bins")
+    values, code = np.unique(a, return_inverse=True)
+    if a.dtype.kind == "f" and len(values) > bins:
+        code = np.unique(np.ceil(rankdata(a) * bins / len(a)), return_inverse=True)[1]
+    return code, np.unique(y, return_inverse=True)[1]
+
+
+def _information_terms(a: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """log p(a, y) / p(a) p(y) at each point [n] plus the Miller-Madow correction: mean I(a; y)."""
+    cell = a * (y.max() + 1) + y
+    counts = [np.bincount(labels) for labels in (a, y, cell)]
+    of_a, of_y, joint = (np.count_nonzero(count) for count in counts)
+    correction = (of_a + of_y - joint - 1) / (2 * len(a))
+    ratio = len(a) * counts[2][cell] / (counts[0][a] * counts[1][y])
+    return np.log(ratio) + correction
 
 
 def rankme(x: Any) -> float:
@@ -33,3 +361,49 @@ def rankme(x: Any) -> float:
 def std_per_dimension(x: Any) -> Tensor:
     """Return the population standard deviation [D] of each dimension of embeddings x [n, D]."""
     return torch.as_tensor(x).detach().float().std(0, correction=0)
+
+
+def _array(x: Any) -> np.ndarray:
+    """x, a tensor too, as a NumPy array; bfloat16, which NumPy lacks, as float32."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return np.asarray(x)
+
+
+def _matrix(x: Any) -> np.ndarray:
+    """x as finite floats [n, D]; a vector [n] becomes [n, 1]."""
+    x = _array(x)
+    x = x if x.dtype.kind == "f" else x.astype(float)
+    x = x[:, None] if x.ndim == 1 else x
+    if x.ndim != 2 or not x.size:
+        raise ValueError(f"expected points in rows [n, D], got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("the points hold NaN or infinity; check the encoder that gave them")
+    return x
+
+
+def _varies(x: np.ndarray) -> np.ndarray:
+    """Which dimensions of x [n, D] vary by more than rounding, [D]."""
+    return np.ptp(x, 0) > 100 * np.finfo(x.dtype).eps * np.abs(x).max(0)
+
+
+def _standardise(x: np.ndarray) -> np.ndarray:
+    """x [n, D], none constant, in double precision with mean 0 and standard deviation 1."""
+    return (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
+
+
+def _whiten(x: np.ndarray) -> np.ndarray:
+    """The standardised principal axes of x [n, d] that carry variance, [n, rank]."""
+    z = _standardise(x)
+    eigenvalues, axes = np.linalg.eigh(z.T @ z / len(z))
+    kept = eigenvalues > SINGULAR
+    return z @ (axes[:, kept] / np.sqrt(eigenvalues[kept]))
+
+
+def _from_terms(
+    value: float, terms: np.ndarray, resamples: int, random_state: int, note: str = ""
+) -> Estimate:
+    """`value` with the interval of the mean of one term per point [n], the terms drawn again."""
+    weights = bootstrap_weights(len(terms), resamples, random_state)
+    return from_draws(value, value + weights @ (terms - terms.mean()) / len(terms), note)

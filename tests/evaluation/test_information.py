@@ -1,14 +1,456 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
+from sklearn.cross_decomposition import CCA
+from sklearn.feature_selection import mutual_info_regression
+from sklearn.metrics import mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
-from sparsejepa.evaluation.information import rankme, std_per_dimension
+from sparsejepa.evaluation.estimate import Estimate
+from sparsejepa.evaluation.information import (
+    chance_information,
+    density_ratio_total_correlation,
+    gaussian_mutual_information,
+    ksg_mutual_information,
+    ksg_total_correlation,
+    mutual_information,
+    normal_scores,
+    overlap_information,
+    rankme,
+    std_per_dimension,
+    total_correlation,
+    wishart_bias,
+)
+
+PLAIN: dict[str, Any] = dict(copula=False, correct=False, resamples=0)
+
+
+def valid(estimate: Estimate) -> float:
+    assert estimate.value is not None, estimate.note
+    return estimate.value
+
+
+def interval(estimate: Estimate) -> tuple[float, float]:
+    assert estimate.low is not None and estimate.high is not None, estimate.note
+    return estimate.low, estimate.high
+
+
+def width(estimate: Estimate) -> float:
+    low, high = interval(estimate)
+    return high - low
+
+
+def covers(estimate: Estimate, truth: float) -> bool:
+    low, high = interval(estimate)
+    return low < truth < high
+
+
+def equicorrelated(n: int, d: int, r: float, rng: np.random.Generator) -> np.ndarray:
+    return math.sqrt(1 - r) * rng.normal(size=(n, d)) + math.sqrt(r) * rng.normal(size=(n, 1))
+
+
+def true_total_correlation(d: int, r: float) -> float:
+    """The eigenvalues of the correlation matrix are 1 - r, d - 1 times, and 1 + (d - 1) r."""
+    return -((d - 1) * math.log(1 - r) + math.log(1 + (d - 1) * r)) / 2
+
+
+def mixed(n: int, d: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+
+
+# --- the bias -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "bias"), [(10_000, 0.92), (2_000, 4.74), (512, 20.78)])
+def test_bias_at_192_dimensions(n: int, bias: float) -> None:
+    assert wishart_bias(n, 192) == pytest.approx(bias, abs=0.005)
+
+
+def test_bias_is_the_mean_error_whatever_the_correlations() -> None:
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(5, 5))
+    S = mix @ mix.T
+    truth = (np.log(np.diag(S)).sum() - np.linalg.slogdet(S)[1]) / 2
+    errors = [
+        valid(total_correlation(rng.normal(size=(12, 5)) @ mix.T, **PLAIN)) - truth
+        for _ in range(2000)
+    ]
+    assert abs(np.mean(errors) - wishart_bias(12, 5)) < 3 * np.std(errors) / math.sqrt(2000)
+
+
+def test_bias_where_there_is_none_to_speak_of() -> None:
+    assert wishart_bias(10, 0) == wishart_bias(10, 1) == 0
+    with pytest.raises(ValueError, match="more points than dimensions"):
+        wishart_bias(5, 5)
+
+
+@pytest.mark.parametrize("r", [0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize(("n", "d"), [(500, 24), pytest.param(10_000, 192, marks=pytest.mark.slow)])
+def test_mean_error_over_20_draws_is_within_three_standard_errors(n: int, d: int, r: float) -> None:
+    rng = np.random.default_rng(7)
+    draws = [equicorrelated(n, d, r, rng) for _ in range(20)]
+    ranked = np.array([valid(total_correlation(x, resamples=0)) for x in draws])
+    exact = np.array([valid(total_correlation(x, copula=False, resamples=0)) for x in draws])
+    errors = ranked - true_total_correlation(d, r)
+    assert abs(errors.mean()) < 3 * errors.std(ddof=1) / math.sqrt(20)
+    # What ranking alone does on the same points is a small part of the bias that is corrected.
+    assert abs((ranked - exact).mean()) < 0.2 * wishart_bias(n, d)
+
+
+def test_ranking_makes_a_strong_dependence_a_little_weaker() -> None:
+    rng, truth = np.random.default_rng(0), true_total_correlation(2, 0.99)
+    draws = [equicorrelated(500, 2, 0.99, rng) for _ in range(60)]
+    ranked, exact = (
+        np.mean([valid(total_correlation(x, copula=copula, resamples=0)) for x in draws])
+        for copula in (True, False)
+    )
+    assert exact == pytest.approx(truth, abs=0.02)
+    assert 0 < exact - ranked < 0.05
+
+
+# --- total correlation ----------------------------------------------------------------------------
+
+
+@given(n=st.integers(8, 40), d=st.integers(2, 6), seed=st.integers(0, 999))
+def test_total_correlation_is_the_log_determinant_of_numpys_correlations(
+    n: int, d: int, seed: int
+) -> None:
+    x = mixed(n, d, seed)
+    expected = -np.linalg.slogdet(np.corrcoef(x.T))[1] / 2
+    assert valid(total_correlation(x, **PLAIN)) == pytest.approx(expected, rel=1e-6)
+    assert valid(total_correlation(torch.from_numpy(x), **{**PLAIN, "correct": True})) == (
+        pytest.approx(expected - wishart_bias(n, d), rel=1e-6)
+    )
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_between_blocks_is_the_whole_less_what_is_inside(correct: bool) -> None:
+    x, blocks = mixed(60, 7, 1), np.array([2, 0, 0, 1, 2, 2, 1])
+    kind: dict[str, Any] = dict(copula=True, correct=correct, resamples=0)
+    inside = sum(valid(total_correlation(x[:, blocks == b], **kind)) for b in range(3))
+    between = valid(total_correlation(x, blocks=blocks, **kind))
+    assert between + inside == pytest.approx(valid(total_correlation(x, **kind)), rel=1e-9)
+
+
+def test_a_block_counts_with_the_dimensions_that_it_spans() -> None:
+    x = mixed(80, 5, 2)
+    redundant = np.concatenate([x[:, :3] @ np.random.default_rng(0).normal(size=(3, 8)), x], 1)
+    blocks = [0] * 11 + [1] * 2
+    assert valid(total_correlation(redundant, blocks=blocks, copula=False)) == pytest.approx(
+        valid(total_correlation(x, blocks=[0, 0, 0, 1, 1], copula=False)), rel=1e-6
+    )
+
+
+def test_normal_scores_by_hand_and_ties_share_one() -> None:
+    scores = normal_scores(np.array([[3.0], [1.0], [1.0], [9.0]]))
+    expected = norm.ppf(np.array([3, 1.5, 1.5, 4]) / 5)
+    np.testing.assert_allclose(scores[:, 0], expected)
+
+
+def test_a_monotone_change_of_a_dimension_changes_nothing() -> None:
+    x = mixed(50, 4, 3)
+    changed = np.stack([np.exp(x[:, 0]), x[:, 1] ** 3, -x[:, 2], 1e6 + x[:, 3]], 1)
+    a, b = total_correlation(x), total_correlation(changed)
+    assert (a.value, a.low) == pytest.approx((b.value, b.low))
+    assert valid(total_correlation(changed, copula=False)) != pytest.approx(a.value, rel=0.05)
+
+
+def test_interval_is_the_jackknifes() -> None:
+    x, blocks = mixed(60, 5, 4), np.array([0, 0, 1, 1, 2])
+    kind: dict[str, Any] = dict(blocks=blocks, copula=False, correct=False)
+    value = valid(total_correlation(x, **kind, resamples=0))
+    without = [valid(total_correlation(np.delete(x, i, 0), **kind, resamples=0)) for i in range(60)]
+    spread = math.sqrt(59 / 60 * ((np.array(without) - np.mean(without)) ** 2).sum())
+    estimate = total_correlation(x, **kind, resamples=20_000)
+    assert width(estimate) == pytest.approx(2 * 1.96 * spread, rel=0.04)
+    assert covers(estimate, value)
+
+
+@pytest.mark.parametrize(("d", "r"), [(4, 0.5), (20, 0.2), (20, 0)])
+def test_interval_covers_the_truth(d: int, r: float) -> None:
+    rng, truth = np.random.default_rng(0), true_total_correlation(d, r)
+    found = [total_correlation(equicorrelated(200, d, r, rng)) for _ in range(100)]
+    covered = np.mean([covers(e, truth) for e in found])
+    assert covered >= 0.9
+    spread = np.std([valid(e) for e in found]) * 2 * 1.96
+    assert 0.85 < np.mean([width(e) for e in found]) / spread < 1.7
+
+
+def test_drawing_points_again_would_add_the_bias_again() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 30))
+    draws = [valid(total_correlation(x[rng.integers(0, 300, 300)], resamples=0)) for _ in range(40)]
+    assert min(draws) > 0.5  # the truth, 0, is far outside
+    assert covers(total_correlation(x), 0)
+
+
+def test_what_has_no_total_correlation_says_why() -> None:
+    x = mixed(30, 3, 5)
+    constant = np.concatenate([x, np.full((30, 1), 0.7)], 1).astype(np.float32)
+    estimate = total_correlation(constant)
+    assert estimate.note == "1 of 4 dimensions are constant and left out"
+    assert valid(estimate) == valid(total_correlation(x.astype(np.float32)))
+    for x_, note in [
+        (np.ones((30, 3)), "0 of 3 dimensions or blocks vary"),
+        (x[:, :1], "1 of 1 dimensions or blocks vary"),
+        (x[:3], "3 points are too few for 3 dimensions"),
+        (np.concatenate([x, x[:, :1]], 1), "infinite: a dimension is a linear function"),
+    ]:
+        estimate = total_correlation(x_)
+        assert estimate.value is None and estimate.note.startswith(note)
+    assert total_correlation(x, blocks=[1, 1, 1]).value is None
+
+
+def test_no_interval_where_one_point_carries_a_dimension() -> None:
+    x = mixed(30, 3, 5)
+    x[:, 0] = np.arange(30) == 4
+    estimate = total_correlation(x)
+    assert math.isfinite(valid(estimate))
+    assert estimate.low is None and "no interval" in estimate.note
+
+
+def test_wrong_shapes_and_values_are_said() -> None:
+    x = mixed(10, 3, 0)
+    with pytest.raises(ValueError, match=r"must label 3 dimensions, got shape \(2,\)"):
+        total_correlation(x, blocks=[0, 1])
+    with pytest.raises(ValueError, match=r"points in rows \[n, D\], got shape \(1, 10, 3\)"):
+        total_correlation(x[None])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        total_correlation([[1.0, math.nan], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="x has 10 points and y has 9"):
+        gaussian_mutual_information(x, x[1:])
+    with pytest.raises(ValueError, match="x has 10 points and y has 9"):
+        ksg_mutual_information(x, x[1:])
+
+
+# --- mutual information of vectors ----------------------------------------------------------------
+
+
+def test_gaussian_information_of_two_numbers_is_a_function_of_their_correlation() -> None:
+    x = mixed(100, 2, 6)
+    r = np.corrcoef(x.T)[0, 1]
+    estimate = gaussian_mutual_information(x[:, 0], x[:, 1], **PLAIN)
+    assert valid(estimate) == pytest.approx(-math.log(1 - r**2) / 2)
+
+
+def test_gaussian_information_is_that_of_scikit_learns_canonical_correlations() -> None:
+    x = mixed(200, 5, 7)
+    u, v = CCA(2, max_iter=10_000, tol=1e-14).fit_transform(x[:, :3], x[:, 3:])
+    r = [np.corrcoef(u[:, k], v[:, k])[0, 1] for k in range(2)]
+    estimate = gaussian_mutual_information(x[:, :3], x[:, 3:], **PLAIN)
+    assert valid(estimate) == pytest.approx(-np.log1p(-np.square(r)).sum() / 2, rel=1e-5)
+
+
+def test_gaussian_information_is_unbiased_for_independent_vectors() -> None:
+    rng = np.random.default_rng(0)
+    values = [
+        valid(gaussian_mutual_information(*rng.normal(size=(2, 60, 8)), resamples=0))
+        for _ in range(200)
+    ]
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(200)
+    assert np.mean(values) < 0.1 * (wishart_bias(60, 16) - 2 * wishart_bias(60, 8))
+
+
+# --- nearest neighbours ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_ksg_of_two_numbers_is_scikit_learns(k: int) -> None:
+    x = mixed(300, 2, 8)
+    expected = mutual_info_regression(x[:, :1], x[:, 1], n_neighbors=k, random_state=0)[0]
+    assert valid(ksg_mutual_information(x[:, 0], x[:, 1], k)) == pytest.approx(expected, abs=1e-6)
+
+
+def ksg_by_brute_force(parts: list[np.ndarray], k: int) -> float:
+    def psi(m: int) -> float:
+        return -0.5772156649015329 + sum(1 / i for i in range(1, m))
+
+    n = len(parts[0])
+    parts = [(part - part.mean(0)) / part.std(0) for part in parts]
+    apart = [np.abs(part[:, None] - part[None]).max(2) for part in parts]
+    reach = np.sort(np.max(apart, 0), 1)[:, k]
+    near = [[psi((row < r).sum()) for row, r in zip(a, reach, strict=True)] for a in apart]
+    return psi(k) + (len(parts) - 1) * psi(n) - np.sum(near) / n
+
+
+def test_ksg_of_vectors_and_of_many_variables_by_brute_force() -> None:
+    x = mixed(70, 5, 9)
+    assert valid(ksg_mutual_information(x[:, :2], x[:, 2:])) == pytest.approx(
+        ksg_by_brute_force([x[:, :2], x[:, 2:]], 3)
+    )
+    assert valid(ksg_total_correlation(x, 4)) == pytest.approx(
+        ksg_by_brute_force([x[:, [j]] for j in range(5)], 4)
+    )
+
+
+def test_ksg_sees_what_a_gaussian_cannot() -> None:
+    angle = np.random.default_rng(0).uniform(0, 2 * math.pi, 1500)
+    x = np.stack([np.cos(angle), np.sin(angle)], 1)
+    x += 0.1 * np.random.default_rng(1).normal(size=x.shape)
+    assert valid(ksg_total_correlation(x)) > 0.6
+    assert valid(total_correlation(x)) < 0.02
+    assert valid(density_ratio_total_correlation(x)) > 0.15
+
+
+def test_ksg_is_near_the_truth_in_few_dimensions_and_says_where_it_is_not() -> None:
+    rng = np.random.default_rng(2)
+    estimate = ksg_total_correlation(equicorrelated(2000, 3, 0.5, rng))
+    assert covers(estimate, true_total_correlation(3, 0.5))
+    assert estimate.note == ""
+    many = ksg_total_correlation(equicorrelated(500, 40, 0.5, rng))
+    assert valid(many) < 0.6 * true_total_correlation(40, 0.5)
+    assert many.note.startswith("40 dimensions: above ten")
+
+
+def test_ksg_of_constants_ties_and_too_few_points() -> None:
+    x = mixed(50, 2, 10)
+    constant = np.concatenate([x, np.ones((50, 1))], 1)
+    assert valid(ksg_total_correlation(constant)) == pytest.approx(valid(ksg_total_correlation(x)))
+    assert ksg_total_correlation(np.ones((20, 2))).value is None
+    assert ksg_mutual_information(x, np.ones(50)).value is None
+    assert math.isfinite(valid(ksg_mutual_information(np.arange(60) % 2, np.arange(60) % 3)))
+    with pytest.raises(ValueError, match="k must be from 1 to 2, got 3"):
+        ksg_total_correlation(x[:3])
+
+
+# --- density ratio --------------------------------------------------------------------------------
+
+
+def test_density_ratio_ranks_and_stays_below_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    values = [
+        valid(density_ratio_total_correlation(equicorrelated(2500, 6, r, rng)))
+        for r in (0, 0.3, 0.6)
+    ]
+    assert values == sorted(values)
+    assert abs(values[0]) < 0.1
+    for value, r in zip(values[1:], (0.3, 0.6), strict=True):
+        truth = true_total_correlation(6, r)
+        assert 0.4 * truth < value < truth
+
+
+def test_density_ratio_cannot_exceed_what_the_points_can_show() -> None:
+    x = np.repeat(np.random.default_rng(0).normal(size=(400, 1)), 6, 1)
+    assert 1 < valid(density_ratio_total_correlation(x)) <= math.log(201)
+    assert density_ratio_total_correlation(np.ones((100, 4))).value is None
+    assert density_ratio_total_correlation(x[:20]).value is None
+
+
+# --- overlap --------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 999), groups=st.integers(2, 4), P=st.integers(1, 3))
+def test_overlap_is_the_blockwise_log_determinant(seed: int, groups: int, P: int) -> None:
+    rng = np.random.default_rng(seed)
+    W, mix = rng.normal(size=(groups, P, 5)), rng.normal(size=(5, 5))
+    S = np.concatenate(W) @ mix @ mix.T @ np.concatenate(W).T + 0.25 * np.eye(groups * P)
+    own = sum(
+        np.linalg.slogdet(S[g * P : (g + 1) * P, g * P : (g + 1) * P])[1] for g in range(groups)
+    )
+    value = overlap_information(torch.from_numpy(W), mix @ mix.T, noise=0.5)
+    assert value == pytest.approx((own - np.linalg.slogdet(S)[1]) / 2, rel=1e-9)
+    assert value >= 0
+
+
+def test_overlap_is_what_the_estimator_finds_in_samples() -> None:
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(3, 2, 4))
+    x = rng.normal(size=(4000, 4)) @ W.reshape(6, 4).T + 0.5 * rng.normal(size=(4000, 6))
+    estimate = total_correlation(x, blocks=[0, 0, 1, 1, 2, 2])
+    assert covers(estimate, overlap_information(W, noise=0.5))
+
+
+def test_overlap_of_wrong_shapes() -> None:
+    with pytest.raises(ValueError, match=r"expected W \[G, P, D\] and noise > 0"):
+        overlap_information(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="noise > 0"):
+        overlap_information(np.ones((2, 3, 4)), noise=0)
+    with pytest.raises(ValueError, match="must be 4 x 4"):
+        overlap_information(np.ones((2, 3, 4)), np.eye(3))
+
+
+# --- information about labels ---------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 999), K=st.integers(2, 6))
+def test_information_of_categories_is_scikit_learns_plus_millers_term(seed: int, K: int) -> None:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, 50)
+    a = np.where(rng.random(50) < 0.5, y, rng.integers(0, K, 50))
+    table = np.asarray(contingency_matrix(a, y))
+    miller = (sum(table.shape) - (table > 0).sum() - 1) / 100
+    expected = mutual_info_score(a, y) + miller
+    assert valid(mutual_information(a, y)) == pytest.approx(expected, abs=1e-9)
+    # Floats with few values are categories too, and values need not be 0, 1, 2.
+    assert valid(mutual_information(a / 7 - 1, 10 * y)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_information_by_hand() -> None:
+    y = np.repeat([0, 1], 8)
+    # A copy: log 2, cells 2 + 2 - 2 - 1 = 1 over 2n; every pair equally often: 0 and -1 over 2n.
+    assert valid(mutual_information(y, y)) == pytest.approx(math.log(2) + 1 / 32)
+    assert valid(mutual_information(np.tile([0, 1], 8), y)) == pytest.approx(-1 / 32)
+
+
+def test_continuous_values_are_cut_into_equal_counts_with_ties_together() -> None:
+    a, y = np.random.default_rng(0).normal(size=100), np.arange(100) % 3
+    rank = np.argsort(np.argsort(a))
+    assert mutual_information(a, y, 5) == mutual_information(rank // 20, y)
+    assert mutual_information(np.exp(a), y, 5) == mutual_information(a, y, 5)
+    # More than half are exactly 0, as activations after a threshold: one bin for them.
+    sparse = np.maximum(a - np.quantile(a, 0.6), 0)
+    by_hand = np.where(sparse == 0, 0, 1 + (rank - 60) // 20)
+    assert mutual_information(sparse, y, 5) == mutual_information(by_hand, y)
+
+
+def test_chance_is_what_scikit_learn_expects_of_permuted_labels() -> None:
+    rng = np.random.default_rng(0)
+    a, y = rng.integers(0, 4, 400), rng.integers(0, 4, 400)
+    chance = chance_information(a, y, permutations=2000)
+    table = np.asarray(contingency_matrix(a, y))
+    expected = expected_mutual_information(table, 400)
+    assert (table > 9).all()  # so that all cells stay occupied
+    assert valid(chance) == pytest.approx(expected - 9 / 800, abs=5e-4)
+    assert covers(chance, valid(chance))
+    related = np.where(rng.random(400) < 0.5, y, a)
+    assert valid(mutual_information(related, y)) > interval(chance)[1]
+
+
+def test_information_interval_covers_the_truth() -> None:
+    # y is a with probability 0.8, else another of 4: H(y) - H(y | a) in closed form.
+    truth = math.log(4) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2 / 3)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        a = rng.integers(0, 4, 300)
+        y = np.where(rng.random(300) < 0.8, a, (a + rng.integers(1, 4, 300)) % 4)
+        covered += covers(mutual_information(a, y), truth)
+    assert covered >= 88
+
+
+def test_information_about_what_cannot_be_is_said() -> None:
+    y = np.arange(10) % 2
+    for a, labels in [(np.ones(10), y), (y, np.zeros(10, int))]:
+        assert mutual_information(a, labels) == Estimate(None, note="one value only")
+        assert chance_information(a, labels).value is None
+    with pytest.raises(ValueError, match="labels must be integers"):
+        mutual_information(y, y + 0.5)
+    with pytest.raises(ValueError, match="equal length"):
+        mutual_information(y, y[1:])
+    with pytest.raises(ValueError, match="NaN"):
+        mutual_information(np.where(y == 0, math.nan, 1.0), y)
+
+
+# --- rank and spread ------------------------------------------------------------------------------
 
 
 def rankme_by_svd(x: np.ndarray) -> float:
