@@ -1,0 +1,530 @@
+"""What single groups stand for: statistics, labels, likeness, and the effect of silencing one.
+
+Pure functions over arrays; random draws are keyed on `random_state`. What is not defined is None,
+never NaN. Letters: n images (m points of any kind), N patches, D latents, G groups, P group width,
+K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsejepa.evaluation.estimate import (
+    Estimate,
+    bootstrap_weights,
+    from_draws,
+    undefined,
+)
+from sparsejepa.evaluation.information import gaussian_mutual_information, normal_scores
+
+BLOCK = 2**22
+"""Numbers worked on at once: bounds memory."""
+DEAD = 1e-6
+"""A group whose rms is below this share of the largest is dead."""
+FOLDS = 20
+"""Parts of the images that the jackknife of `pair_statistics` leaves out in turn."""
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """Per group [G]: root mean square, share of patches above it, and whether it is dead."""
+
+    rms: np.ndarray
+    on: np.ndarray
+    dead: np.ndarray
+
+
+@dataclass(frozen=True)
+class Association:
+    """A label that goes with a group: the AUC of the activation, and what chance reaches."""
+
+    label: int
+    name: str
+    value: float
+    chance: float
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the AUC is above the chance level."""
+        return self.value > self.chance
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Groups of two models matched one to one: `pairs` [k, 2] with their `correlations` [k].
+
+    `matrix` [G1, G2] holds all correlations. `chance` is the mean correlation of matched pairs
+    that permuted images give, `chance_high` its 95 % quantile over permutations.
+    """
+
+    pairs: np.ndarray
+    correlations: np.ndarray
+    matrix: np.ndarray
+    chance: float
+    chance_high: float
+
+
+@dataclass(frozen=True)
+class SilenceEffect:
+    """What a probe loses without one group. Drops are shares of 1, positive for a loss.
+
+    `chance` and `chance_high` are the mean and the largest drop over random subspaces of the same
+    rank; `classes` are (label, drop among its images), largest first; `images` are the indices of
+    the images whose scores change most, `changed` the share whose predicted label changes.
+    """
+
+    rank: int
+    drop: Estimate
+    chance: float
+    chance_high: float
+    classes: list[tuple[Any, float]]
+    images: np.ndarray
+    changed: float
+
+
+def group_statistics(activations: Any) -> GroupStatistics:
+    """Return the statistics of activations [n, N, G] >= 0 (any leading shape).
+
+    A dead group (rms below 1e-6 of the largest, or 0) is never on.
+    """
+    a = np.asarray(activations)
+    flat = a.reshape(-1, a.shape[-1])
+    if not flat.size:
+        raise ValueError(f"activations of shape {a.shape} hold nothing")
+    square = sum(np.square(part.astype(np.float64)).sum(0) for part in _blocks(flat))
+    rms = np.sqrt(square / len(flat))
+    dead = rms <= DEAD * rms.max()
+    on = sum((part > rms).sum(0) for part in _blocks(flat)) / len(flat)
+    return GroupStatistics(rms, np.where(dead, 0.0, on), dead)
+
+
+def monosemanticity(a: Any, embeddings: Any) -> list[float | None]:
+    """Return per group the mean cosine of pairs of images, weighted by how both excite the group.
+
+    sum_{n != m} a_n a_m <e_n, e_m> / sum_{n != m} a_n a_m in O(n E) (Pach et al. 2025, section 3):
+    1 if all images that excite the group look alike in an independent view, None if fewer than two
+    excite it. Compare with the level of a constant group, `monosemanticity(np.ones((n, 1)), e)`.
+
+    Args:
+        a: [n, G] >= 0, activations of whole images.
+        embeddings: [n, E] from another view; rows are scaled to norm 1 (a zero row is like none).
+            Centre them first, or their common mean makes all images alike.
+    """
+    a, e = np.asarray(a, np.float64), np.asarray(embeddings, np.float64)
+    if a.ndim != 2 or e.ndim != 2 or len(a) != len(e):
+        raise ValueError(f"activations [n, G] {a.shape} and embeddings [n, E] {e.shape} do not fit")
+    if not (np.isfinite(a).all() and np.isfinite(e).all()) or (a < 0).any():
+        raise ValueError("activations must be finite and not negative, embeddings finite")
+    e = _unit(e)
+    a = a / np.maximum(a.max(0, initial=0), 1e-300)  # so that squares do not vanish
+    own = np.square(a).sum(0)
+    # A zero row has norm 0, not 1, and so no share in the first sum's diagonal.
+    diagonal = (np.square(a) * np.square(e).sum(1)[:, None]).sum(0)
+    pairs = np.square(a.T @ e).sum(1) - diagonal
+    weights = np.square(a.sum(0)) - own
+    enough = (a > 0).sum(0) >= 2
+    return [
+        float(np.clip(p / w, -1, 1)) if some and w > 1e-12 * o else None
+        for p, w, o, some in zip(pairs, weights, own, enough, strict=True)
+    ]
+
+
+def associations(
+    activations: Any,
+    labels: Any,
+    names: Sequence[str],
+    *,
+    permutations: int = 200,
+    top: int | None = 5,
+    random_state: int = 0,
+) -> list[list[Association]]:
+    """Return for every group the labels that it goes with, those furthest above chance first.
+
+    The value is the AUC: how often an image of the label excites the group more than another image
+    (ties count half; Mann and Whitney 1947). The chance level of a label is 1/2 + c s, with s the
+    standard deviation of the AUC under the null hypothesis, larger for rare labels, and c the 95 %
+    quantile over permutations of the labels of the largest (AUC - 1/2) / s over *all* labels and
+    groups: with no association at all, any of them exceeds its level in 5 % of cases.
+
+    Args:
+        activations: [n, G], of whole images.
+        labels: int [n], indices into `names`. Labels of none or of all images are left out.
+        top: labels listed per group; all if None.
+    """
+    from scipy.stats import rankdata
+
+    a, labels = np.asarray(activations), np.asarray(labels)
+    n = len(labels)
+    if a.ndim != 2 or len(a) != n or labels.ndim != 1:
+        raise ValueError(f"activations [n, G] {a.shape} and labels [n] {labels.shape} do not fit")
+    counts = np.bincount(labels, minlength=len(names))
+    if len(counts) > len(names):
+        raise ValueError(f"label {labels.max()}, but there are {len(names)} names")
+    present = np.flatnonzero((counts > 0) & (counts < n))
+    if not len(present):
+        return [[] for _ in range(a.shape[1])]
+    size = counts[present, None]
+    spread = np.sqrt((n + 1) / (12 * size * (n - size)))
+    ranks = rankdata(a, axis=0)
+    starts = np.cumsum(size) - size[:, 0]
+
+    def auc(order: np.ndarray) -> np.ndarray:
+        """[K, G], from the images in the order of their labels."""
+        total = np.add.reduceat(ranks[order], starts, axis=0)
+        return (total - size * (size + 1) / 2) / (size * (n - size))
+
+    value = auc(np.argsort(labels, kind="stable"))
+    rng = np.random.default_rng(random_state)
+    largest = [((auc(rng.permutation(n)) - 0.5) / spread).max() for _ in range(permutations)]
+    level = np.quantile(largest, 0.95) if permutations else 0.0
+    chance = np.minimum(0.5 + level * spread[:, 0], 1.0)
+    listed = np.argsort((0.5 - value) / spread, axis=0, kind="stable")[:top].T
+    return [
+        [
+            Association(k, str(names[k]), float(value[i, g]), float(chance[i]))
+            for i, k in zip(order, present[order].tolist(), strict=True)
+        ]
+        for g, order in enumerate(listed)
+    ]
+
+
+def correlations(a: Any, b: Any) -> np.ndarray:
+    """Return Pearson's correlation [G1, G2] of a [m, G1] and b [m, G2]; 0 for constants."""
+    a, b = (np.asarray(x) for x in (a, b))
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or not len(a):
+        raise ValueError(f"activations [m, G] of shapes {a.shape} and {b.shape} do not fit")
+    return np.clip(_standard(a).T @ _standard(b), -1, 1)
+
+
+def nearest_groups(activations: Any, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each group the k others (at most G - 1) whose activations [m, G] go along most.
+
+    Returns (index [G, k], correlation [G, k]), nearest first; dead groups correlate 0.
+    """
+    found = correlations(activations, activations)
+    np.fill_diagonal(found, -2)
+    index = np.argsort(-found, axis=1, kind="stable")[:, : min(k, len(found) - 1)]
+    return index, np.take_along_axis(found, index, 1)
+
+
+def duplicate_groups(activations: Any, *, threshold: float = 0.95) -> list[int | None]:
+    """Return for each group the earlier group that it repeats, None if it is one of its own.
+
+    A repeat correlates at least `threshold` over activations [m, G] with an earlier group that is
+    no repeat itself (the most alike, if several).
+    """
+    found = correlations(activations, activations)
+    repeats: list[int | None] = []
+    for g in range(len(found)):
+        originals = [h for h in range(g) if repeats[h] is None]
+        best = max(originals, key=lambda h: found[g, h], default=None)
+        repeats.append(best if best is not None and found[g, best] >= threshold else None)
+    return repeats
+
+
+def match_groups(
+    a: Any, b: Any, *, block: int = 1, permutations: int = 100, random_state: int = 0
+) -> Matching:
+    """Match groups of two models one to one so that the sum of correlations is largest.
+
+    Args:
+        a, b: activations [m, G1] and [m, G2] over the same points.
+        block: consecutive points that permutations keep together and in order. With points
+            [n * N] give N: then chance is other images at the same patches, and two groups that
+            merely like the same place are no more than chance.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    matrix = correlations(a, b)
+    if block < 1 or len(a) % block:
+        raise ValueError(f"{len(a)} points are no multiple of block {block}")
+    pairs = _assign(matrix)
+    left = _standard(a)
+    right = _standard(b).reshape(-1, block, b.shape[1])
+    rng = np.random.default_rng(random_state)
+    draws = []
+    for _ in range(permutations):
+        shuffled = left.T @ right[rng.permutation(len(right))].reshape(b.shape)
+        found = _assign(shuffled)
+        draws.append(shuffled[found[:, 0], found[:, 1]].mean())
+    chance, high = (np.mean(draws), np.quantile(draws, 0.95)) if draws else (0.0, 0.0)
+    return Matching(pairs, matrix[pairs[:, 0], pairs[:, 1]], matrix, float(chance), float(high))
+
+
+def retrieve(
+    queries: Any, vectors: Any, group: int, k: int = 8, *, exclude: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k images nearest to each query under one group alone, by cosine of u_g = W^(g) z.
+
+    Args:
+        queries: [q, G, P]; vectors: [n, G, P].
+        exclude: int [q], the query's own index among the images, which is not returned.
+
+    Returns:
+        (index [q, k], cosine [q, k]), nearest first; k is at most the number of images. A vector
+        of zeros has cosine 0 with all.
+    """
+    q, v = (_unit(np.asarray(x)[:, group].astype(np.float64)) for x in (queries, vectors))
+    cosine = q @ v.T
+    if exclude is not None:
+        cosine[np.arange(len(q)), exclude] = -2
+    index = np.argsort(-cosine, axis=1, kind="stable")[:, : min(k, len(v) - (exclude is not None))]
+    return index, np.take_along_axis(cosine, index, 1)
+
+
+def row_space(W_g: Any) -> np.ndarray:
+    """Return an orthonormal basis [r, D] of the rows of W^(g) [P, D]; r = 0 for a dead group."""
+    _, sigma, basis = np.linalg.svd(np.asarray(W_g, np.float64), full_matrices=False)
+    return basis[sigma > max(W_g.shape) * np.finfo(np.float32).eps * sigma.max(initial=1e-300)]
+
+
+def silence_group(x: Any, W: Any, g: int) -> np.ndarray:
+    """Return latents x [n, D] without what group g sees: the row space of W^(g) is projected out.
+
+    x are the latents that W [G, P, D] reads, standardised; what is removed becomes their mean.
+    """
+    x = np.asarray(x)
+    return _without(x, row_space(np.asarray(W)[g]))
+
+
+def silence_effects(
+    probe: Any,
+    x_test: Any,
+    y_test: Any,
+    W: Any,
+    *,
+    draws: int = 10,
+    images: int = 8,
+    resamples: int = 200,
+    random_state: int = 0,
+) -> list[SilenceEffect]:
+    """Return for every group how the accuracy of a fitted probe falls when it is silenced.
+
+    Args:
+        probe: anything with `predict(x)`; with `decision_function(x)` (scores) as well, the most
+            changed images are those whose scores move most, else those whose label changes.
+        x_test: [n, D], the standardised latents that the probe was fitted on; y_test: [n].
+        W: [G, P, D].
+        draws: random subspaces of each group's rank that give the chance level.
+        resamples: of test images, for the interval of the drop; nothing is refitted.
+    """
+    x, y, W = np.asarray(x_test), np.asarray(y_test), np.asarray(W)
+    if x.ndim != 2 or W.ndim != 3 or x.shape[1] != W.shape[2] or len(x) != len(y) or not len(x):
+        raise ValueError(f"x {x.shape}, y {y.shape} and W {W.shape} do not fit")
+    predicted = probe.predict(x)
+    right = (predicted == y).astype(np.float64)
+    scores = getattr(probe, "decision_function", None)
+    before = scores(x) if scores else None
+    rng = np.random.default_rng(random_state)
+    weights = bootstrap_weights(len(x), resamples, random_state)
+    levels: dict[int, list[float]] = {0: [0.0]}
+    effects = []
+    for W_g in W:
+        basis = row_space(W_g)
+        rank = len(basis)
+        if rank not in levels:
+            subspaces = (
+                np.linalg.qr(rng.normal(size=(W.shape[2], rank)))[0].T for _ in range(draws)
+            )
+            levels[rank] = [
+                float((right - (probe.predict(_without(x, s)) == y)).mean()) for s in subspaces
+            ] or [0.0]
+        silenced = _without(x, basis)
+        now = probe.predict(silenced)
+        loss = right - (now == y)
+        if before is not None:
+            moved = np.asarray(scores(silenced) - before).reshape(len(x), -1)  # type: ignore[misc]
+            change = np.linalg.norm(moved, axis=1)
+        else:
+            change = (now != predicted).astype(float)
+        labels = np.unique(y)
+        classes = [(label.item(), float(loss[y == label].mean())) for label in labels]
+        effects.append(
+            SilenceEffect(
+                rank,
+                from_draws(
+                    float(loss.mean()), weights @ loss / len(x), "" if rank else "a dead group"
+                ),
+                float(np.mean(levels[rank])),
+                max(levels[rank]),
+                sorted(classes, key=lambda c: -c[1]),
+                np.argsort(-change, kind="stable")[:images],
+                float((now != predicted).mean()),
+            )
+        )
+    return effects
+
+
+def pair_statistics(
+    tokens: Any,
+    objects: Any,
+    groups: Any,
+    grid: tuple[int, int],
+    *,
+    components: int = 8,
+    reach: int = 2,
+    least: int = 200,
+    most: int = 20_000,
+    random_state: int = 0,
+) -> dict[str, Estimate]:
+    """Compare pairs of patches within one object with pairs across objects at equal distance.
+
+    The mechanism that SparseJEPA claims (Hartman and Varshney 2025, section 3): patches of one
+    object share information, and so come to share a group. Near patches share more anyway, so pairs
+    are compared offset by offset (rows and columns apart, up to `reach`), and both kinds get the
+    same weights over offsets: the smaller of the two numbers of pairs.
+
+    Args:
+        tokens: [n, N, D]. The mean token of each patch is taken out, so that place alone is no
+            information, and `components` principal axes are kept.
+        objects: int [n, N], the object of each patch, 0 for background.
+        groups: int [n, N], the group of each patch.
+        grid: rows and columns of patches.
+        least: pairs of each kind that an offset needs to count.
+        most: pairs of each kind and offset whose information is measured, a random choice.
+
+    Returns:
+        Estimates by name, `within` one object, `across` objects and their `gap`:
+        information_within, information_across, information_gap: Gaussian-copula mutual information
+        of the two tokens, nats. shared_within, shared_across, shared_gap: probability that the
+        pair is in one group; shared_chance: the same for the patches of the pairs within, had each
+        its group from another image. Intervals: a jackknife over 20 parts of the images, as
+        images drawn twice would be information that is not there. All are undefined where no
+        offset has enough pairs of both kinds.
+    """
+    tokens, objects, groups = np.asarray(tokens), np.asarray(objects), np.asarray(groups)
+    shape = tokens.shape[:2]
+    if tokens.ndim != 3 or objects.shape != shape or groups.shape != shape:
+        raise ValueError(
+            f"tokens [n, N, D] {tokens.shape}, objects {objects.shape} and groups {groups.shape} "
+            "do not fit"
+        )
+    if math.prod(grid) != shape[1]:
+        raise ValueError(f"{shape[1]} patches are no grid of {grid[0]}x{grid[1]}")
+    names = [
+        f"{what}_{kind}" for what in ("information", "shared") for kind in ("within", "across")
+    ]
+    names += ["information_gap", "shared_gap", "shared_chance"]
+    axes = _principal(tokens, components)
+    rng = np.random.default_rng(random_state)
+    folds = rng.permutation(np.arange(shape[0]) % FOLDS)
+    _, groups = np.unique(groups, return_inverse=True)
+    groups = groups.reshape(shape)
+    usage = np.stack([(groups == g).mean(0) for g in range(groups.max() + 1)], 1)  # [N, G]
+
+    found, weights = [], []
+    for first, second in _offsets(grid, reach):
+        seen = (objects[:, first] > 0) & (objects[:, second] > 0)
+        same = objects[:, first] == objects[:, second]
+        kinds = [np.nonzero(seen & same), np.nonzero(seen & ~same)]
+        if min(len(image) for image, _ in kinds) < least:
+            continue
+        columns = []
+        for image, k in kinds:
+            a, b = first[k], second[k]
+            columns.append(_over_folds((groups[image, a] == groups[image, b]), folds[image]))
+            some = rng.permutation(len(image))[:most]
+            x, y = axes[image[some], a[some]], axes[image[some], b[some]]
+            columns.append(_information_over_folds(x, y, folds[image[some]]))
+        (image, k), _ = kinds
+        chance = (usage[first[k]] * usage[second[k]]).sum(1)
+        columns.append(_over_folds(chance, folds[image]))
+        found.append(columns)
+        weights.append(min(len(image) for image, _ in kinds))
+    if not found:
+        return dict.fromkeys(names, undefined(f"no offset has {least} pairs of both kinds"))
+    shared_w, information_w, shared_a, information_a, chance = np.average(
+        np.array(found), axis=0, weights=weights
+    )
+    values = [information_w, information_a, shared_w, shared_a]
+    values += [information_w - information_a, shared_w - shared_a, chance]
+    return {name: _jackknife(v) for name, v in zip(names, values, strict=True)}
+
+
+def _offsets(grid: tuple[int, int], reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the two patches [k] of all pairs at one offset, each unordered pair once."""
+    patches = np.arange(math.prod(grid)).reshape(grid)
+    for down in range(min(reach, grid[0] - 1) + 1):
+        for right in range(-reach if down else 1, reach + 1):
+            if abs(right) >= grid[1]:
+                continue
+            left, cut = max(0, -right), max(0, right)
+            first = patches[: grid[0] - down, left : grid[1] - cut]
+            second = patches[down:, cut : grid[1] - left]
+            yield first.ravel(), second.ravel()
+
+
+def _principal(tokens: np.ndarray, components: int) -> np.ndarray:
+    """Return tokens [n, N, D] less each patch's mean on their first principal axes [n, N, c]."""
+    centred = tokens.astype(np.float32) - tokens.mean(0, dtype=np.float64).astype(np.float32)
+    flat = centred.reshape(-1, tokens.shape[2])
+    _, axes = np.linalg.eigh((flat.T @ flat).astype(np.float64))
+    return (flat @ axes[:, ::-1][:, :components]).reshape(*tokens.shape[:2], -1)
+
+
+def _over_folds(values: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Return the mean of values [k], then the means without each fold, [1 + FOLDS]."""
+    total = np.bincount(folds, values, FOLDS)
+    count = np.bincount(folds, minlength=FOLDS)
+    left = np.maximum(count.sum() - count, 1)
+    return np.concatenate([[values.mean()], (total.sum() - total) / left])
+
+
+def _information_over_folds(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Return I(x; y) of x, y [k, c], then without each fold (ranks kept); NaN where undefined."""
+    x, y = normal_scores(x), normal_scores(y)
+
+    def value(kept: np.ndarray) -> float:
+        found = gaussian_mutual_information(x[kept], y[kept], copula=False, resamples=0).value
+        return math.nan if found is None else found
+
+    return np.array([value(folds != f) for f in range(-1, FOLDS)])
+
+
+def _jackknife(values: np.ndarray) -> Estimate:
+    """Return values[0] with the interval that the values without each fold give."""
+    if not np.isfinite(values[0]):
+        return undefined("too few pairs for the information of these tokens")
+    left = values[1:]
+    error = math.sqrt((FOLDS - 1) / FOLDS * np.square(left - left.mean()).sum())
+    if not math.isfinite(error):
+        return Estimate(float(values[0]), note="no interval: too few images")
+    return Estimate(
+        float(values[0]), float(values[0] - 1.96 * error), float(values[0] + 1.96 * error)
+    )
+
+
+def _without(x: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    basis = basis.astype(x.dtype)
+    return x - (x @ basis.T) @ basis
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norms > 0, norms, 1.0)
+
+
+def _standard(x: np.ndarray) -> np.ndarray:
+    """Return x [m, G] with columns of mean 0 and norm 1; those of constant columns are 0."""
+    x = x.astype(np.float64)
+    size = np.abs(x).max(0)
+    x = x - x.mean(0)
+    norms = np.linalg.norm(x, axis=0)
+    flat = norms <= 1e-9 * size * math.sqrt(len(x))
+    return np.where(flat, 0.0, x / np.where(flat, 1.0, norms))
+
+
+def _assign(matrix: np.ndarray) -> np.ndarray:
+    from scipy.optimize import linear_sum_assignment
+
+    return np.stack(linear_sum_assignment(matrix, maximize=True), 1)
+
+
+def _blocks(flat: np.ndarray) -> Iterator[np.ndarray]:
+    size = max(1, BLOCK // flat.shape[1])
+    for start in range(0, len(flat), size):
+        yield flat[start : start + size]

@@ -1,0 +1,440 @@
+"""Groups of a frozen encoder's latents, found after training by masked prediction.
+
+The group map of `model.groups` is fitted to tokens that stay as they are: from the tokens of a
+visible context, the tokens of hidden patches (fitting a token from itself would have trivial
+disjoint solutions). So any vision transformer gets groups, and the held-out R^2, beside that of
+random zero patterns of equal density, says whether the pattern means anything (METHOD section 2).
+
+Expect a clear answer from `feature` groups only. Where groups add their predictions up (`concept`)
+and are together as wide as the latents, nearly any pattern passes all that the context tells, and
+learned and random patterns predict about equally well.
+
+Letters: n images, N patches, D latents, G groups, P group width, B images of a batch, C context and
+T hidden patches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsejepa.errors import UserError
+from sparsejepa.model.groups import DensityController, GroupMap, Kind
+from sparsejepa.model.jepa import gather_tokens
+from sparsejepa.model.masks import Masks, MaskSampler
+from sparsejepa.rng import derive_seed, generator
+
+LEAST_IMAGES = 16
+BLOCK = 256
+"""Images whose tokens are worked on at once."""
+
+# The learning rates of W sum to what they do in training (training/schedule.py), and so lam acts on
+# the same scale: 0.001, 0.01 and 0.1 leave about 16, 13 and 1 of 16 groups per latent. The loss
+# weighs more for W, or the pattern would be that of the random start, and less and less in the
+# end, or its noise would bring blocks back.
+_W_LR_SUM, _W_WEIGHT = 60.0, 30.0
+_LR, _WEIGHT_DECAY, _BALANCE = 3e-3, 0.05, 0.03
+# Shares of the steps in which learning rates rise, and fall to 0 at the end.
+_WARMUP, _DECAY = 0.05, 0.4
+# Width of the group networks: as good as the 64 of training here, at half the cost.
+_HIDDEN = 32
+# Latents whose spread is below this share of the largest are constant.
+_FLAT = 1e-6
+# A score takes each image as often as gives about so many.
+_SCORED = 2048
+
+
+class PostHocGroups:
+    """Group map fitted to frozen tokens [n, N, D], in the manner of scikit-learn.
+
+    A hidden token is the target: per dimension, less the mean token of its patch, in units of
+    the standard deviation of what remains. So an R^2 of 0 is what the place alone tells, and
+    every dimension counts alike. The latents that enter W are the context tokens standardised per
+    dimension. W takes proximal gradient steps on the unit spheres, everything else AdamW.
+
+    A first fit under the penalty finds the zero pattern; a second from new weights keeps it and has
+    no penalty, so that what a pattern predicts does not depend on how it was found. With lam = 0
+    and no density there is only the second, without zeros.
+
+    Args:
+        num_groups: G, at most D.
+        group_dim: P; D / G if None.
+        lam: group-lasso penalty.
+        density: steer lam towards this share of non-zero blocks (g, j) instead of fixing it; those
+            stay that are strongest on average over the last two fifths of the first fit (at least
+            one per latent).
+        kind: what a group is, see `GroupMap`.
+        steps, batch_size: of each of the two fits.
+        context: smallest and largest share of the patches that the context is given.
+        grid_size: rows and columns of patches; a square if None.
+        random_state: seed of weights, batches and masks.
+
+    Attributes:
+        map_: the `GroupMap`, in evaluation mode; its input is the tokens as they come.
+        W_: [G, P, D], for standardised tokens; block_norms_: [G, D]; density_: share of non-zeros.
+        rms_: [G], root mean square of ||W^(g) z|| over the tokens of the fit; 0 for a dead group.
+        mean_, scale_: [D], which standardise tokens (a constant latent has scale 1).
+        loss_curve_: [steps], mean squared error of each step of the second fit, about 1 - R^2.
+        n_features_in_: D.
+    """
+
+    map_: GroupMap
+
+    def __init__(
+        self,
+        num_groups: int = 16,
+        group_dim: int | None = None,
+        lam: float = 0.01,
+        density: float | None = None,
+        kind: Kind = "concept",
+        steps: int = 600,
+        batch_size: int = 64,
+        context: tuple[float, float] = (0.25, 0.4),
+        grid_size: tuple[int, int] | None = None,
+        random_state: int = 0,
+    ) -> None:
+        self.num_groups, self.group_dim = num_groups, group_dim
+        self.lam, self.density = lam, density
+        self.kind: Kind = kind
+        self.steps, self.batch_size, self.context = steps, batch_size, context
+        self.grid_size, self.random_state = grid_size, random_state
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the arguments by name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> Self:
+        """Set arguments by name; ValueError for one that there is not."""
+        for name, value in params.items():
+            if name not in (known := self.get_params()):
+                raise ValueError(f"no parameter '{name}'; there are {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def fit(self, tokens: Any, y: Any = None) -> Self:
+        """Fit the map to tokens [n, N, D], an array or a tensor on any device.
+
+        Raises UserError for tokens that are too few, not finite or the same for every image, and
+        for arguments that do not suit them; ValueError for another shape.
+        """
+        return self._fit(tokens, None)
+
+    def transform(self, tokens: Any) -> np.ndarray:
+        """Return the activations ||W^(g) z|| / rms_ of tokens [n, N, D], float32 [n, N, G].
+
+        z is the standardised token (also for kind region, whose map sees only their mean). A dead
+        group's activation is 0.
+        """
+        x = self._check(tokens)
+        rms = torch.as_tensor(self.rms_, device=x.device)
+        parts = [self._activations(part) / rms.clamp_min(1e-30) for part in x.split(BLOCK)]
+        return torch.cat(parts).cpu().numpy()
+
+    def fit_transform(self, tokens: Any, y: Any = None) -> np.ndarray:
+        """Fit to tokens [n, N, D] and return their activations [n, N, G]."""
+        return self.fit(tokens).transform(tokens)
+
+    @torch.no_grad()
+    def score(self, tokens: Any, y: Any = None) -> float:
+        """Return the R^2 of hidden tokens of tokens [n, N, D]: 1 - squared error / squared target.
+
+        Targets and masks as in the fit, the masks always the same for one number of images. 0 is
+        as good as the mean token of each patch in the fit.
+
+        Raises ValueError if the tokens are those means exactly, so that there is nothing to tell.
+        """
+        x = self._check(tokens)
+        passes = max(1, -(-_SCORED // len(x)))
+        error = torch.zeros((), dtype=torch.float64, device=x.device)
+        total = error.clone()
+        parts = torch.arange(len(x)).repeat(passes).split(self.batch_size)
+        for index, masks in self._batches(x, parts, "posthoc-score"):
+            predicted, target = self._predict(x[index], masks)
+            error += (predicted - target).square().sum()
+            total += target.square().sum()
+        if not total > 0:
+            raise ValueError("tokens equal the mean token of each patch; R^2 is not defined")
+        return 1 - float(error / total)
+
+    def random_pattern_scores(
+        self, tokens_train: Any, tokens_test: Any, repeats: int = 3
+    ) -> dict[str, Any]:
+        """Return what the held-out R^2 of the learned pattern is to be compared with.
+
+        Each is the same fit to `tokens_train` with another seed of the weights, scored on
+        `tokens_test` with the same masks: `unpenalised` with lam = 0; `random`, `repeats` times
+        with a fixed random zero pattern, which keeps the number of groups of each latent and the
+        number of latents of each group (so the density too) and changes only which goes with which.
+
+        Returns:
+            {"learned": R^2 of this fit, "unpenalised": R^2, "random": [R^2, ...]}.
+        """
+        learned = torch.as_tensor(self.block_norms_ > 0)
+        rng = np.random.default_rng(derive_seed(self.random_state, 0, "random-pattern"))
+
+        def other(pattern: Tensor | None, seed: int) -> float:
+            params = {**self.get_params(), "lam": 0.0, "density": None}
+            params["random_state"] = derive_seed(self.random_state, seed, "random-pattern")
+            fitted = PostHocGroups(**params)._fit(tokens_train, pattern)
+            fitted.random_state = self.random_state  # for the masks of the score
+            return fitted.score(tokens_test)
+
+        return {
+            "learned": self.score(tokens_test),
+            "unpenalised": other(None, 0),
+            "random": [
+                other(torch.as_tensor(shuffle_pattern(learned.numpy(), rng)), i + 1)
+                for i in range(repeats)
+            ],
+        }
+
+    def _fit(self, tokens: Any, pattern: Tensor | None) -> Self:
+        """Fit with the zero pattern bool [G, D]; without one, search for it unless lam is 0."""
+        x = _as_tokens(tokens)
+        self._grid = self._check_arguments(x)
+        self._sampler = self._masks()
+        self.n_features_in_ = x.shape[2]
+        self._measure(x)
+        if pattern is None and (self.lam > 0 or self.density is not None):
+            self._start(x, "posthoc-search")
+            _, norms = self._train(x, searching=True)
+            pattern = self.map_.block_norms() > 0
+            if self.density is not None:
+                pattern = _strongest(norms, self.density)
+        self._start(x, "posthoc")
+        if pattern is not None:
+            with torch.no_grad():
+                self.map_.W.mul_(pattern.to(x.device)[:, None])
+        self.loss_curve_, _ = self._train(x, searching=False)
+        self.map_.requires_grad_(False)
+        self.W_ = self.map_.W.cpu().numpy()
+        self.block_norms_ = np.linalg.norm(self.W_, axis=1)
+        self.density_ = float((self.block_norms_ > 0).mean())
+        squares = torch.zeros(self.num_groups, dtype=torch.float64, device=x.device)
+        for part in x.split(BLOCK):
+            squares += self._activations(part).double().square().sum((0, 1))
+        self.rms_ = (squares / (len(x) * x.shape[1])).sqrt().float().cpu().numpy()
+        return self
+
+    def _start(self, x: Tensor, purpose: str) -> None:
+        """Set `map_` to a fresh map whose normalisation has the statistics of the tokens."""
+        width = self.group_dim or max(1, x.shape[2] // self.num_groups)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.random_state, 0, purpose))
+            self.map_ = GroupMap(
+                self.kind, x.shape[2], self._grid, self.num_groups, width, hidden=_HIDDEN
+            )
+        self.map_.eval().to(x.device)
+        self._place_norm(x)
+
+    def _train(self, x: Tensor, *, searching: bool) -> tuple[np.ndarray, Tensor]:
+        """Train `map_`; lam and density act while searching.
+
+        Returns the loss of each step, and the block norms [G, D] summed over the steps in which
+        learning rates fall.
+        """
+        groups = self.map_
+        networks = [p for p in groups.parameters() if p is not groups.W]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in networks if p.ndim > 2], "weight_decay": _WEIGHT_DECAY},
+                {"params": [p for p in networks if p.ndim <= 2], "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.98),
+        )
+        steer = searching and self.density is not None
+        controller = DensityController(self.steps).to(x.device) if steer else None
+        lam: float | Tensor = self.lam
+        # Up, constant, down to 0.
+        share = np.arange(1, self.steps + 1) / self.steps
+        rates = np.minimum(np.minimum(share / _WARMUP, 1), (1 + 1 / self.steps - share) / _DECAY)
+        norms = torch.zeros_like(groups.block_norms().detach())
+        batches = self._batches(x, self._shuffled(len(x)), "posthoc-fit")
+        losses = []
+        for step, (index, masks) in enumerate(batches):
+            for part in optimizer.param_groups:
+                part["lr"] = _LR * rates[step]
+            predicted, target = self._predict(x[index], masks)
+            loss = (predicted - target).square().mean()
+            (loss + _BALANCE * groups.balance()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if controller is not None:
+                way = min(1.0, max(0.0, (step / self.steps - 0.1) / 0.5))
+                density = (groups.block_norms() > 0).float().mean()
+                controller.step(density, 1 + ((self.density or 1.0) - 1) * way)
+                lam = controller.lam
+            assert groups.W.grad is not None
+            groups.W.grad *= _W_WEIGHT * rates[step]
+            groups.proximal_step(_W_LR_SUM / self.steps, lam, freeze_pattern=not searching)
+            losses.append(loss.detach())
+            if step >= (1 - _DECAY) * self.steps:
+                norms += groups.block_norms().detach()
+        return torch.stack(losses).cpu().numpy(), norms
+
+    def _predict(self, tokens: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Return predictions and targets [B, T, D] of the hidden patches of tokens [B, N, D]."""
+        tokens = tokens.float()
+        hidden = masks.targets[:, 0]
+        context = gather_tokens(tokens, masks.context)
+        target = gather_tokens((tokens - self._patch_mean) / self._patch_scale, hidden)
+        return self.map_(context, masks.context, hidden), target
+
+    def _batches(
+        self, x: Tensor, parts: Iterable[Tensor], purpose: str
+    ) -> Iterator[tuple[Tensor, Masks]]:
+        """Yield parts of the images, int64 [B], with their masks."""
+        seed = derive_seed(self.random_state, 0, purpose)
+        for step, part in enumerate(parts):
+            masks = self._sampler.sample(len(part), seed=seed, step=step, device=x.device)
+            yield part.to(x.device), masks
+
+    def _shuffled(self, n: int) -> Iterator[Tensor]:
+        """Yield the images of each step: whole batches of one random order after another."""
+        size = min(self.batch_size, n)
+        for step in range(self.steps):
+            epoch, place = divmod(step, n // size)
+            if place == 0:
+                draw = generator(self.random_state, epoch, "posthoc-order")
+                batches = torch.randperm(n, generator=draw).split(size)
+            yield batches[place]
+
+    def _activations(self, tokens: Tensor) -> Tensor:
+        """Return ||W^(g) z|| [B, N, G] of tokens [B, N, D]."""
+        scale = torch.as_tensor(self.scale_, device=tokens.device)
+        z = (tokens.float() - torch.as_tensor(self.mean_, device=tokens.device)) / scale
+        W = self.map_.W.detach()
+        u = z @ W.flatten(0, 1).T
+        return u.unflatten(-1, W.shape[:2]).norm(dim=-1)
+
+    def _measure(self, x: Tensor) -> None:
+        """Set the moments that standardise latents and targets."""
+        mean = torch.zeros(x.shape[1:], dtype=torch.float64, device=x.device)
+        power = mean.clone()
+        for part in x.split(BLOCK):
+            mean += part.double().sum(0) / len(x)
+            power += part.double().square().sum(0) / len(x)
+        within = (power - mean.square()).clamp_min(0).mean(0).sqrt()
+        std = (power.mean(0) - mean.mean(0).square()).clamp_min(0).sqrt()
+        size = power.mean(0).sqrt().max()
+        if not within.max() > _FLAT * size:
+            raise UserError(
+                "tokens are the same for every image, so there is nothing to predict; "
+                "check the encoder and its images"
+            )
+        # What rounding leaves of a constant is not to be blown up.
+        self._patch_mean = mean.float()
+        self._patch_scale = within.masked_fill(within <= _FLAT * size, math.inf).float()
+        self.mean_ = mean.mean(0).float().cpu().numpy()
+        self.scale_ = std.masked_fill(std <= _FLAT * size, 1.0).float().cpu().numpy()
+
+    def _place_norm(self, x: Tensor) -> None:
+        """Give the map's normalisation the statistics of what it sees: tokens, or context means."""
+        norm = self.map_.norm
+        mean, scale = (torch.as_tensor(v, device=x.device) for v in (self.mean_, self.scale_))
+        if self.kind == "region":
+            parts = torch.arange(len(x)).split(self.batch_size)
+            pooled = torch.cat([
+                gather_tokens(x[index].float(), masks.context).mean(1)
+                for index, masks in self._batches(x, parts, "posthoc-norm")
+            ])  # fmt: skip
+            mean, spread = pooled.mean(0), pooled.std(0, correction=0)
+            scale = torch.where(spread > _FLAT * scale, spread, 1.0)
+        norm.eps = 0.0
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(scale.square())
+
+    def _masks(self) -> MaskSampler:
+        """Return the sampler: hidden patches as one set, since queries do not see each other."""
+        low, high = self.context
+        patches = math.prod(self._grid)
+        counts = {max(1, round(patches * share)) for share in (low, (low + high) / 2, high)}
+        try:
+            return MaskSampler(self._grid, context_counts=sorted(counts), merge=True)
+        except UserError:
+            rows, cols = self._grid
+            raise UserError(
+                f"context {low:g} to {high:g} of {rows}x{cols} patches leaves no room for hidden "
+                "blocks; use a smaller context, or an encoder with more patches"
+            ) from None
+
+    def _check_arguments(self, x: Tensor) -> tuple[int, int]:
+        """Return the grid; UserError or ValueError if arguments and tokens do not fit."""
+        n, patches, width = x.shape
+        if n < LEAST_IMAGES:
+            raise UserError(f"{n} images are too few to fit groups; use at least {LEAST_IMAGES}")
+        if not 1 <= self.num_groups <= width:
+            raise UserError(f"num_groups {self.num_groups}: {width} latents allow 1 to {width}")
+        if min(self.steps, self.batch_size, 1 if self.group_dim is None else self.group_dim) < 1:
+            raise UserError("steps, batch_size and group_dim must be at least 1")
+        if self.lam < 0 or not 0 < (1 if self.density is None else self.density) <= 1:
+            raise UserError("lam must not be negative, and density lie above 0 and at most at 1")
+        if self.kind not in ("region", "concept", "feature"):
+            raise UserError(f"kind '{self.kind}' is not one of region, concept, feature")
+        if not 0 < self.context[0] <= self.context[1] < 1:
+            raise UserError("context: two shares of the patches above 0 and below 1, smaller first")
+        if self.grid_size is None:
+            side = math.isqrt(patches)
+            grid = (side, side)
+        else:
+            grid = (int(self.grid_size[0]), int(self.grid_size[1]))
+        if math.prod(grid) != patches:
+            rows, cols = grid
+            raise ValueError(f"{patches} patches are no grid of {rows}x{cols}; give grid_size")
+        return grid
+
+    def _check(self, tokens: Any) -> Tensor:
+        """Return tokens to be seen by the fitted map."""
+        if not hasattr(self, "rms_"):
+            raise ValueError("not fitted yet; call fit first")
+        x = _as_tokens(tokens)
+        wanted = (math.prod(self._grid), self.n_features_in_)
+        if tuple(x.shape[1:]) != wanted:
+            raise ValueError(f"tokens [n, N, D] of shape {tuple(x.shape)}; the fit had {wanted}")
+        return x.to(self.map_.W.device)
+
+
+def shuffle_pattern(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a random bool [G, D] with the row and column sums of `pattern` [G, D].
+
+    Pairs of latents pool the groups that only one of them feeds and deal them out again at random,
+    each as many as before (the curveball algorithm, Strona et al. 2014).
+    """
+    pattern = np.array(pattern, bool)
+    if pattern.shape[1] < 2:
+        return pattern
+    for _ in range(10 * pattern.shape[1]):
+        a, b = rng.choice(pattern.shape[1], 2, replace=False)
+        differ = np.flatnonzero(pattern[:, a] != pattern[:, b])
+        mine = rng.permutation(differ)[: pattern[differ, a].sum()]
+        pattern[differ, a], pattern[differ, b] = False, True
+        pattern[mine, a], pattern[mine, b] = True, False
+    return pattern
+
+
+def _strongest(norms: Tensor, density: float) -> Tensor:
+    """Return the share `density` of the blocks with the largest norms [G, D], bool [G, D].
+
+    Every latent keeps its largest; blocks of norm 0 never count.
+    """
+    ranked = norms.scatter(0, norms.argmax(0, keepdim=True), math.inf).flatten()
+    count = max(norms.shape[1], round(density * norms.numel()))
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    kept[ranked.topk(count).indices] = True
+    return kept.view_as(norms) & (norms > 0)
+
+
+def _as_tokens(tokens: Any) -> Tensor:
+    x = torch.as_tensor(tokens).detach()
+    if x.ndim != 3 or not x.numel():
+        raise ValueError(f"tokens must be [n, N, D], got shape {tuple(x.shape)}")
+    if not all(part.isfinite().all() for part in x.split(BLOCK)):
+        raise UserError("tokens hold NaN or infinity; check the encoder that gave them")
+    return x

@@ -1,0 +1,328 @@
+"""What groups stand for, against brute force, scikit-learn, hand-made cases and planted truth."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from sklearn.metrics import roc_auc_score
+from sklearn.metrics.pairwise import cosine_similarity
+
+from sparsejepa.evaluation import concepts
+from sparsejepa.evaluation.classifiers import LogisticProbe
+from sparsejepa.evaluation.concepts import (
+    associations,
+    correlations,
+    duplicate_groups,
+    group_statistics,
+    match_groups,
+    monosemanticity,
+    nearest_groups,
+    pair_statistics,
+    retrieve,
+    row_space,
+    silence_effects,
+    silence_group,
+)
+
+RNG = np.random.default_rng
+
+
+# Statistics
+
+
+def test_statistics_of_a_hand_made_case():
+    a = np.array([[[3.0, 0, 1]], [[0, 0, 1]], [[0, 0, 1]], [[1, 0, 1]]])  # [n = 4, N = 1, G = 3]
+    found = group_statistics(a)
+    np.testing.assert_allclose(found.rms, [np.sqrt(2.5), 0, 1])
+    np.testing.assert_allclose(found.on, [0.25, 0, 0])
+    assert found.dead.tolist() == [False, True, False]
+
+
+def test_statistics_in_blocks_are_those_of_all(monkeypatch: pytest.MonkeyPatch):
+    a = RNG(0).gamma(1.0, size=(20, 9, 5)).astype(np.float16)
+    whole = group_statistics(a)
+    monkeypatch.setattr(concepts, "BLOCK", 17)
+    parts = group_statistics(a)
+    np.testing.assert_allclose(parts.rms, whole.rms)
+    np.testing.assert_array_equal(parts.on, whole.on)
+    np.testing.assert_allclose(whole.rms, np.sqrt(np.square(a.astype(float)).mean((0, 1))))
+    with pytest.raises(ValueError, match="nothing"):
+        group_statistics(np.zeros((0, 4, 3)))
+
+
+# Monosemanticity
+
+
+@given(
+    arrays.arrays(np.float64, (6, 3), elements=st.one_of(st.just(0.0), st.floats(1e-3, 1e3))),
+    st.integers(0, 10**6),
+)
+def test_monosemanticity_is_the_sum_over_pairs(a: np.ndarray, seed: int):
+    e = RNG(seed).normal(size=(6, 4))
+    e[seed % 6] = 0  # a row like none
+    cosine = cosine_similarity(e)
+    for g, value in enumerate(monosemanticity(a, e)):
+        pairs = list(itertools.permutations(range(6), 2))
+        weight = sum(a[n, g] * a[m, g] for n, m in pairs)
+        if (a[:, g] > 0).sum() < 2:
+            assert value is None
+        elif value is None:  # one image outweighs all others beyond double precision
+            assert weight < 1e-11 * a[:, g].max() ** 2
+        elif weight > 1e-4 * a[:, g].max() ** 2:
+            brute = sum(a[n, g] * a[m, g] * cosine[n, m] for n, m in pairs) / weight
+            assert value == pytest.approx(brute, abs=1e-8)
+
+
+def test_monosemanticity_tells_a_pure_group_from_a_mixed_one():
+    y = np.repeat([0, 1], 50)
+    e = np.eye(2)[y] - 0.5
+    a = np.stack([y == 0, np.ones(100), np.arange(100) == 3], 1).astype(float)
+    pure, mixed, single = monosemanticity(a, e)
+    assert pure == pytest.approx(1) and single is None
+    assert mixed == pytest.approx((49 - 50) / 99)
+
+
+def test_monosemanticity_refuses_what_it_is_not_defined_for():
+    with pytest.raises(ValueError, match="not negative"):
+        monosemanticity(-np.ones((3, 1)), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="do not fit"):
+        monosemanticity(np.ones((3, 1)), np.ones((4, 2)))
+
+
+# Labels
+
+
+def test_associations_are_scikit_learns_auc_ties_included():
+    a = RNG(0).integers(0, 5, (60, 3)).astype(float)
+    y = RNG(1).integers(0, 4, 60)
+    found = associations(a, y, list("abcd"), permutations=20, top=None)
+    for g, listed in enumerate(found):
+        assert sorted(x.label for x in listed) == [0, 1, 2, 3]
+        for x in listed:
+            assert x.value == pytest.approx(roc_auc_score(y == x.label, a[:, g]))
+            assert x.name == "abcd"[x.label]
+
+
+def test_associations_find_the_planted_label_and_rarely_anything_else():
+    rng = RNG(0)
+    y = rng.choice(6, 400, p=[0.4, 0.3, 0.2, 0.05, 0.03, 0.02])
+    a = rng.gamma(1.0, size=(400, 5))
+    a[:, 2] += 2 * (y == 4)
+    first = associations(a, y, "abcdef")[2][0]
+    assert first.name == "e" and first.exceeds
+    rare, common = (
+        next(x.chance for x in associations(a, y, "abcdef", top=None)[2] if x.label == k)
+        for k in (5, 0)
+    )
+    assert rare > common > 0.5
+    runs = [associations(rng.gamma(1.0, size=(400, 5)), y, "abcdef") for _ in range(30)]
+    false = [any(x.exceeds for listed in found for x in listed) for found in runs]
+    assert sum(false) <= 5  # 5 % of 30 expected
+
+
+def test_associations_without_a_choice_of_labels():
+    a = RNG(0).normal(size=(10, 2))
+    assert associations(a, np.zeros(10, int), ["only", "none"]) == [[], []]
+    dead = associations(np.zeros((10, 1)), np.arange(10) % 2, ["a", "b"])[0]
+    assert all(x.value == 0.5 and not x.exceeds for x in dead)
+    with pytest.raises(ValueError, match="label 1"):
+        associations(a, np.arange(10) % 2, ["a"])
+
+
+# Likeness
+
+
+def test_correlations_are_numpys():
+    a, b = RNG(0).normal(size=(50, 3)), RNG(1).normal(size=(50, 4)) * 1e-5 + 3
+    np.testing.assert_allclose(correlations(a, b), np.corrcoef(a.T, b.T)[:3, 3:], atol=1e-9)
+    b[:, 1] = 0.1
+    assert (correlations(a, b)[:, 1] == 0).all()
+
+
+def test_nearest_and_duplicates():
+    rng = RNG(0)
+    a = rng.normal(size=(200, 5))
+    a[:, 3] = 2 * a[:, 1] + 1
+    a[:, 4] = a[:, 1] + 1e-3 * rng.normal(size=200)
+    index, value = nearest_groups(a, k=9)
+    assert index.shape == (5, 4) and set(index[1, :2]) == {3, 4}
+    assert (np.diff(value, axis=1) <= 0).all()
+    np.testing.assert_allclose(value[3, 0], 1)
+    assert duplicate_groups(a) == [None, None, None, 1, 1]
+    assert duplicate_groups(np.zeros((9, 3))) == [None] * 3
+
+
+@pytest.mark.parametrize("others", [4, 6])
+def test_matching_undoes_a_permutation_beside_its_chance(others: int):
+    rng = RNG(0)
+    a = rng.normal(size=(300, 5))
+    b = np.concatenate([a[:, [3, 0, 4, 1, 2]], rng.normal(size=(300, 1))], 1)[:, :others]
+    b = b + 0.3 * rng.normal(size=b.shape)
+    found = match_groups(a, b)
+    assert len(found.pairs) == min(5, others)
+    assert all([3, 0, 4, 1, 2][j] == i for i, j in found.pairs)
+    assert found.correlations.min() > 0.9 > 0.3 > found.chance_high >= found.chance
+    best = max(
+        sum(found.matrix[i, j] for i, j in zip(rows, columns, strict=True))
+        for rows in itertools.combinations(range(5), min(5, others))
+        for columns in itertools.permutations(range(others), min(5, others))
+    )
+    assert found.correlations.sum() == pytest.approx(best)
+
+
+def test_chance_of_a_matching_in_blocks_keeps_what_place_tells():
+    place = np.tile(np.eye(4), (50, 1))  # group g is the place g, in every image
+    noise = RNG(0).normal(size=(2, 200, 4)) * 0.1
+    alike = match_groups(place + noise[0], place + noise[1], block=4)
+    assert alike.correlations.mean() == pytest.approx(alike.chance, abs=0.02)
+    assert match_groups(place + noise[0], place + noise[1]).chance < 0.3
+    with pytest.raises(ValueError, match="multiple"):
+        match_groups(place, place, block=3)
+
+
+def test_retrieval_is_scikit_learns_cosine_in_one_group():
+    vectors = RNG(0).normal(size=(30, 3, 4))
+    vectors[7, 1] = 0
+    index, value = retrieve(vectors[:5], vectors, 1, 29, exclude=np.arange(5))
+    cosine = cosine_similarity(vectors[:5, 1], vectors[:, 1])
+    for q in range(5):
+        assert q not in index[q] and sorted([q, *index[q]]) == list(range(30))
+        np.testing.assert_allclose(value[q], cosine[q, index[q]], atol=1e-12)
+        assert (np.diff(value[q]) <= 0).all()
+    assert retrieve(vectors[:2], vectors, 0, 100)[0][:, 0].tolist() == [0, 1]
+
+
+# Silence
+
+
+def test_silencing_removes_what_the_group_sees_and_nothing_else():
+    rng = RNG(0)
+    W, x = rng.normal(size=(3, 2, 8)), rng.normal(size=(20, 8))
+    W[1, :, 3:] = 0
+    W[2] = 0
+    silent = silence_group(x, W, 1)
+    np.testing.assert_allclose(silent @ W[1].T, 0, atol=1e-12)
+    np.testing.assert_array_equal(silent[:, 3:], x[:, 3:])
+    np.testing.assert_allclose(silence_group(silent, W, 1), silent)
+    null = np.eye(8) - np.linalg.pinv(W[1]) @ W[1]
+    np.testing.assert_allclose(silent, x @ null)
+    np.testing.assert_array_equal(silence_group(x, W, 2), x)
+    assert [len(row_space(w)) for w in W] == [2, 2, 0]
+    assert len(row_space(np.ones((4, 8)))) == 1
+
+
+def test_silencing_the_group_of_a_label_costs_more_than_chance():
+    rng = RNG(0)
+    x = rng.normal(size=(600, 12)).astype(np.float32)
+    y = np.where(x[:, 0] + x[:, 1] > 0, "up", "down")
+    W = np.zeros((3, 2, 12))
+    W[0, 0, 0] = W[0, 1, 1] = W[1, 0, 5] = W[1, 1, 6] = 1
+    probe = LogisticProbe(1.0).fit(x[:300], y[:300])
+    vital, idle, dead = silence_effects(probe, x[300:], y[300:], W, images=300)
+    assert vital.drop.value is not None and vital.drop.low is not None
+    assert vital.drop.low > vital.chance_high > vital.chance > 0
+    assert (
+        vital.drop.low
+        < vital.drop.value
+        == pytest.approx(
+            probe.score(x[300:], y[300:]) - probe.score(silence_group(x[300:], W, 0), y[300:])
+        )
+    )
+    share = {label: (y[300:] == label).mean() for label in ("up", "down")}
+    assert sum(share[label] * drop for label, drop in vital.classes) == pytest.approx(
+        vital.drop.value
+    )
+    assert vital.classes[0][1] >= vital.classes[1][1]
+    assert idle.drop.value is not None and idle.drop.value < vital.drop.value / 5
+    assert (idle.chance, idle.rank) == (vital.chance, 2)
+    assert (dead.rank, dead.drop.value, dead.chance, dead.changed) == (0, 0, 0, 0)
+    moved = np.abs(x[300:, :2] @ np.asarray(probe.coef_)[0, :2])
+    assert np.corrcoef(np.arange(300), moved[vital.images])[0, 1] < -0.8
+
+
+def test_silencing_works_with_a_probe_that_gives_labels_only():
+    class Sign:
+        def predict(self, x: Any) -> np.ndarray:
+            return (x[:, 0] > 0).astype(int)
+
+    x = RNG(0).normal(size=(50, 4))
+    y = (x[:, 0] > 0).astype(int)
+    effect = silence_effects(Sign(), x, y, np.eye(4)[None, :1], images=50, resamples=0)[0]
+    assert effect.drop.value == effect.changed == y.mean() and effect.drop.low is None
+    assert (y[effect.images[: y.sum()]] == 1).all()
+    with pytest.raises(ValueError, match="do not fit"):
+        silence_effects(Sign(), x, y, np.zeros((1, 1, 3)))
+
+
+# Pairs
+
+
+def scene(n: int, seed: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """6x6 patches, the left and right half an object each with a common part in its tokens."""
+    rng = RNG(seed)
+    objects = np.broadcast_to(np.where(np.arange(36) % 6 < 3, 1, 2), (n, 36))
+    common = rng.normal(size=(n, 2, 4))
+    own = rng.normal(size=(n, 36, 4))
+    tokens = strength * common[:, objects[0] - 1] + np.sqrt(1 - strength**2) * own
+    return tokens + 5 * np.arange(36)[:, None], objects  # place shifts every token
+
+
+def test_pairs_within_an_object_share_the_information_that_was_planted():
+    tokens, objects = scene(400, 0, 0.7)
+    found = pair_statistics(tokens, objects, objects, (6, 6))
+    truth = 4 * -0.5 * np.log(1 - 0.7**4)  # correlation 0.49 in each of four dimensions
+    within, across = found["information_within"], found["information_across"]
+    assert within.value == pytest.approx(truth, rel=0.05)
+    assert within.low is not None and within.high is not None
+    assert within.low < truth < within.high
+    assert across.value == pytest.approx(0, abs=0.01)
+    gap = found["information_gap"]
+    assert gap.low is not None and gap.low > 0.4
+    shared = {k: e.value for k, e in found.items() if k.startswith("shared")}
+    assert shared["shared_within"] == shared["shared_chance"] == 1  # the place says it all
+    assert shared["shared_across"] == 0 and shared["shared_gap"] == 1
+
+
+def test_pairs_without_an_effect_show_none():
+    tokens, objects = scene(200, 1, 0.0)
+    groups = RNG(2).integers(0, 4, objects.shape)
+    found = pair_statistics(tokens, objects, groups, (6, 6))
+    for name in ("information_gap", "shared_gap"):
+        estimate = found[name]
+        assert estimate.low is not None and estimate.high is not None
+        assert estimate.low < 0 < estimate.high
+    assert found["shared_chance"].value == pytest.approx(0.25, abs=0.01)
+    assert found["shared_within"].value == pytest.approx(0.25, abs=0.02)
+
+
+def test_share_of_pairs_is_a_weighted_mean_over_offsets_by_brute_force():
+    rng = RNG(3)
+    objects, groups = rng.integers(0, 3, (2, 30, 12))
+    found = pair_statistics(rng.normal(size=(30, 12, 3)), objects, groups, (3, 4), least=1)
+    places = [divmod(p, 4) for p in range(12)]
+    pairs: dict[tuple[int, int], dict[bool, list[bool]]] = {}
+    for i, (p, q) in itertools.product(range(30), itertools.combinations(range(12), 2)):
+        offset = (places[q][0] - places[p][0], places[q][1] - places[p][1])
+        if max(map(abs, offset)) <= 2 and objects[i, p] and objects[i, q]:
+            kinds = pairs.setdefault(offset, {True: [], False: []})
+            kinds[objects[i, p] == objects[i, q]].append(groups[i, p] == groups[i, q])
+    weights = [min(len(k[True]), len(k[False])) for k in pairs.values()]
+    for name, same in (("shared_within", True), ("shared_across", False)):
+        means = [np.mean(kinds[same]) for kinds in pairs.values()]
+        assert found[name].value == pytest.approx(np.average(means, weights=weights))
+
+
+def test_pairs_that_are_not_there_leave_all_undefined():
+    tokens, objects = scene(10, 0, 0.5)
+    found = pair_statistics(tokens, np.zeros_like(objects), objects, (6, 6))
+    assert len(found) == 7 and all(e.value is None and e.note for e in found.values())
+    with pytest.raises(ValueError, match="grid"):
+        pair_statistics(tokens, objects, objects, (5, 6))
+    with pytest.raises(ValueError, match="do not fit"):
+        pair_statistics(tokens, objects[:, :4], objects, (6, 6))
