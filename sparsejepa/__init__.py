@@ -24,9 +24,11 @@ _EXPORTS = {
     "LogisticProbe": "sparsejepa.evaluation.probe",
     "RidgeProbe": "sparsejepa.evaluation.probe",
     "KNNProbe": "sparsejepa.evaluation.probe",
+    "PostHocGroups": "sparsejepa.evaluation.posthoc",
     "pretrain": "sparsejepa.training.loop",
     "build_model": "sparsejepa.training.build",
     "run_sweep": "sparsejepa.sweep",
+    "run_explain": "sparsejepa.explain.run",
 }
 
 if TYPE_CHECKING:
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
     from sparsejepa.data.catalog import load_dataset as load_dataset
     from sparsejepa.errors import UserError as UserError
     from sparsejepa.evaluation.features import embed as embed
+    from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
     from sparsejepa.evaluation.probe import KNNProbe as KNNProbe
     from sparsejepa.evaluation.probe import LogisticProbe as LogisticProbe
     from sparsejepa.evaluation.probe import RidgeProbe as RidgeProbe
+    from sparsejepa.explain.run import run_explain as run_explain
     from sparsejepa.interop import load as load
     from sparsejepa.model.encoder import ViT as ViT
     from sparsejepa.model.groups import GroupMap as GroupMap

@@ -23,10 +23,11 @@ from sparsejepa.environment import has_bf16
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.files import load_tensors, save_tensors, write_text
 from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap
 from sparsejepa.rng import derive_seed
 
 FORMAT = 1
-WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
+WEIGHTS, CONFIG, GROUPS = "encoder.safetensors", "config.json", "groups.safetensors"
 RGB = tuple[float, float, float]
 Precision = Literal["fp32", "bf16"]
 
@@ -189,6 +190,39 @@ def save_encoder(
         **(extra or {}),
     }
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def save_groups(run_dir: Path, groups: GroupMap) -> None:
+    """Write groups.safetensors to `run_dir`, whole or not at all."""
+    about = {"kind": groups.kind, "num_groups": len(groups.W), "sphere": groups.sphere}
+    save_tensors(run_dir / GROUPS, groups.state_dict(), about)
+
+
+def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
+    """Return the group map of a run in evaluation mode, None for a dense run.
+
+    Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
+    """
+    path = run_dir / GROUPS
+    if not path.exists():
+        return None
+    tensors, about = load_tensors(path)
+    try:
+        (num_groups, group_dim, embed_dim), hidden = tensors["W"].shape, tensors["networks.b"].shape
+        groups = GroupMap(
+            about["kind"],
+            embed_dim,
+            grid_size,
+            num_groups=num_groups,
+            group_dim=group_dim,
+            sphere=about.get("sphere", True),
+            hidden=hidden[1],
+        )
+        groups.load_state_dict(tensors)
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit {CONFIG} ({detail}); copy the run again") from None
+    return groups.eval()
 
 
 def load(

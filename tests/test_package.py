@@ -32,6 +32,7 @@ FLOORS = [
     ["workers"],
     ["runs"],
     ["sweep"],
+    ["explain"],
     ["demo"],
     ["verbs"],
     ["cli"],

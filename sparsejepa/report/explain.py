@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sparsejepa.evaluation.estimate import Estimate, undefined
+from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.files import write_text
 from sparsejepa.report.figures import SPARSE, STYLE
 from sparsejepa.report.page import Picture, drawn, render, resource
@@ -32,7 +32,7 @@ class MeasureRow:
     """One line: what it is, where it comes from, whether up or down is better."""
     unit: str
     values: Mapping[str, Estimate]
-    """A column that is missing is shown as not measured."""
+    """A column that is missing has no such measure, and no line."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _sections(page: ExplainPage) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the measures by section, each with a line per column: text and place on its scale."""
     sections: dict[str, list[dict[str, Any]]] = {}
     for row in page.measures:
-        values = {c: row.values.get(c, undefined("not measured")) for c in page.columns}
+        values = {c: row.values[c] for c in page.columns if c in row.values}
         known = [e for e in values.values() if e.value is not None]
         ends = [v for e in known for v in (e.value, e.low, e.high) if v is not None]
         low, high = (min([0, *ends]), max([0, *ends])) if ends else (0, 1)
@@ -314,7 +314,11 @@ def _sections(page: ExplainPage) -> list[tuple[str, list[dict[str, Any]]]]:
         lines = [
             {
                 "column": column,
-                "kind": "floor" if column in page.floors else "own" if n == 0 else "other",
+                "kind": "own"
+                if column == page.columns[0]
+                else "floor"
+                if column in page.floors
+                else "other",
                 "note": e.note,
                 "value": None if e.value is None else _number(e.value, decimals),
                 "interval": None
@@ -324,7 +328,7 @@ def _sections(page: ExplainPage) -> list[tuple[str, list[dict[str, Any]]]]:
                 "from": None if e.low is None else 100 * (e.low - low) / span,
                 "to": None if e.high is None else 100 * (e.high - low) / span,
             }
-            for n, (column, e) in enumerate(values.items())
+            for column, e in values.items()
         ]
         sections.setdefault(row.section, []).append(
             {"row": row, "lines": lines, "zero": 100 * (0 - low) / span}

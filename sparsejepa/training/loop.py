@@ -21,8 +21,8 @@ from sparsejepa.config import Config, flag, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.files import partial_files, read_json, save_tensors, write_text
-from sparsejepa.interop import Encoder, load, save_encoder
+from sparsejepa.files import partial_files, read_json, write_text
+from sparsejepa.interop import Encoder, load, save_encoder, save_groups
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
@@ -213,8 +213,7 @@ def _finish(
         extra={"data": config.data, "arm": arm_name(config), "seed": config.run.seed},
     )
     if model.groups is not None:
-        about = {"kind": model.groups.kind, "num_groups": config.groups.num_groups}
-        save_tensors(run_dir / "groups.safetensors", model.groups.state_dict(), about)
+        save_groups(run_dir, model.groups)
     w_norms = None if model.groups is None else model.groups.block_norms()
     count = total * config.optim.batch_size
     summary = {

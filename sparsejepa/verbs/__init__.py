@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparsejepa.verbs import benching, looking, training
+from sparsejepa.verbs import benching, explaining, looking, training
 from sparsejepa.verbs.base import Verb
 
 VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
@@ -17,6 +17,8 @@ VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
     "pretrain": (training.Pretrain, training.pretrain),
     "probe": (looking.Probe, looking.probe),
     "sweep": (training.Sweep, training.sweep),
+    "explain": (explaining.Explain, explaining.explain),
+    "compare": (explaining.Compare, explaining.compare),
     "masks": (looking.Masks, looking.masks),
     "data": (looking.Data, looking.data),
     "embed": (looking.Embed, looking.embed),

@@ -284,7 +284,6 @@ def test_numbers_intervals_and_reasons_are_in_the_text(path: Path) -> None:
     text = " ".join(Reader(path.read_text(encoding="utf-8")).text.split())
     assert "−0.020 −0.050 to 0.010" in text.replace("\n", " ")
     assert "not defined: k-means has no latents" in text
-    assert "not defined: not measured" in text  # a column that a measure lacks
     assert "Accuracy falls by 3.1 points [2.0, 4.4]; a random subspace of equal rank: 0.4" in text
     assert "0.91 chance 0.56" in text and "one group: nearly all latents" in text
 

@@ -1,0 +1,131 @@
+"""The columns of every table: the run, a control, and the floors, each an encoder with a W.
+
+A floor is measured exactly as the run is: the untrained encoder keeps W; PCA and random zeros keep
+the encoder and put other directions in the place of W. Letters as in `readout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparsejepa.data.store import ImageSet
+from sparsejepa.explain.readout import Readout, Scale, read, read_train
+from sparsejepa.explain.subject import Subject
+from sparsejepa.interop import Encoder, load, load_groups
+
+RUN, UNTRAINED, PCA, RANDOM = "this run", "untrained", "PCA", "random zeros"
+KMEANS, PLACES, SHUFFLED, ALL = "k-means", "places", "shuffled", "all connections"
+FLOORS = (UNTRAINED, PCA, RANDOM, KMEANS, PLACES, SHUFFLED)
+"""In the order of the tables. Some measures add floors of their own."""
+CEILING = "ceiling"
+"""The best that any grouping of whole patches can do; no model."""
+REFERENCES = (*FLOORS, ALL, CEILING)
+KEPT_IMAGES = 1_000
+"""Test images, at most, whose tokens are kept; of training images half as many."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """An encoder's readout of both splits under one W; W is None where there are no groups."""
+
+    W: np.ndarray | None
+    train: Readout
+    test: Readout
+    raw: np.ndarray
+    """[n, D]: pooled latents of the test images as the encoder gives them."""
+    units: bool = True
+    """Whether single latents are units of their own here: another W leaves them as they are."""
+
+
+Columns = Mapping[str, Column]
+
+
+def build_columns(
+    subject: Subject,
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    control: str | None = None,
+    random_state: int = 0,
+) -> dict[str, Column]:
+    """Read both splits through the run, a control and the floors, in the order of the tables.
+
+    Raises UserError if there is no such control.
+    """
+    encoder, W = subject.encoder, subject.W.numpy()
+    G, P = W.shape[:2]
+    scale, mine = read_train(encoder, train, keep_tokens=KEPT_IMAGES // 2)
+    axes = principal_axes(mine.z)
+    pca, random = _runs_of(axes, G, P), random_zeros(W, random_state)
+    # One pass for the three that share the encoder: their W are stacked.
+    padded = np.pad(pca, ((0, 0), (0, P - pca.shape[1]), (0, 0)))
+    stacked = torch.from_numpy(np.concatenate([W, random, padded])).float()
+    theirs = read(encoder, test, stacked, scale, keep_tokens=KEPT_IMAGES)
+    raw = _raw(theirs, scale)
+
+    def own(i: int, W: np.ndarray) -> tuple[Readout, Readout]:
+        return mine.under(W), theirs.part(slice(i * G, (i + 1) * G)).under(W)
+
+    columns = {RUN: Column(W, *own(0, W), raw)}
+    if control is not None:
+        columns |= _control(control, encoder, train, test)
+    columns[UNTRAINED] = _other(encoder.untrained(random_state), W, train, test)
+    # The units of PCA are the axes themselves.
+    fitted, held_out = (replace(readout, z=readout.z @ axes.T) for readout in own(2, pca))
+    columns[PCA] = Column(pca, fitted, held_out, raw)
+    columns[RANDOM] = Column(random, *own(1, random), raw, units=False)
+    return columns
+
+
+def principal_axes(z: np.ndarray) -> np.ndarray:
+    """Return the principal axes of z [n, D] as rows, [D, D], the largest variance first."""
+    return np.linalg.eigh(np.cov(z, rowvar=False))[1][:, ::-1].T.astype(np.float32)
+
+
+def random_zeros(W: np.ndarray, random_state: int = 0) -> np.ndarray:
+    """Return random directions with W's block norms [G, D] shuffled among each latent's groups.
+
+    Every latent keeps its number of groups, so density and groups per latent are those of W.
+    """
+    rng = np.random.default_rng(random_state)
+    norms = rng.permuted(np.linalg.norm(W, axis=1), axis=0)
+    directions = rng.standard_normal(W.shape)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return (directions * norms[:, None]).astype(W.dtype)
+
+
+def _runs_of(axes: np.ndarray, num_groups: int, group_dim: int) -> np.ndarray:
+    """Give group g the g-th run of principal axes: [G, P', D], P' = P unless G P exceeds D."""
+    D = len(axes)
+    width = max(1, min(group_dim, D // num_groups))
+    return axes[: num_groups * width].reshape(num_groups, width, D)
+
+
+def _control(ref: str, like: Encoder, train: ImageSet, test: ImageSet) -> dict[str, Column]:
+    encoder = load(ref, like.device, like.precision)
+    groups = None if ref.startswith("timm:") else load_groups(Path(ref), encoder.grid_size)
+    W = None if groups is None else groups.W.detach().numpy()
+    return {f"control {short_name(ref)}": _other(encoder, W, train, test)}
+
+
+def _other(encoder: Encoder, W: np.ndarray | None, train: ImageSet, test: ImageSet) -> Column:
+    """Read both splits through another encoder."""
+    used = np.zeros((1, 1, encoder.embed_dim), np.float32) if W is None else W
+    scale, mine = read_train(encoder, train)
+    theirs = read(encoder, test, torch.from_numpy(used), scale, keep_tokens=KEPT_IMAGES)
+    return Column(W, mine.under(used), theirs, _raw(theirs, scale))
+
+
+def short_name(ref: str) -> str:
+    """Return what tables call an encoder: the last part of a path, a timm name without prefix."""
+    return ref.removeprefix("timm:") if ref.startswith("timm:") else Path(ref).resolve().name
+
+
+def _raw(readout: Readout, scale: Scale) -> np.ndarray:
+    """Undo the standardisation of the pooled latents."""
+    return readout.z * scale.pooled_std.numpy() + scale.pooled_mean.numpy()

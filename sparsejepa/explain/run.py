@@ -1,0 +1,324 @@
+"""`explain`: read an encoder on a data set, measure it beside its floors, write report.html."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsejepa import __version__
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.store import ImageSet
+from sparsejepa.environment import environment, resolve_device
+from sparsejepa.evaluation.features import target
+from sparsejepa.explain import measures
+from sparsejepa.explain.columns import REFERENCES, RUN, build_columns, short_name
+from sparsejepa.explain.groups import gallery, sibling_stability
+from sparsejepa.explain.prediction import masked_r2
+from sparsejepa.explain.subject import (
+    NAMES,
+    PostHoc,
+    Subject,
+    open_subject,
+    read_names,
+    run_folder,
+    write_names,
+)
+from sparsejepa.explain.verdict import verdict
+from sparsejepa.files import save_tensors, write_text
+from sparsejepa.interop import Precision
+from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
+from sparsejepa.report.page import Picture, sweep_pictures
+from sparsejepa.report.summary import summarise
+from sparsejepa.runs import read_rows
+from sparsejepa.sweep import RESULTS
+
+REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"
+PREDICTED_IMAGES = 1_000
+MATCHED_IMAGES = 500
+"""Test images whose activations are kept, for matching the groups of two runs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is read and how; every field is a flag of the command."""
+
+    targets: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    control: str | None = None
+    limit: int = 10_000
+    test_limit: int = 5_000
+    img_size: tuple[int, int] | None = None
+    upscale: bool = False
+    quick: bool = False
+    posthoc: PostHoc = field(default_factory=PostHoc)
+    seed: int = 0
+    data_root: Path | None = None
+    device: str = "auto"
+    precision: Precision = "bf16"
+
+
+def run_explain(
+    ref: str | Path,
+    data: str,
+    *,
+    options: Options | None = None,
+    out: Path | None = None,
+    names: Mapping[int, str] | None = None,
+    command: str = "",
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure and show what an encoder and its groups have learned.
+
+    Args:
+        ref: a run directory or ``timm:NAME``. Without groups of its own it gets fitted ones.
+        data: a data set's name or folder; labels, factors and masks are used where there are any.
+        out: where report.html and metrics.json go; the run directory if None.
+        names: for groups; added to groups.json.
+        command: what repeats this, for the page.
+        say: is told what is being done.
+
+    Returns what metrics.json holds. Raises UserError, one line, for data, runs and factors that
+    cannot be used.
+    """
+    ref, options = str(ref), options or Options()
+    device = resolve_device(options.device)
+    out = out or run_folder(ref)
+    clock = _Clock(say)
+    with clock("images"):
+        train, test = (_images(data, split, options) for split in ("train", "test"))
+        targets = _targets(train, test, options)
+    with clock("encoder and groups"):
+        subject = open_subject(
+            ref,
+            train,
+            posthoc=options.posthoc,
+            device=device,
+            precision=options.precision,
+            random_state=options.seed,
+            test=None if options.quick else test,
+        )
+    if names:
+        write_names(out, dict(names), len(subject.W))
+    given = read_names(out, len(subject.W))
+    with clock("reading images"):
+        columns = build_columns(
+            subject, train, test, control=options.control, random_state=options.seed
+        )
+    rows = [*measures.structure_rows(columns)]
+    with clock("information"):
+        rows += measures.information_rows(columns, quick=options.quick)
+    cells = []
+    if subject.groups is not None and subject.config is not None:
+        with clock("masked prediction"):
+            overall, cells = masked_r2(subject, test.subset(PREDICTED_IMAGES))
+            rows += measures.prediction_rows(overall, cells, {})
+    rows += measures.prediction_rows(None, [], subject.fitted)
+    usable = {k: (a, b) for k, (a, b) in targets.items() if len(np.unique(a)) > 1}
+    if usable:
+        with clock("disentanglement"):
+            stacked = (np.stack([pair[i] for pair in usable.values()], 1) for i in (0, 1))
+            rows += measures.disentanglement_rows(columns, *stacked, quick=options.quick)
+        with clock("groups and factors"):
+            rows += measures.factor_rows(columns, usable, test, random_state=options.seed)
+    if test.masks is not None:
+        with clock("objects"):
+            rows += measures.object_rows(
+                columns, test.masks[columns[RUN].test.kept], subject.encoder.grid_size,
+                fitting_tokens=columns[RUN].train.tokens, random_state=options.seed,
+            )  # fmt: skip
+    with clock("groups"):
+        run = columns[RUN]
+        stability = None if options.quick else sibling_stability(subject, train, test)
+        shown = gallery(subject, run, train, test, usable, names=given, stability=stability)
+        rows += shown.rows
+    found = verdict(subject, rows)
+    about = environment()
+    command = command or shlex.join(["sparsejepa", "explain", ref, "--data", data])
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = {
+        "format": 1,
+        "sparsejepa": __version__,
+        "run": ref,
+        "data": data,
+        "images": {"train": len(train), "test": len(test)},
+        "fingerprint": test.fingerprint,
+        "groups": {"kind": subject.kind, "post_hoc": subject.groups is None},
+        "verdict": found.text,
+        "remarks": list(found.remarks),
+        "measures": [_json(row) for row in rows],
+        "group_list": [_json(view) for view in shown.views],
+        "command": command,
+        "options": _json({k: v for k, v in asdict(options).items() if k != "data_root"}),
+        "environment": about,
+        "seconds": clock.seconds,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    save_tensors(
+        out / ACTIVATIONS,
+        {
+            "activations": torch.from_numpy(columns[RUN].test.activations[_few(test)]),
+            "block_norms": torch.from_numpy(subject.norms),
+        },
+        {"fingerprint": test.fingerprint, "data": data},
+    )
+    write_text(out / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    write_explain_page(
+        out / REPORT,
+        ExplainPage(
+            title=f"What {short_name(ref)} has learned",
+            subtitle=_subtitle(subject, data, train, test),
+            verdict=found.text,
+            remarks=found.remarks,
+            columns=_order(rows, columns),
+            measures=rows,
+            block_norms=subject.norms,
+            images=shown.images,
+            image_labels=shown.image_labels,
+            activations=shown.activations,
+            grid=subject.encoder.grid_size,
+            explorer=shown.explorer,
+            groups=shown.views,
+            curves=read_rows(Path(ref) / "metrics.jsonl"),
+            pictures=_sweep_pictures(ref),
+            command=command,
+            environment=_about(about, metrics),
+            settings=_settings(subject, options),
+            names_file=str(out / NAMES),
+            floors=REFERENCES,
+        ),
+    )
+    return metrics
+
+
+class _Clock:
+    """Says what is being done and keeps how long each part took."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.seconds = say, dict[str, float]()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self.say(part)
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = round(time.perf_counter() - start, 2)
+
+
+def _images(data: str, split: str, options: Options) -> ImageSet:
+    images = load_dataset(
+        data,
+        split,
+        img_size=options.img_size,
+        data_root=options.data_root,
+        upscale=options.upscale,
+        truth=split == "test",
+        factors=options.factors,
+    )
+    return images.subset(options.limit if split == "train" else options.test_limit, options.seed)
+
+
+def _targets(
+    train: ImageSet, test: ImageSet, options: Options
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the labels (train [n], test [n']) of the targets that both splits have."""
+
+    names = (
+        options.targets or options.factors or tuple(k for k in train.targets if k in test.targets)
+    )
+    return {
+        name: (target(train.targets, name, train.name).values,
+               target(test.targets, name, test.name).values)
+        for name in names
+    }  # fmt: skip
+
+
+def _few(test: ImageSet) -> np.ndarray:
+    """Return which test images' activations are kept, spread evenly over all."""
+    count = min(MATCHED_IMAGES, len(test))
+    return np.arange(count) * len(test) // count
+
+
+def _order(rows: Sequence[MeasureRow], columns: Mapping[str, Any]) -> list[str]:
+    """Return the names of all columns that some row fills: models first, then floors."""
+    used = {name for row in rows for name in row.values}
+    return [name for name in dict.fromkeys([*columns, *REFERENCES]) if name in used]
+
+
+def _json(value: Any) -> Any:
+    """Return a value as JSON knows it; what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): _json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_json(v) for v in value]
+    if isinstance(value, np.generic):
+        return _json(value.item())
+    if is_dataclass(value) and not isinstance(value, type):
+        return _json(asdict(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _subtitle(subject: Subject, data: str, train: ImageSet, test: ImageSet) -> str:
+    vit = subject.encoder
+    groups = f"{len(subject.W)} {subject.kind} groups"
+    if subject.groups is None:
+        groups += ", fitted to the frozen encoder after training (it has none of its own)"
+    rows, cols = vit.grid_size
+    return (
+        f"Encoder of {vit.embed_dim} latents and {rows}x{cols} patches, {groups}; read on {data}, "
+        f"{len(train):,} training and {len(test):,} test images of "
+        f"{test.img_size[0]}x{test.img_size[1]} pixels."
+    )
+
+
+def _about(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
+    hardware = ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores"
+    seconds = metrics["seconds"]
+    return {
+        "commit": about["commit"] or "not a source checkout",
+        "versions": ", ".join(f"{k} {about[k]}" for k in ("sparsejepa", "torch", "python")),
+        "hardware": hardware,
+        "seconds": ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+        + f"; {sum(seconds.values()):.0f} in all",
+        "finished": metrics["finished"],
+    }
+
+
+def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as TOML knows them: what is not set is left out, paths are text."""
+    return {
+        k: without_none(v) if isinstance(v, Mapping) else str(v) if isinstance(v, Path) else v
+        for k, v in values.items()
+        if v is not None
+    }
+
+
+def _settings(subject: Subject, options: Options) -> str:
+    """Return what the encoder was trained with, if that is known, and what it was read with."""
+    import tomli_w
+
+    found = {"explain": without_none(asdict(options))}
+    if subject.config is not None:
+        found["pretrain"] = subject.config.replace(data_root=None).to_dict()
+    return tomli_w.dumps(found)
+
+
+def _sweep_pictures(ref: str) -> list[Picture]:
+    """Return the Pareto plots of the sweep that a run belongs to, if it belongs to one."""
+    rows = [] if ref.startswith("timm:") else read_rows(Path(ref).resolve().parent / RESULTS)
+    if not rows:
+        return []
+    pictures = sweep_pictures(summarise(rows), {}, None)
+    return [picture for picture in pictures if picture.name == "pareto"]

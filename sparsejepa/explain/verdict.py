@@ -1,0 +1,132 @@
+"""The verdict: two sentences that follow from the measures, and what a reader must know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsejepa.evaluation.estimate import Estimate
+from sparsejepa.explain.columns import ALL, FLOORS, RANDOM, RUN
+from sparsejepa.explain.groups import SILENCED
+from sparsejepa.explain.subject import Subject
+from sparsejepa.report.explain import MeasureRow
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Two sentences, and remarks that limit them."""
+
+    text: str
+    remarks: tuple[str, ...]
+
+
+def verdict(subject: Subject, rows: Sequence[MeasureRow]) -> Verdict:
+    """Say what the groups are worth against their floors.
+
+    The first sentence is about W: how sparse it is and whether its groups know the factors better
+    than the best floor. The second is about images: whether patches of one object share a group, or
+    where there are no masks, how well the groups predict and whether to silence one matters.
+    """
+    found = {(row.section, row.name): row.values for row in rows}
+    named = {row.name: row.values for row in rows}
+    nonzero = subject.norms > 0
+    first = (
+        f"W keeps {100 * nonzero.mean():.0f} % of the connections between latents and groups "
+        f"({nonzero.sum(0).mean():.1f} of {len(nonzero)} groups per latent)"
+    )
+    section = "Disentanglement, groups as units"
+    for name in ("DCI: disentanglement", "MIG"):
+        values = found.get((section, name))
+        if values and values[RUN].value is not None:
+            first += f", and as units of code its groups {against_floors(f'have a {name}', values)}"
+            break
+    else:
+        first += "; without labels nothing is known of what the groups stand for"
+    second = _second(named)
+    remarks = []
+    if subject.groups is None:
+        remarks.append(
+            "The groups were fitted to the frozen encoder by masked prediction; the encoder was "
+            "not trained with them."
+        )
+        fitted = subject.fitted
+        if fitted and not _above(fitted["learned"], fitted["random"]):
+            remarks.append(
+                "The learned pattern of zeros predicts hidden patches no better than random "
+                "patterns like it: do not read meaning into which latent feeds which group."
+            )
+    if nonzero.all():
+        remarks.append(
+            "No connection is zero: every latent feeds every group, so the groups differ by their "
+            "directions only, not by their latents."
+        )
+    dead = int((~nonzero.any(1)).sum())
+    if dead:
+        remarks.append(f"{dead} of {len(nonzero)} groups are dead: no latent feeds them.")
+    remarks.append(
+        "Intervals resample test images and say nothing of other seeds. A difference between "
+        "columns is called clear where the 95 % intervals do not meet."
+    )
+    return Verdict(f"{first}. {second}", tuple(remarks))
+
+
+def _second(named: Mapping[str, Mapping[str, Estimate]]) -> str:
+    ari = named.get("FG-ARI")
+    if ari and ari[RUN].value is not None:
+        text = against_floors("As segments of objects they reach an FG-ARI", ari)
+    else:
+        r2 = named.get("R² of hidden patches") or named.get("held-out R² of fitted groups") or {}
+        run = r2.get(RUN)
+        if run is not None and run.value is not None and run.value <= 0:
+            text = "From the context they predict hidden patches no better than their place does"
+        elif value := _percent(run):
+            text = f"From the context they predict {value} % of the variance of hidden patches "
+            text += "that their place does not tell"
+            if chance := _percent(r2.get(RANDOM)):
+                text += f", against {chance} % for random patterns"
+        else:
+            text = "There are no object masks and no prediction to judge the groups of patches by"
+    silence = named.get(SILENCED, {})
+    if value := _percent(silence.get(RUN), 1):
+        text += (
+            f"; to silence one costs the probe {value} points on average, random directions of "
+            f"equal rank {_percent(silence.get(RANDOM), 1)}"
+        )
+    return f"{text}."
+
+
+def _percent(estimate: Estimate | None, digits: int = 0) -> str:
+    if estimate is None or estimate.value is None:
+        return ""
+    return f"{100 * estimate.value:.{digits}f}"
+
+
+def against_floors(what: str, values: Mapping[str, Estimate]) -> str:
+    """Return "WHAT of 0.31, clearly above every floor (the best, PCA: 0.22)" and the like."""
+    run = values[RUN]
+    floors = {k: e for k, e in values.items() if k in FLOORS and k != ALL and e.value is not None}
+    if not floors:
+        return f"{what} of {_number(run.value)}"
+    name = max(floors, key=lambda k: floors[k].value or -np.inf)
+    best = floors[name]
+    if _above(run, best):
+        how = "clearly above every floor"
+    elif _above(best, run):
+        how = "clearly below the best floor"
+    else:
+        how = "not clearly apart from the best floor"
+    return f"{what} of {_number(run.value)}, {how} ({name}: {_number(best.value)})"
+
+
+def _number(value: float | None) -> str:
+    """Two decimals, or two digits where that would hide a small value."""
+    assert value is not None
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def _above(a: Estimate, b: Estimate) -> bool:
+    """Whether a lies above b by more than their intervals."""
+    assert a.value is not None and b.value is not None
+    return (a.low if a.low is not None else a.value) > (b.high if b.high is not None else b.value)

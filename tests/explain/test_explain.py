@@ -1,0 +1,206 @@
+"""explain and compare from end to end on tiny runs, and their error paths."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsejepa import cli
+from sparsejepa.errors import UserError
+from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
+from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, run_explain
+from sparsejepa.explain.subject import PostHoc
+from sparsejepa.files import load_tensors, save_tensors
+
+
+def rows_of(metrics: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["section"], row["name"]): row["values"] for row in metrics["measures"]}
+
+
+@pytest.fixture(scope="module")
+def explained(runs: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """The concept run, everything measured, with its dense twin as control."""
+    return run_explain(
+        runs["concept"], str(folder), options=Options(control=str(runs["dense"])),
+        names={2: 'wheels <script>"'},
+    )  # fmt: skip
+
+
+def test_every_measure_stands_beside_its_floors(explained: dict[str, Any]) -> None:
+    rows = rows_of(explained)
+    sections = {section for section, _ in rows}
+    assert sections == {
+        "Sparsity of W", "Information", "Masked prediction", "Disentanglement, latents as units",
+        "Disentanglement, groups as units", "Groups and factors", "Groups and objects", "Stability",
+    }  # fmt: skip
+    latents = rows["Disentanglement, latents as units", "MIG"]
+    assert list(latents) == [RUN, "control dense", UNTRAINED, PCA]
+    groups = rows["Disentanglement, groups as units", "DCI: disentanglement"]
+    assert list(groups) == [RUN, UNTRAINED, PCA, RANDOM]  # a dense control has no groups
+    objects = rows["Groups and objects", "mBO"]
+    assert {RUN, UNTRAINED, PCA, RANDOM, "k-means", PLACES, SHUFFLED, CEILING} == set(objects)
+    assert objects[CEILING]["value"] > objects[RUN]["value"]
+    assert objects[RUN]["low"] < objects[RUN]["value"] < objects[RUN]["high"]
+    assert set(rows["Sparsity of W", "density"]) == {RUN}
+    assert SHUFFLED in rows["Groups and factors", "I(group; count)"]
+
+
+def test_no_value_is_nan_and_each_gap_has_a_reason(explained: dict[str, Any]) -> None:
+    json.dumps(explained, allow_nan=False)
+    for row in explained["measures"]:
+        for estimate in row["values"].values():
+            assert estimate["value"] is not None or estimate["note"], row["name"]
+
+
+def test_files_hold_what_was_returned(explained: dict[str, Any], runs: dict[str, Path]) -> None:
+    run = runs["concept"]
+    assert json.loads((run / METRICS).read_text()) == explained
+    html = (run / REPORT).read_text()
+    assert explained["verdict"].split("(")[0] in html
+    assert "<b>" not in html.replace("<b>", "", 0).split("<body")[0]
+    assert '<script>"' not in html and "wheels &lt;script&gt;" in html  # names are text
+    tensors, about = load_tensors(run / ACTIVATIONS)
+    assert tensors["activations"].shape == (60, 16, 6)
+    assert about["fingerprint"] == explained["fingerprint"]
+    assert json.loads((run / "groups.json").read_text()) == {"names": {"2": 'wheels <script>"'}}
+    assert explained["group_list"][2]["name"] == 'wheels <script>"'
+
+
+def test_seeds_are_matched_without_being_asked(explained: dict[str, Any]) -> None:
+    found = rows_of(explained)["Stability", "match with other seeds"]
+    assert -1 <= found[RUN]["value"] <= 1
+    assert all(group["matched"] is not None for group in explained["group_list"])
+
+
+def test_the_same_call_gives_the_same_numbers(
+    explained: dict[str, Any], runs: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    options = Options(control=str(runs["dense"]))
+    again = run_explain(runs["concept"], str(folder), options=options, out=tmp_path)
+    for (key, first), second in zip(
+        rows_of(explained).items(), rows_of(again).values(), strict=True
+    ):
+        for name, estimate in first.items():
+            assert second[name]["value"] == pytest.approx(estimate["value"], abs=1e-3), key
+
+
+def test_a_dense_run_gets_fitted_groups_and_says_so(
+    runs: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    options = Options(posthoc=PostHoc(num_groups=4, steps=5), limit=100, test_limit=40)
+    found = run_explain(runs["dense"], str(folder), options=options, out=tmp_path)
+    assert found["groups"] == {"kind": "feature", "post_hoc": True}
+    r2 = rows_of(found)["Masked prediction", "held-out R² of fitted groups"]
+    assert set(r2) == {RUN, RANDOM, "all connections"} and r2[RANDOM]["low"] <= r2[RANDOM]["high"]
+    assert "fitted to the frozen encoder" in " ".join(found["remarks"])
+    assert len(found["group_list"]) == 4 and found["images"] == {"train": 100, "test": 40}
+
+
+def test_regions_say_which_patches_they_predict(
+    runs: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    found = run_explain(runs["region"], str(folder), options=Options(quick=True), out=tmp_path)
+    cells = [group["cell"] for group in found["group_list"]]
+    assert sorted(patch for cell in cells for patch in cell) == list(range(16))
+    assert ("Masked prediction", "R² of a region's own patches") in rows_of(found)
+    assert not any(name.startswith("DCI") for _, name in rows_of(found))  # quick
+
+
+def test_images_without_labels_or_masks_are_enough(
+    runs: dict[str, Path], folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "images", tmp_path / "plain")
+    found = run_explain(
+        runs["concept"], str(tmp_path / "plain"), options=Options(quick=True), out=tmp_path / "out"
+    )
+    sections = {section for section, _ in rows_of(found)}
+    assert sections == {"Sparsity of W", "Information", "Masked prediction"}
+    assert "without labels" in found["verdict"]
+
+
+def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
+    explained: dict[str, Any], runs: dict[str, Path], folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    copy = tmp_path / "twin"
+    shutil.copytree(runs["concept"], copy)
+    status = cli.main(
+        ["compare", str(runs["concept"]), str(copy), "--out", str(tmp_path / "a.html")]
+    )
+    assert status == 0
+    assert "6 of 6 matched groups" in capsys.readouterr().out
+    page = (tmp_path / "a.html").read_text()
+    assert "2 wheels &lt;script&gt;" in page and "No measure sets the runs clearly apart" in page
+    run_explain(runs["concept-s1"], str(folder), options=Options(quick=True))
+    assert cli.main(["compare", str(runs["concept"]), str(runs["concept-s1"])]) == 0
+    assert (runs["concept"] / "compare-concept-s1.html").exists()
+    run_explain(
+        runs["concept-s1"], str(folder), options=Options(quick=True, test_limit=30), out=copy
+    )
+    capsys.readouterr()
+    assert cli.main(["compare", str(runs["concept"]), str(copy)]) == 2
+    assert "same --data and --test-limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("explain", "which encoder?"),
+        ("explain {run}", "--data is needed"),
+        ("explain {run} --data {data} --name wheels", "write GROUP=NAME"),
+        (
+            "explain {run} --data {data} --quick --name 6=x",
+            "--name: no group 6; there are groups 0 to 5",
+        ),
+        ("explain {run} --data {data} --targets colour", "no target 'colour'"),
+        ("explain {run} --data {data} --factors colour", "no factor 'colour'"),
+        ("explain {run} --data {data} --quick --control nowhere", "nowhere: no such run directory"),
+        ("explain nowhere --data {data}", "nowhere: no such run directory"),
+        ("explain {dense} --data {data} --num-groups 97", "has 96 latents; take 1 to 96"),
+        ("explain {dense} --data {data} --num-groups 7", "does not divide the 96 latents"),
+        ("explain {dense} --data {data} --density 0", "density"),
+        ("compare {run}", "compare takes two runs, got 1"),
+        ("compare {run} {run}", "the same folder"),
+        ("compare {region} {dense}", "run sparsejepa explain first"),
+    ],
+)
+def test_mistakes_get_one_line(
+    command: str, says: str, runs: dict[str, Path], folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    paths = {name: shlex.quote(str(path)) for name, path in runs.items()}
+    words = command.format(
+        run=paths["concept"],
+        dense=paths["dense"],
+        region=paths["region"],
+        data=shlex.quote(str(folder)),
+    )
+    if "--data" in words and "explain" in words:
+        words += f" --out {shlex.quote(str(tmp_path))}"
+    assert cli.main(shlex.split(words)) == 2
+    err = capsys.readouterr().err.strip()
+    assert says in err and len(err.splitlines()) == 1
+
+
+def test_damaged_names_are_named(runs: dict[str, Path], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "groups.json").write_text('["wheels"]')
+    with pytest.raises(UserError, match=r"groups\.json: not a list of names"):
+        run_explain(runs["concept"], str(folder), options=Options(quick=True), out=tmp_path)
+
+
+def test_a_dead_encoder_is_refused(runs: dict[str, Path], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs["concept"], tmp_path / "dead")
+    path = tmp_path / "dead" / "encoder.safetensors"
+    tensors, _ = load_tensors(path)
+    save_tensors(path, {k: torch.zeros_like(v) for k, v in tensors.items()}, {})
+    with pytest.raises(UserError, match="a dead encoder"):
+        run_explain(
+            tmp_path / "dead", str(folder), options=Options(quick=True), out=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,97 @@
+"""Readouts, columns and predictions against plain computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.store import ImageSet
+from sparsejepa.explain.columns import principal_axes, random_zeros
+from sparsejepa.explain.prediction import masked_r2
+from sparsejepa.explain.readout import read, read_train, standardise
+from sparsejepa.explain.subject import PostHoc, open_subject
+from sparsejepa.model.losses import normalize_targets
+from sparsejepa.model.masks import MaskSampler
+
+
+@pytest.fixture(scope="module")
+def images(folder: Path) -> ImageSet:
+    return load_dataset(str(folder), "train")
+
+
+def test_readout_is_the_plain_computation(runs: dict[str, Path], images: ImageSet) -> None:
+    subject = open_subject(str(runs["concept"]), images, posthoc=PostHoc())
+    tokens = subject.encoder.tokens(torch.as_tensor(images.images.copy())).double().numpy()
+    scale, train = read_train(subject.encoder, images, keep_tokens=7)
+    flat = tokens.reshape(-1, tokens.shape[2])
+    np.testing.assert_allclose(scale.token_mean, flat.mean(0), atol=1e-5)
+    np.testing.assert_allclose(scale.token_std, flat.std(0), rtol=1e-3)
+    pooled = tokens.mean(1)
+    np.testing.assert_allclose(train.z, (pooled - pooled.mean(0)) / pooled.std(0), atol=2e-2)
+    standard = (tokens - flat.mean(0)) / flat.std(0)
+    np.testing.assert_allclose(train.tokens, standard[train.kept], atol=1e-2)
+    assert len(train.kept) == 7 and train.activations.shape[0] == 0
+    found = read(subject.encoder, images, subject.W, scale, keep_tokens=7)
+    u = np.einsum("gpd,bnd->bngp", subject.W.double().numpy(), standard)
+    np.testing.assert_allclose(found.activations, np.linalg.norm(u, axis=3), atol=2e-2)
+    np.testing.assert_allclose(found.z, train.z, atol=1e-4)
+    vectors = np.einsum("gpd,bd->bgp", subject.W.numpy(), found.z)
+    np.testing.assert_allclose(found.vectors, vectors, atol=1e-4)
+
+
+def test_constant_latents_stay_zero() -> None:
+    x = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    z = standardise(x, torch.tensor([2.0, 5.0]), torch.tensor([1.0, 0.0]))
+    assert z.tolist() == [[-1, 0], [1, 0]]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 3), st.integers(1, 12))
+def test_random_zeros_keep_each_latents_groups(seed: int, G: int, P: int, D: int) -> None:
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((G, P, D)) * (rng.random((G, 1, D)) < 0.4)
+    shuffled = random_zeros(W, seed)
+    norms, others = (np.sort(np.linalg.norm(w, axis=1), axis=0) for w in (W, shuffled))
+    np.testing.assert_allclose(norms, others, atol=1e-12)
+
+
+def test_principal_axes_are_scikit_learns() -> None:
+    z = np.random.default_rng(0).standard_normal((500, 6)) * [5, 4, 3, 2, 1, 0.5]
+    ours, theirs = principal_axes(z), PCA().fit(z).components_
+    np.testing.assert_allclose(np.abs((ours * theirs).sum(1)), 1, atol=1e-4)
+
+
+def test_masked_r2_is_the_plain_computation(runs: dict[str, Path], images: ImageSet) -> None:
+    subject = open_subject(str(runs["region"]), images, posthoc=PostHoc())
+    part = images.subset(40)
+    overall, cells = masked_r2(subject, part, batch_size=16)
+    groups, encoder = subject.groups, subject.encoder
+    assert groups is not None and subject.config is not None and groups.cells is not None
+    model: Any = encoder.model
+    sampler = MaskSampler(encoder.grid_size, **vars(subject.config.masks))
+    mean, std = torch.tensor(encoder.mean), torch.tensor(encoder.std)
+    pixels = ((torch.as_tensor(part.images.copy()) / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        targets = normalize_targets(model(pixels))
+    places = targets.mean(0)
+    top, bottom = np.zeros(6), np.zeros(6)
+    for step, index in enumerate(torch.arange(40).split(16)):
+        masks = sampler.sample(len(index), seed=0, step=step)
+        for b, i in enumerate(index.tolist()):
+            hidden = [n for n in range(16) if n not in masks.context[b]]
+            with torch.no_grad():
+                z = model(pixels[i : i + 1], masks.context[b : b + 1])
+                guess = groups(z, masks.context[b : b + 1], torch.tensor([hidden]))[0]
+            for k, n in enumerate(hidden):
+                cell = int(groups.cells[n])
+                top[cell] += float((guess[k] - targets[i, n]).square().sum())
+                bottom[cell] += float((targets[i, n] - places[n]).square().sum())
+    assert overall.value == pytest.approx(1 - top.sum() / bottom.sum(), abs=2e-3)
+    assert [e.value for e in cells] == pytest.approx((1 - top / bottom).tolist(), abs=2e-3)
