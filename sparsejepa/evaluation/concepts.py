@@ -74,8 +74,10 @@ class SilenceEffect:
     """What a probe loses without one group. Drops are shares of 1, positive for a loss.
 
     `chance` and `chance_high` are the mean and the largest drop over random subspaces of the same
-    rank; `classes` are (label, drop among its images), largest first; `images` are the indices of
-    the images whose scores change most, `changed` the share whose predicted label changes.
+    rank; `classes` are (label, drop among its images), largest first, and `class_chance` the
+    largest drop of *any* class that such a subspace gives; `images` are the indices of the images
+    whose scores change most, `changed` the share whose predicted label changes; `draws` are the
+    bootstrap draws of the drop.
     """
 
     rank: int
@@ -83,8 +85,10 @@ class SilenceEffect:
     chance: float
     chance_high: float
     classes: list[tuple[Any, float]]
+    class_chance: float
     images: np.ndarray
     changed: float
+    draws: np.ndarray
 
 
 def group_statistics(activations: Any) -> GroupStatistics:
@@ -321,7 +325,12 @@ def silence_effects(
     before = scores(x) if scores else None
     rng = np.random.default_rng(random_state)
     weights = bootstrap_weights(len(x), resamples, random_state)
-    levels: dict[int, list[float]] = {0: [0.0]}
+    labels = np.unique(y)
+    levels: dict[int, list[tuple[float, float]]] = {0: [(0.0, 0.0)]}
+
+    def by_class(loss: np.ndarray) -> list[float]:
+        return [float(loss[y == label].mean()) for label in labels]
+
     effects = []
     for W_g in W:
         basis = row_space(W_g)
@@ -330,9 +339,10 @@ def silence_effects(
             subspaces = (
                 np.linalg.qr(rng.normal(size=(W.shape[2], rank)))[0].T for _ in range(draws)
             )
-            levels[rank] = [
-                float((right - (probe.predict(_without(x, s)) == y)).mean()) for s in subspaces
-            ] or [0.0]
+            losses = (right - (probe.predict(_without(x, s)) == y) for s in subspaces)
+            levels[rank] = [(float(loss.mean()), max(by_class(loss))) for loss in losses] or [
+                (0.0, 0.0)
+            ]
         silenced = _without(x, basis)
         now = probe.predict(silenced)
         loss = right - (now == y)
@@ -341,19 +351,20 @@ def silence_effects(
             change = np.linalg.norm(moved, axis=1)
         else:
             change = (now != predicted).astype(float)
-        labels = np.unique(y)
-        classes = [(label.item(), float(loss[y == label].mean())) for label in labels]
+        classes = [(k.item(), drop) for k, drop in zip(labels, by_class(loss), strict=True)]
+        draws_ = weights @ loss / len(x)
+        overall, largest = zip(*levels[rank], strict=True)
         effects.append(
             SilenceEffect(
                 rank,
-                from_draws(
-                    float(loss.mean()), weights @ loss / len(x), "" if rank else "a dead group"
-                ),
-                float(np.mean(levels[rank])),
-                max(levels[rank]),
+                from_draws(float(loss.mean()), draws_, "" if rank else "a dead group"),
+                float(np.mean(overall)),
+                max(overall),
                 sorted(classes, key=lambda c: -c[1]),
+                max(largest),
                 np.argsort(-change, kind="stable")[:images],
                 float((now != predicted).mean()),
+                draws_,
             )
         )
     return effects

@@ -161,14 +161,19 @@ def object_scores(
     """Return fg_ari, mbo and corloc of an assignment of patches, averaged over the images.
 
     true: masks [n, H, W]; labels: [n, N]. The interval resamples images. All three grow towards 1.
+    FG-ARI is averaged over images with two objects or more: of a single one it would say only that
+    it is whole, and everything in one group would be perfect.
     """
     predicted = upsample(labels, grid, true.shape[1:])
-    measures = {"fg_ari": fg_ari, "mbo": mean_best_overlap, "corloc": corloc}
+    several = np.array([len(np.unique(mask[mask > 0])) > 1 for mask in np.asarray(true)], bool)
+    values = {
+        "fg_ari": np.where(several, fg_ari(true, predicted), np.nan),
+        "mbo": mean_best_overlap(true, predicted),
+        "corloc": corloc(true, predicted),
+    }
     return {
-        name: mean_estimate(
-            measure(true, predicted), resamples=resamples, random_state=random_state
-        )
-        for name, measure in measures.items()
+        name: mean_estimate(value, resamples=resamples, random_state=random_state)
+        for name, value in values.items()
     }
 
 

@@ -15,7 +15,7 @@ import torch
 
 from sparsejepa.data.store import ImageSet
 from sparsejepa.explain.readout import Readout, Scale, read, read_train
-from sparsejepa.explain.subject import Subject
+from sparsejepa.explain.subject import PostHoc, Subject, fit_groups
 from sparsejepa.interop import Encoder, load, load_groups
 
 RUN, UNTRAINED, PCA, RANDOM = "this run", "untrained", "PCA", "random zeros"
@@ -25,8 +25,8 @@ FLOORS = (UNTRAINED, PCA, RANDOM, KMEANS, PLACES, SHUFFLED)
 CEILING = "ceiling"
 """The best that any grouping of whole patches can do; no model."""
 REFERENCES = (*FLOORS, ALL, CEILING)
-KEPT_IMAGES = 1_000
-"""Test images, at most, whose tokens are kept; of training images half as many."""
+KEPT_IMAGES, KEPT_BYTES = 1_000, 256 * 2**20
+"""Test images whose tokens are kept, and their memory, at most; of training images half as many."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Column:
     test: Readout
     raw: np.ndarray
     """[n, D]: pooled latents of the test images as the encoder gives them."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
     units: bool = True
     """Whether single latents are units of their own here: another W leaves them as they are."""
 
@@ -51,34 +53,42 @@ def build_columns(
     test: ImageSet,
     *,
     control: str | None = None,
+    posthoc: PostHoc | None = None,
     random_state: int = 0,
 ) -> dict[str, Column]:
     """Read both splits through the run, a control and the floors, in the order of the tables.
+
+    Where the run's groups were fitted, the untrained encoder gets fitted ones too. A control that
+    has no groups gets them by `posthoc`, none if that is None.
 
     Raises UserError if there is no such control.
     """
     encoder, W = subject.encoder, subject.W.numpy()
     G, P = W.shape[:2]
-    scale, mine = read_train(encoder, train, keep_tokens=KEPT_IMAGES // 2)
+    keep = _kept(encoder)
+    scale, mine = read_train(encoder, train, keep_tokens=keep // 2)
     axes = principal_axes(mine.z)
     pca, random = _runs_of(axes, G, P), random_zeros(W, random_state)
     # One pass for the three that share the encoder: their W are stacked.
     padded = np.pad(pca, ((0, 0), (0, P - pca.shape[1]), (0, 0)))
     stacked = torch.from_numpy(np.concatenate([W, random, padded])).float()
-    theirs = read(encoder, test, stacked, scale, keep_tokens=KEPT_IMAGES)
-    raw = _raw(theirs, scale)
+    theirs = read(encoder, test, stacked, scale, keep_tokens=keep)
+    raw, grid = _raw(theirs, scale), encoder.grid_size
 
     def own(i: int, W: np.ndarray) -> tuple[Readout, Readout]:
         return mine.under(W), theirs.part(slice(i * G, (i + 1) * G)).under(W)
 
-    columns = {RUN: Column(W, *own(0, W), raw)}
+    columns = {RUN: Column(W, *own(0, W), raw, grid)}
     if control is not None:
-        columns |= _control(control, encoder, train, test)
-    columns[UNTRAINED] = _other(encoder.untrained(random_state), W, train, test)
+        columns |= _control(control, encoder, train, test, posthoc, random_state)
+    fresh = encoder.untrained(random_state)
+    if subject.groups is None and posthoc is not None:
+        W = fit_groups(fresh, train, posthoc, random_state).W_
+    columns[UNTRAINED] = _other(fresh, W, train, test)
     # The units of PCA are the axes themselves.
     fitted, held_out = (replace(readout, z=readout.z @ axes.T) for readout in own(2, pca))
-    columns[PCA] = Column(pca, fitted, held_out, raw)
-    columns[RANDOM] = Column(random, *own(1, random), raw, units=False)
+    columns[PCA] = Column(pca, fitted, held_out, raw, grid)
+    columns[RANDOM] = Column(random, *own(1, random), raw, grid, units=False)
     return columns
 
 
@@ -100,30 +110,52 @@ def random_zeros(W: np.ndarray, random_state: int = 0) -> np.ndarray:
 
 
 def _runs_of(axes: np.ndarray, num_groups: int, group_dim: int) -> np.ndarray:
-    """Give group g the g-th run of principal axes: [G, P', D], P' = P unless G P exceeds D."""
+    """Give group g the g-th run of principal axes: [G, P', D], P' = P unless G P exceeds D.
+
+    With more groups than axes the last ones are zero.
+    """
     D = len(axes)
     width = max(1, min(group_dim, D // num_groups))
-    return axes[: num_groups * width].reshape(num_groups, width, D)
+    padded = np.pad(axes, ((0, max(0, num_groups - D)), (0, 0)))
+    return padded[: num_groups * width].reshape(num_groups, width, D)
 
 
-def _control(ref: str, like: Encoder, train: ImageSet, test: ImageSet) -> dict[str, Column]:
+def _control(
+    ref: str,
+    like: Encoder,
+    train: ImageSet,
+    test: ImageSet,
+    posthoc: PostHoc | None,
+    random_state: int,
+) -> dict[str, Column]:
     encoder = load(ref, like.device, like.precision)
     groups = None if ref.startswith("timm:") else load_groups(Path(ref), encoder.grid_size)
-    W = None if groups is None else groups.W.detach().numpy()
-    return {f"control {short_name(ref)}": _other(encoder, W, train, test)}
+    name, W = f"control {short_name(ref)}", None
+    if groups is not None:
+        W = groups.W.detach().cpu().numpy()
+    elif posthoc is not None:
+        if encoder.embed_dim % posthoc.num_groups:
+            posthoc = replace(posthoc, kind="concept")
+        name, W = f"{name} (fitted groups)", fit_groups(encoder, train, posthoc, random_state).W_
+    return {name: _other(encoder, W, train, test)}
 
 
 def _other(encoder: Encoder, W: np.ndarray | None, train: ImageSet, test: ImageSet) -> Column:
     """Read both splits through another encoder."""
     used = np.zeros((1, 1, encoder.embed_dim), np.float32) if W is None else W
     scale, mine = read_train(encoder, train)
-    theirs = read(encoder, test, torch.from_numpy(used), scale, keep_tokens=KEPT_IMAGES)
-    return Column(W, mine.under(used), theirs, _raw(theirs, scale))
+    theirs = read(encoder, test, torch.from_numpy(used), scale, keep_tokens=_kept(encoder))
+    return Column(W, mine.under(used), theirs, _raw(theirs, scale), encoder.grid_size)
 
 
 def short_name(ref: str) -> str:
     """Return what tables call an encoder: the last part of a path, a timm name without prefix."""
     return ref.removeprefix("timm:") if ref.startswith("timm:") else Path(ref).resolve().name
+
+
+def _kept(encoder: Encoder) -> int:
+    patches = encoder.grid_size[0] * encoder.grid_size[1]
+    return min(KEPT_IMAGES, max(50, KEPT_BYTES // (4 * patches * encoder.embed_dim)))
 
 
 def _raw(readout: Readout, scale: Scale) -> np.ndarray:

@@ -45,21 +45,21 @@ def compare_runs(
     x, y = (
         (s.activations if same_patches else s.activations.mean(1, keepdims=True)) for s in sides
     )
-    matched = match_groups(_flat(x), _flat(y))
-    strong = int((matched.correlations > matched.chance).sum())
+    matched = match_groups(_flat(x), _flat(y), block=x.shape[1])
     groups = {
         "groups": [len(a.norms), len(b.norms)],
         "matched pairs": len(matched.pairs),
-        "above chance": strong,
         "mean correlation": float(np.mean(matched.correlations)),
         "chance": matched.chance,
+        "chance, 95 % below": matched.chance_high,
     }
     clear = ", ".join(apart[:4]) + (f" and {len(apart) - 4} more" if len(apart) > 4 else "")
     verdict = (
         (f"The runs are clearly apart on {clear}. " if apart else
          "No measure sets the runs clearly apart. ")
-        + f"{strong} of {len(matched.pairs)} matched groups correlate more than chance "
-        f"({matched.chance:.2f}), {groups['mean correlation']:.2f} on average."
+        + f"Their {len(matched.pairs)} matched groups correlate {groups['mean correlation']:.2f} "
+        f"on average, with other images {matched.chance:.2f} (95 % below "
+        f"{matched.chance_high:.2f})."
     )  # fmt: skip
     out = out or first / f"compare-{second.resolve().name}.html"
     about = a.metrics["environment"]

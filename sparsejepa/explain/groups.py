@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import concepts
 from sparsejepa.evaluation.classifiers import LogisticProbe
-from sparsejepa.evaluation.estimate import Estimate
+from sparsejepa.evaluation.estimate import Estimate, from_draws
 from sparsejepa.evaluation.features import pixel_features
+from sparsejepa.evaluation.objects import patch_labels
 from sparsejepa.explain.columns import RANDOM, RUN, SHUFFLED, Column
 from sparsejepa.explain.readout import read, read_train
 from sparsejepa.explain.subject import Subject
@@ -28,7 +29,7 @@ SHOWN = 320
 """Images of the gallery, about: the more groups there are, the fewer each shows."""
 MATCHED_IMAGES, SCALED_IMAGES = 500, 1_000
 """Images over which groups of two seeds are matched, and those that give their units."""
-SIBLINGS = 4
+SIBLINGS, PERMUTED = 4, 5
 LATENTS, LABELS, NEIGHBOURS, CLASSES = 12, 5, 3, 6
 """What a view lists at most."""
 
@@ -57,10 +58,19 @@ class Gallery:
     rows: list[MeasureRow]
 
 
+def patch_maps(subject: Subject, column: Column) -> np.ndarray:
+    """Return the activations of test images that maps show, [n, N, G]; of regions [n, 1, G].
+
+    A region group reads the pooled latents and predicts a fixed cell: it has no map of patches.
+    """
+    if subject.kind == "region":
+        return column.test.pooled_activations[:, None]
+    return column.test.activations
+
+
 def gallery(
     subject: Subject,
     column: Column,
-    train: ImageSet,
     test: ImageSet,
     labels: Labels,
     *,
@@ -76,10 +86,12 @@ def gallery(
         names: a person's, by group.
     """
     G = len(subject.W)
-    activations = column.test.activations
+    activations = patch_maps(subject, column)
     statistics = concepts.group_statistics(activations)
-    scaled = activations / np.where(statistics.dead, 1, statistics.rms).astype(np.float16)
+    units = np.where(statistics.dead, 1, statistics.rms).astype(activations.dtype)
+    scaled = activations / units
     scaled[:, :, statistics.dead] = 0
+    regions = subject.kind == "region"
     means = scaled.mean(1, dtype=np.float32)  # [n, G]
     rng = np.random.default_rng(0)
     sample = rng.choice(len(scaled), min(len(scaled), 1_000), replace=False)
@@ -89,6 +101,9 @@ def gallery(
     pixels = pixel_features(test).x
     purity = concepts.monosemanticity(means, pixels - pixels.mean(0))
     associated = _associations(means, test, labels)
+    if test.masks is not None and not regions:
+        found = _objects(scaled[column.test.kept], test.masks[column.test.kept], column.grid)
+        associated = [[*mine, *more] for mine, more in zip(found, associated, strict=True)]
     silenced = _silence(subject, column, test, labels)
     cells = subject.cells()
     each = int(np.clip(SHOWN // (4 * G), 3, 8))
@@ -122,7 +137,9 @@ def gallery(
                 ],
                 top_patches=[
                     (i, int(scaled[n, :, g].argmax()), float(best[n]))
-                    for i, n in zip(store([] if dead else patches), patches, strict=False)
+                    for i, n in zip(
+                        store([] if dead or regions else patches), patches, strict=False
+                    )
                 ],
                 top_images=store([] if dead else whole),
                 retrieved=[] if dead else [(store([query])[0], store(found[0]))],
@@ -137,7 +154,8 @@ def gallery(
     order = np.array(list(store.order))
     rows = []
     if silenced is not None:
-        drops = [s.drop.value or 0.0 for s in silenced]
+        drops = np.mean([s.draws for s in silenced], axis=0)
+        drop = float(np.mean([s.drop.value or 0.0 for s in silenced]))
         target = next(iter(labels))
         rows.append(
             MeasureRow(
@@ -146,7 +164,7 @@ def gallery(
                 "reads is projected out, mean over groups; random: subspaces of equal rank",
                 "",
                 {
-                    RUN: Estimate(float(np.mean(drops))),
+                    RUN: from_draws(drop, drops),
                     RANDOM: Estimate(float(np.mean([s.chance for s in silenced]))),
                 },
             )
@@ -155,8 +173,9 @@ def gallery(
         rows.append(
             MeasureRow(
                 "Stability", "match with other seeds",
-                "mean correlation of the patches' activations of groups matched one to one with "
-                f"those of {', '.join(stability.runs)}; shuffled: other images, same places",
+                "mean correlation of activations with those of the groups of "
+                f"{', '.join(stability.runs)}, matched one to one (regions by their cell); "
+                "shuffled: other images, same places",
                 "",
                 {
                     RUN: Estimate(float(stability.correlations.mean())),
@@ -188,9 +207,12 @@ def sibling_stability(subject: Subject, train: ImageSet, test: ImageSet) -> Stab
     wanted = subject.config.replace(seed=0, device="cpu", threads=None).flat()
     fit, part = train.subset(SCALED_IMAGES), test.subset(MATCHED_IMAGES)
 
+    regions = subject.kind == "region"
+
     def points(encoder: Encoder, W: Tensor) -> np.ndarray:
-        activations = read(encoder, part, W, read_train(encoder, fit)[0]).activations
-        return activations.reshape(-1, activations.shape[2]).astype(np.float32)
+        readout = read(encoder, part, W, read_train(encoder, fit)[0])
+        activations = readout.pooled_activations if regions else readout.activations
+        return activations.reshape(-1, activations.shape[-1]).astype(np.float32)
 
     own = points(encoder, subject.W)
     found = []
@@ -210,6 +232,10 @@ def sibling_stability(subject: Subject, train: ImageSet, test: ImageSet) -> Stab
         theirs = points(other, groups.W.detach())
         patches = len(own) // len(part)
         matched = concepts.match_groups(own, theirs, block=patches, permutations=20)
+        if regions:  # a cell is the same cell under every seed: nothing is to be matched
+            G = np.arange(len(subject.W))
+            own_pairs = {"pairs": np.stack([G, G], 1), "correlations": matched.matrix.diagonal()}
+            matched = replace(matched, **own_pairs, chance=0.0)
         found.append((folder.name, matched))
     if not found:
         return None
@@ -245,13 +271,41 @@ def _associations(
     return [sorted(m, key=lambda a: (a[3] - a[2]) / max(a[3] - 0.5, 1e-9))[:LABELS] for m in result]
 
 
+def _objects(
+    scaled: np.ndarray, masks: np.ndarray, grid: tuple[int, int]
+) -> list[list[tuple[str, str, float, float]]]:
+    """Return whether each group goes with patches of objects or of the background, as AUC.
+
+    Chance is the largest over groups when the masks of other images are put in the place of an
+    image's own: what knowing the usual places of objects is worth.
+    """
+    owner = (patch_labels(masks, grid) > 0).astype(np.int64)
+    points = scaled.reshape(-1, scaled.shape[2]).astype(np.float32)
+    names = ("background", "object")
+    rng = np.random.default_rng(0)
+
+    def auc(owner: np.ndarray) -> list[dict[str, float]]:
+        found = concepts.associations(points, owner.ravel(), names, permutations=0, top=None)
+        return [{a.name: a.value for a in listed} for listed in found]
+
+    others = [auc(rng.permutation(owner)) for _ in range(PERMUTED)]
+    chance = max((v for draw in others for group in draw for v in group.values()), default=0.5)
+    return [
+        [("patch of", name, value, chance) for name, value in group.items() if value > chance]
+        for group in auc(owner)
+    ]
+
+
 def _silence(
     subject: Subject, column: Column, test: ImageSet, labels: Labels
 ) -> list[concepts.SilenceEffect] | None:
     if not labels:
         return None
     train_labels, test_labels = next(iter(labels.values()))
-    probe = LogisticProbe().fit(column.train.z, train_labels)
+    try:
+        probe = LogisticProbe().fit(column.train.z, train_labels)
+    except UserError:  # too few images of some class to choose the penalty on
+        return None
     return concepts.silence_effects(probe, column.test.z, test_labels, subject.W.numpy())
 
 
@@ -262,7 +316,12 @@ def _told(
     return {
         "drop": effect.drop,
         "chance": effect.chance,
-        "classes": [(names[int(k)], drop) for k, drop in effect.classes[:CLASSES] if drop > 0],
+        # The worst of many classes is bad by chance: random directions say how bad.
+        "classes": [
+            (names[int(k)], drop)
+            for k, drop in effect.classes[:CLASSES]
+            if drop > effect.class_chance
+        ],
         "images": store(effect.images[:4]),
     }
 

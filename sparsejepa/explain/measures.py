@@ -21,6 +21,7 @@ from sparsejepa.explain.columns import (
     RANDOM,
     RUN,
     SHUFFLED,
+    UNTRAINED,
     Column,
     Columns,
     principal_axes,
@@ -66,6 +67,21 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         },
     )  # fmt: skip
 
+    shares = {
+        name: variance_shares(column.test.tokens)
+        for name, column in columns.items()
+        if column.units and name != PCA
+    }
+    for i, (name, about) in enumerate(
+        {
+            "token variance between images": "what all patches of an image have in common; where "
+            "this is large, groups of patches tell images apart rather than objects",
+            "token variance between places": "what patches at one place have in common",
+        }.items()
+    ):
+        values = {column: Estimate(share[i]) for column, share in shares.items()}
+        yield MeasureRow(section, name, f"share of the tokens' variance: {about}", "", values)
+
     def each(measure: Callable[[Column], Estimate], wanted: Callable[[Column], bool]) -> Values:
         return {name: measure(c) for name, c in columns.items() if wanted(c)}
 
@@ -86,22 +102,22 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         ),
     )  # fmt: skip
 
-    def overlap(column: Column) -> Estimate:
-        assert column.W is not None
-        covariance = np.cov(column.test.z, rowvar=False)
-        return Estimate(information.overlap_information(column.W, covariance))
-
     yield MeasureRow(
         section, "overlap of W",
-        "closed form: multi-information of the groups W^(g) z + 0.1 noise for Gaussian z with the "
-        "latents' covariance; 0 for independent latents in disjoint groups",
-        "nats", each(overlap, lambda c: c.W is not None),
+        "closed form: multi-information of the groups W^(g) z + 0.1 noise for independent latents "
+        "z ~ N(0, I), so what the overlap of W alone creates; 0 for disjoint groups",
+        "nats",
+        each(
+            lambda c: Estimate(information.overlap_information(c.W)),
+            lambda c: c.W is not None and c is not columns.get(UNTRAINED),
+        ),
     )  # fmt: skip
     if quick:
         return
 
     def few(column: Column) -> np.ndarray:
-        z = column.test.z[:2000]
+        z = column.test.z
+        z = z[np.arange(min(2000, len(z))) * len(z) // min(2000, len(z))]
         return z @ principal_axes(z)[:5].T
 
     yield MeasureRow(
@@ -121,6 +137,16 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         "nats",
         each(lambda c: information.density_ratio_total_correlation(c.test.z), lambda c: c.units),
     )  # fmt: skip
+
+
+def variance_shares(tokens: np.ndarray) -> tuple[float, float]:
+    """Return the shares of the variance of tokens [m, N, D] between images and between places.
+
+    Variances of the means over an image's patches, and over a place's images, summed over D and
+    divided by the whole variance; 0 for constant tokens.
+    """
+    whole = float(tokens.var((0, 1)).sum()) or 1.0
+    return float(tokens.mean(1).var(0).sum()) / whole, float(tokens.mean(0).var(0).sum()) / whole
 
 
 DISENTANGLEMENT = {
@@ -168,11 +194,10 @@ def disentanglement_rows(
 def factor_rows(
     columns: Columns,
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    images: ImageSet,
     *,
     random_state: int = 0,
 ) -> Iterator[MeasureRow]:
-    """What single groups know of each factor (train and test labels), and how alike their images.
+    """What single groups know of each factor, given its labels of training and test images.
 
     The group is chosen on training images, so that the choice does not flatter the test images.
     """
@@ -193,6 +218,10 @@ def factor_rows(
             "nats",
             values,
         )
+
+
+def purity_rows(columns: Columns, images: ImageSet) -> Iterator[MeasureRow]:
+    """How alike the test images are that excite the same group; needs no labels."""
     pixels = pixel_features(images).x
     pixels = pixels - pixels.mean(0)
 
@@ -206,7 +235,7 @@ def factor_rows(
         if column.W is not None
     }
     yield MeasureRow(
-        section,
+        "Groups and images",
         "monosemanticity",
         "mean cosine of the centred pixels of images that excite one group (Pach et al. 2025), "
         "mean over groups; higher is purer. Shuffled: a group that is always on",
@@ -228,31 +257,33 @@ def _best_group(column: Column, train: np.ndarray, test: np.ndarray) -> Estimate
 def object_rows(
     columns: Columns,
     masks: np.ndarray,
-    grid: tuple[int, int],
     *,
-    fitting_tokens: np.ndarray,
+    regions: bool = False,
     random_state: int = 0,
 ) -> Iterator[MeasureRow]:
-    """Groups of patches against object masks [m, H, W] of the m test images with kept tokens.
+    """Groups of patches against object masks [n, H, W] of all test images.
 
-    Args:
-        fitting_tokens: [k, N, D] of training images, for k-means with G clusters.
+    `regions`: the run's groups are cells of the image, so W gives no map of patches and its columns
+    stay empty; what is left are the tokens' own clusters and the information of pairs.
     """
     run = columns[RUN]
     assert run.W is not None
-    n, G = len(masks), len(run.W)
+    masks, grid, G = masks[run.test.kept], run.grid, len(run.W)
+    n, fitting_tokens = len(masks), run.train.tokens
     groupings = {
-        name: objects.assign_patches(column.test.activations[column.test.kept].astype(np.float32))
+        name: objects.assign_patches(column.test.activations[run.test.kept].astype(np.float32))
         for name, column in columns.items()
-        if column.W is not None
+        if column.W is not None and not regions
     }
     groupings[KMEANS] = objects.kmeans_patches(
         fitting_tokens.reshape(-1, fitting_tokens.shape[2]), run.test.tokens, G, random_state
     )
     groupings[PLACES] = objects.position_blocks(grid, n, G, random_state)
-    groupings[SHUFFLED] = objects.permuted_patches(groupings[RUN], random_state)
+    if not regions:
+        groupings[SHUFFLED] = objects.permuted_patches(groupings[RUN], random_state)
     scores = {
-        name: objects.object_scores(masks, labels, grid) for name, labels in groupings.items()
+        name: objects.object_scores(masks, labels, columns[name].grid if name in columns else grid)
+        for name, labels in groupings.items()
     }
     owner = objects.patch_labels(masks, grid)
     # Object pixels alone count for FG-ARI, so there the best cut gives no patch to the background.
@@ -279,6 +310,7 @@ def object_rows(
     pairs = {
         name: pair_statistics(run.test.tokens, owner, labels, grid, random_state=random_state)
         for name, labels in groupings.items()
+        if labels.shape == owner.shape  # a control may have other patches
     }
     mechanism = {
         "information_within": (
@@ -287,6 +319,9 @@ def object_rows(
         "information_across": (
             "I(patch; patch), two objects", "nats", "of pairs across objects, at the same distances"
         ),
+        "information_gap": (
+            "I(patch; patch), gap", "nats", "one object less two; above 0: the paper's premise"
+        ),
         "shared_within": (
             "same group, one object", "", "share of pairs within an object that are in one group"
         ),
@@ -294,11 +329,16 @@ def object_rows(
             "same group, two objects", "",
             "share of pairs across objects that are in one group, at the same distances",
         ),
+        "shared_gap": (
+            "same group, gap", "",
+            "one object less two objects; above 0: patches of one object come to share groups",
+        ),
     }  # fmt: skip
     for key, (name, unit, text) in mechanism.items():
         # The tokens' information is the same for every grouping.
-        shown = [RUN] if key.startswith("information") else groupings
-        values = {column: pairs[column][key] for column in shown}
+        values = {column: found[key] for column, found in pairs.items()}
+        if key.startswith("information"):
+            values = {RUN: next(iter(values.values()))}
         yield MeasureRow(section, name, text, unit, values)
 
 

@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from sparsejepa import __version__
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.environment import environment, resolve_device
+from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import target
 from sparsejepa.explain import measures
 from sparsejepa.explain.columns import REFERENCES, RUN, build_columns, short_name
-from sparsejepa.explain.groups import gallery, sibling_stability
+from sparsejepa.explain.groups import gallery, patch_maps, sibling_stability
 from sparsejepa.explain.prediction import masked_r2
 from sparsejepa.explain.subject import (
     NAMES,
@@ -47,6 +48,11 @@ REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safet
 PREDICTED_IMAGES = 1_000
 MATCHED_IMAGES = 500
 """Test images whose activations are kept, for matching the groups of two runs."""
+
+
+LEAST_IMAGES = 16
+
+Targets = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,20 @@ def run_explain(
     """
     ref, options = str(ref), options or Options()
     device = resolve_device(options.device)
-    out = out or run_folder(ref)
+    home = run_folder(ref)
+    out = out or home
     clock = _Clock(say)
     with clock("images"):
         train, test = (_images(data, split, options) for split in ("train", "test"))
-        targets = _targets(train, test, options)
+        targets, left_out = _targets(train, test, options)
+    for images, flag in ((train, "--limit"), (test, "--test-limit")):
+        if len(images) < LEAST_IMAGES:
+            raise UserError(
+                f"{data}: {len(images)} {images.split} images are too few to measure anything; use "
+                f"at least {LEAST_IMAGES} ({flag})"
+            )
+    if out != home or out.is_dir() or ref.startswith("timm:"):  # else there is no such run
+        _check_folder(out)
     with clock("encoder and groups"):
         subject = open_subject(
             ref,
@@ -110,10 +125,17 @@ def run_explain(
         )
     if names:
         write_names(out, dict(names), len(subject.W))
-    given = read_names(out, len(subject.W))
+    given = {g: n for f in (home, out) for g, n in read_names(f, len(subject.W)).items()}
     with clock("reading images"):
+        # A control without groups gets fitted ones, as many as the run has.
+        fit = replace(options.posthoc, num_groups=len(subject.W))
         columns = build_columns(
-            subject, train, test, control=options.control, random_state=options.seed
+            subject,
+            train,
+            test,
+            control=options.control,
+            posthoc=None if options.quick and subject.groups is not None else fit,
+            random_state=options.seed,
         )
     rows = [*measures.structure_rows(columns)]
     with clock("information"):
@@ -124,25 +146,30 @@ def run_explain(
             overall, cells = masked_r2(subject, test.subset(PREDICTED_IMAGES))
             rows += measures.prediction_rows(overall, cells, {})
     rows += measures.prediction_rows(None, [], subject.fitted)
-    usable = {k: (a, b) for k, (a, b) in targets.items() if len(np.unique(a)) > 1}
-    if usable:
+    if targets:
         with clock("disentanglement"):
-            stacked = (np.stack([pair[i] for pair in usable.values()], 1) for i in (0, 1))
+            factors, nested = _independent(targets)
+            left_out += nested
+            stacked = (np.stack([pair[i] for pair in factors.values()], 1) for i in (0, 1))
             rows += measures.disentanglement_rows(columns, *stacked, quick=options.quick)
         with clock("groups and factors"):
-            rows += measures.factor_rows(columns, usable, test, random_state=options.seed)
+            rows += measures.factor_rows(columns, targets, random_state=options.seed)
+    rows += measures.purity_rows(columns, test)
     if test.masks is not None:
         with clock("objects"):
             rows += measures.object_rows(
-                columns, test.masks[columns[RUN].test.kept], subject.encoder.grid_size,
-                fitting_tokens=columns[RUN].train.tokens, random_state=options.seed,
-            )  # fmt: skip
+                columns,
+                test.masks,
+                regions=subject.kind == "region",
+                random_state=options.seed,
+            )
     with clock("groups"):
         run = columns[RUN]
         stability = None if options.quick else sibling_stability(subject, train, test)
-        shown = gallery(subject, run, train, test, usable, names=given, stability=stability)
+        shown = gallery(subject, run, test, targets, names=given, stability=stability)
         rows += shown.rows
-    found = verdict(subject, rows)
+    found = verdict(subject, rows, left_out)
+    maps = patch_maps(subject, columns[RUN])
     about = environment()
     command = command or shlex.join(["sparsejepa", "explain", ref, "--data", data])
     out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +194,7 @@ def run_explain(
     save_tensors(
         out / ACTIVATIONS,
         {
-            "activations": torch.from_numpy(columns[RUN].test.activations[_few(test)]),
+            "activations": torch.from_numpy(maps[_few(test)]),
             "block_norms": torch.from_numpy(subject.norms),
         },
         {"fingerprint": test.fingerprint, "data": data},
@@ -228,19 +255,57 @@ def _images(data: str, split: str, options: Options) -> ImageSet:
     return images.subset(options.limit if split == "train" else options.test_limit, options.seed)
 
 
-def _targets(
-    train: ImageSet, test: ImageSet, options: Options
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the labels (train [n], test [n']) of the targets that both splits have."""
+def _targets(train: ImageSet, test: ImageSet, options: Options) -> tuple[Targets, list[str]]:
+    """Return the labels (train [n], test [n']) by target, and why others are left out."""
+    shared = tuple(name for name in train.targets if name in test.targets)
+    found: Targets = {}
+    left_out = []
+    for name in options.targets or shared:
+        both = [target(images.targets, name, images.name).values for images in (train, test)]
+        levels = [len(np.unique(values)) for values in both]
+        if min(levels) < 2:
+            left_out.append(f"'{name}' has one value only here, so nothing is measured on it.")
+        elif max(levels) > min(map(len, both)) / 2:
+            left_out.append(
+                f"'{name}' has {max(levels):,} values for {min(map(len, both)):,} images, too many "
+                "to measure anything on; use more images or a coarser label."
+            )
+        else:
+            found[name] = both[0], both[1]
+    return found, left_out
 
-    names = (
-        options.targets or options.factors or tuple(k for k in train.targets if k in test.targets)
-    )
-    return {
-        name: (target(train.targets, name, train.name).values,
-               target(test.targets, name, test.name).values)
-        for name in names
-    }  # fmt: skip
+
+def _independent(targets: Targets) -> tuple[Targets, list[str]]:
+    """Leave out factors that follow from an earlier one: no code could tell them apart."""
+    kept: Targets = {}
+    left_out = []
+    for name, (train, test) in targets.items():
+        finer = next((k for k, (other, _) in kept.items() if _follows(train, other)), None)
+        if finer is None:
+            kept[name] = train, test
+        else:
+            left_out.append(
+                f"'{name}' follows from '{finer}' and is left out of disentanglement, which is for "
+                "factors that vary on their own."
+            )
+    return kept, left_out
+
+
+def _follows(coarse: np.ndarray, fine: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([coarse, fine]), axis=1)
+    return pairs.shape[1] == len(np.unique(fine))
+
+
+def _check_folder(out: Path) -> None:
+    """Raise UserError before the work, not after it, if nothing can be written to `out`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / f".{METRICS}", "")
+        (out / f".{METRICS}").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot write a report there ({error.strerror}); set --out"
+        ) from None
 
 
 def _few(test: ImageSet) -> np.ndarray:

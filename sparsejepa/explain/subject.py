@@ -27,8 +27,10 @@ from sparsejepa.model.groups import GroupMap, Kind
 from sparsejepa.training.loop import read_config
 
 NAMES = "groups.json"
-TOKEN_BYTES = 256 * 2**20
-"""Memory, at most, of the tokens that groups are fitted on."""
+FITTED_IMAGES, TOKEN_BYTES = 2_000, 256 * 2**20
+"""Training images that groups are fitted on and the memory of their tokens, at most."""
+MAX_GROUPS = 254
+"""What the page can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -95,31 +97,12 @@ def open_subject(
     groups = load_groups(run_dir, encoder.grid_size) if run_dir else None
     if groups is not None:
         return Subject(ref, encoder, groups.W.detach().clone(), groups, config, groups.kind)
-    if not 1 <= posthoc.num_groups <= encoder.embed_dim:
-        raise UserError(
-            f"--num-groups {posthoc.num_groups}: {ref} has {encoder.embed_dim} latents; take 1 to "
-            f"{encoder.embed_dim}"
-        )
-    if posthoc.kind == "feature" and encoder.embed_dim % posthoc.num_groups:
-        raise UserError(
-            f"--num-groups {posthoc.num_groups} does not divide the {encoder.embed_dim} latents of "
-            f"{ref}; take another number, or --groups concept"
-        )
-    patches = encoder.grid_size[0] * encoder.grid_size[1]
-    most = max(256, TOKEN_BYTES // (4 * patches * encoder.embed_dim))
-
-    def tokens(images: ImageSet, limit: int) -> Tensor:
-        part = images.subset(min(limit, most))
-        return torch.cat([x.cpu() for x in token_batches(encoder, part)])
-
-    settings: dict[str, Any] = {
-        **vars(posthoc), "grid_size": encoder.grid_size, "random_state": random_state
-    }  # fmt: skip
-    fitting = tokens(train, 2_000)
-    estimator = PostHocGroups(**settings).fit(fitting)
+    estimator = fit_groups(encoder, train, posthoc, random_state)
     scores: dict[str, Estimate] = {}
     if test is not None:
-        found = estimator.random_pattern_scores(fitting, tokens(test, 1_000))
+        found = estimator.random_pattern_scores(
+            _tokens(encoder, train, FITTED_IMAGES), _tokens(encoder, test, FITTED_IMAGES // 2)
+        )
         fits = found["random"]
         scores = {
             "learned": Estimate(found["learned"]),
@@ -130,6 +113,37 @@ def open_subject(
         }
     W = torch.as_tensor(estimator.W_).float()
     return Subject(ref, encoder, W, None, config, posthoc.kind, scores)
+
+
+def fit_groups(
+    encoder: Encoder, train: ImageSet, posthoc: PostHoc, random_state: int = 0
+) -> PostHocGroups:
+    """Fit groups to an encoder's tokens of training images.
+
+    Raises UserError if the encoder has fewer latents than groups are asked for.
+    """
+    ref, most = encoder.name, min(encoder.embed_dim, MAX_GROUPS)
+    if not 1 <= posthoc.num_groups <= most:
+        raise UserError(
+            f"--num-groups {posthoc.num_groups}: {ref} has {encoder.embed_dim} latents; take 1 to "
+            f"{most}"
+        )
+    if posthoc.kind == "feature" and encoder.embed_dim % posthoc.num_groups:
+        raise UserError(
+            f"--num-groups {posthoc.num_groups} does not divide the {encoder.embed_dim} latents of "
+            f"{ref}; take another number, or --groups concept"
+        )
+    settings: dict[str, Any] = {
+        **vars(posthoc), "grid_size": encoder.grid_size, "random_state": random_state
+    }  # fmt: skip
+    return PostHocGroups(**settings).fit(_tokens(encoder, train, FITTED_IMAGES))
+
+
+def _tokens(encoder: Encoder, images: ImageSet, limit: int) -> Tensor:
+    patches = encoder.grid_size[0] * encoder.grid_size[1]
+    most = max(256, TOKEN_BYTES // (4 * patches * encoder.embed_dim))
+    part = images.subset(min(limit, most))
+    return torch.cat([x.cpu() for x in token_batches(encoder, part)])
 
 
 def run_folder(ref: str) -> Path:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.explain.columns import ALL, FLOORS, RANDOM, RUN
 from sparsejepa.explain.groups import SILENCED
@@ -22,7 +20,7 @@ class Verdict:
     remarks: tuple[str, ...]
 
 
-def verdict(subject: Subject, rows: Sequence[MeasureRow]) -> Verdict:
+def verdict(subject: Subject, rows: Sequence[MeasureRow], left_out: Sequence[str] = ()) -> Verdict:
     """Say what the groups are worth against their floors.
 
     The first sentence is about W: how sparse it is and whether its groups know the factors better
@@ -37,15 +35,14 @@ def verdict(subject: Subject, rows: Sequence[MeasureRow]) -> Verdict:
         f"({nonzero.sum(0).mean():.1f} of {len(nonzero)} groups per latent)"
     )
     section = "Disentanglement, groups as units"
-    for name in ("DCI: disentanglement", "MIG"):
-        values = found.get((section, name))
-        if values and values[RUN].value is not None:
-            first += f", and as units of code its groups {against_floors(f'have a {name}', values)}"
-            break
+    # MIG, as its interval is over images; DCI's is over the trees of one fit.
+    values = found.get((section, "MIG"))
+    if values and values[RUN].value is not None:
+        first += f", and as units of code its groups {against_floors('have a MIG', values)}"
     else:
         first += "; without labels nothing is known of what the groups stand for"
-    second = _second(named)
-    remarks = []
+    second = _second(subject, named)
+    remarks = [*left_out]
     if subject.groups is None:
         remarks.append(
             "The groups were fitted to the frozen encoder by masked prediction; the encoder was "
@@ -66,16 +63,20 @@ def verdict(subject: Subject, rows: Sequence[MeasureRow]) -> Verdict:
     if dead:
         remarks.append(f"{dead} of {len(nonzero)} groups are dead: no latent feeds them.")
     remarks.append(
-        "Intervals resample test images and say nothing of other seeds. A difference between "
-        "columns is called clear where the 95 % intervals do not meet."
+        "Intervals resample images (those of DCI's disentanglement and completeness the trees of "
+        "its forest) and say nothing of other seeds. A difference between columns is called clear "
+        "where the 95 % intervals do not meet."
     )
     return Verdict(f"{first}. {second}", tuple(remarks))
 
 
-def _second(named: Mapping[str, Mapping[str, Estimate]]) -> str:
-    ari = named.get("FG-ARI")
-    if ari and ari[RUN].value is not None:
-        text = against_floors("As segments of objects they reach an FG-ARI", ari)
+def _second(subject: Subject, named: Mapping[str, Mapping[str, Estimate]]) -> str:
+    ari = named.get("FG-ARI", {}) if subject.kind != "region" else {}
+    if not ari.get(RUN) or ari[RUN].value is None:
+        ari = named.get("mBO", {}) if subject.kind != "region" else {}
+    if ari.get(RUN) and ari[RUN].value is not None:
+        measure = "FG-ARI" if ari is named.get("FG-ARI") else "mBO"
+        text = against_floors(f"As segments of objects they reach an {measure}", ari)
     else:
         r2 = named.get("R² of hidden patches") or named.get("held-out R² of fitted groups") or {}
         run = r2.get(RUN)
@@ -109,9 +110,9 @@ def against_floors(what: str, values: Mapping[str, Estimate]) -> str:
     floors = {k: e for k, e in values.items() if k in FLOORS and k != ALL and e.value is not None}
     if not floors:
         return f"{what} of {_number(run.value)}"
-    name = max(floors, key=lambda k: floors[k].value or -np.inf)
+    name = max(floors, key=lambda k: floors[k].value)  # type: ignore[arg-type, return-value]
     best = floors[name]
-    if _above(run, best):
+    if all(_above(run, floor) for floor in floors.values()):
         how = "clearly above every floor"
     elif _above(best, run):
         how = "clearly below the best floor"

@@ -38,16 +38,19 @@ def test_every_measure_stands_beside_its_floors(explained: dict[str, Any]) -> No
     assert sections == {
         "Sparsity of W", "Information", "Masked prediction", "Disentanglement, latents as units",
         "Disentanglement, groups as units", "Groups and factors", "Groups and objects", "Stability",
+        "Groups and images",
     }  # fmt: skip
     latents = rows["Disentanglement, latents as units", "MIG"]
-    assert list(latents) == [RUN, "control dense", UNTRAINED, PCA]
+    control = "control dense (fitted groups)"
+    assert list(latents) == [RUN, control, UNTRAINED, PCA]
     groups = rows["Disentanglement, groups as units", "DCI: disentanglement"]
-    assert list(groups) == [RUN, UNTRAINED, PCA, RANDOM]  # a dense control has no groups
+    assert list(groups) == [RUN, control, UNTRAINED, PCA, RANDOM]
     objects = rows["Groups and objects", "mBO"]
-    assert {RUN, UNTRAINED, PCA, RANDOM, "k-means", PLACES, SHUFFLED, CEILING} == set(objects)
+    floors = {UNTRAINED, PCA, RANDOM, "k-means", PLACES, SHUFFLED, CEILING}
+    assert set(objects) == {RUN, control, *floors}
     assert objects[CEILING]["value"] > objects[RUN]["value"]
     assert objects[RUN]["low"] < objects[RUN]["value"] < objects[RUN]["high"]
-    assert set(rows["Sparsity of W", "density"]) == {RUN}
+    assert set(rows["Sparsity of W", "density"]) == {RUN, control}
     assert SHUFFLED in rows["Groups and factors", "I(group; count)"]
 
 
@@ -120,7 +123,7 @@ def test_images_without_labels_or_masks_are_enough(
         runs["concept"], str(tmp_path / "plain"), options=Options(quick=True), out=tmp_path / "out"
     )
     sections = {section for section, _ in rows_of(found)}
-    assert sections == {"Sparsity of W", "Information", "Masked prediction"}
+    assert sections == {"Sparsity of W", "Information", "Masked prediction", "Groups and images"}
     assert "without labels" in found["verdict"]
 
 
@@ -134,7 +137,7 @@ def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
         ["compare", str(runs["concept"]), str(copy), "--out", str(tmp_path / "a.html")]
     )
     assert status == 0
-    assert "6 of 6 matched groups" in capsys.readouterr().out
+    assert "Their 6 matched groups correlate 1.00" in capsys.readouterr().out
     page = (tmp_path / "a.html").read_text()
     assert "2 wheels &lt;script&gt;" in page and "No measure sets the runs clearly apart" in page
     run_explain(runs["concept-s1"], str(folder), options=Options(quick=True))
@@ -203,4 +206,4 @@ def test_a_dead_encoder_is_refused(runs: dict[str, Path], folder: Path, tmp_path
         run_explain(
             tmp_path / "dead", str(folder), options=Options(quick=True), out=tmp_path / "out"
         )
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / METRICS).exists()
