@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_type_hints
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     standard output went away.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    # A warning is a line for the user, not a place in this code.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         _run(words)
         sys.stdout.flush()

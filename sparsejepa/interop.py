@@ -157,17 +157,20 @@ class Encoder:
             digest.update(data.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    # Not inference_mode: its tensors can never enter autograd, and maps are trained on tokens.
-    @torch.no_grad()
-    def _run(self, images: Tensor, forward: Any) -> list[Tensor]:
-        device = self.device
-        images = images.to(device)
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return uint8 images [B, H, W, 3] as the model sees them: resized and normalised."""
+        images = images.to(self.device)
         if tuple(images.shape[1:3]) != self.img_size:
             # The whole image, not a crop of it: a count must still be the count of what is seen.
             planes = images.permute(0, 3, 1, 2).float()
             planes = F.interpolate(planes, self.img_size, mode="bilinear", antialias=True)
             images = planes.permute(0, 2, 3, 1)
-        pixels = normalize(images, self.mean, self.std)
+        return normalize(images, self.mean, self.std)
+
+    # Not inference_mode: its tensors can never enter autograd, and maps are trained on tokens.
+    @torch.no_grad()
+    def _run(self, images: Tensor, forward: Any) -> list[Tensor]:
+        device, pixels = self.device, self.pixels(images)
         bf16 = self.precision == "bf16" and has_bf16(str(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             outputs = forward(pixels)

@@ -94,7 +94,7 @@ def category_names(values: Iterable[Any]) -> tuple[str, ...]:
     Empty if the column is no target: values are missing, there are more than `MAX_CATEGORIES`
     distinct ones, or none repeats (then they are names of images, not labels).
     """
-    texts = ["" if value is None else str(value) for value in values]
+    texts = ["" if value is None or str(value).lower() == "nan" else str(value) for value in values]
     distinct = sorted(set(texts))
     if "" in distinct or len(distinct) > MAX_CATEGORIES or len(distinct) == len(texts):
         return ()

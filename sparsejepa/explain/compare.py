@@ -11,7 +11,7 @@ import tomli_w
 
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.concepts import match_groups
-from sparsejepa.explain.columns import REFERENCES, RUN, short_name
+from sparsejepa.explain.columns import REFERENCES, RUN, SHUFFLED, short_name
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, without_none
 from sparsejepa.explain.subject import read_names
 from sparsejepa.files import load_tensors, read_json
@@ -61,7 +61,8 @@ def compare_runs(
         f"on average, with other images {matched.chance:.2f} (95 % below "
         f"{matched.chance_high:.2f})."
     )  # fmt: skip
-    out = out or first / f"compare-{second.resolve().name}.html"
+    name = f"compare-{second.resolve().name}.html"
+    out = first / name if out is None else out / name if out.is_dir() else out
     about = a.metrics["environment"]
     write_page(
         out,
@@ -133,6 +134,10 @@ def _measures(
                 values[floor] = row["values"][floor]
         rows.append({**row, "values": values})
         p, q = pair
+        chance = row["values"].get(SHUFFLED, {}).get("high")
+        floor = 0.0 if row["name"].startswith("R²") else chance
+        if floor is not None and max(e["value"] or 0.0 for e in pair) <= floor:
+            continue  # two values at chance: which is higher says nothing
         if None not in (p["low"], q["low"]) and (p["low"] > q["high"] or q["low"] > p["high"]):
             higher = names[0] if p["low"] > q["high"] else names[1]
             apart.append(f"{row['name']} (higher in {higher})")

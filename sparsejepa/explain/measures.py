@@ -214,7 +214,8 @@ def factor_rows(
             section,
             f"I(group; {factor})",
             "mutual information of the factor and the activation of the group that knows most of "
-            "it on training images; higher is better",
+            "it on training images; higher is better. On few images all columns are too high: read "
+            "it against the shuffled",
             "nats",
             values,
         )

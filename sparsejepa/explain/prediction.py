@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsejepa.data.augment import normalize
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
 from sparsejepa.explain.subject import Subject
@@ -39,7 +38,7 @@ def masked_r2(
 
     targets, errors = [], []
     for step, index in enumerate(torch.arange(len(images)).split(batch_size)):
-        pixels = normalize(source.take(index), encoder.mean, encoder.std)
+        pixels = encoder.pixels(source.take(index))
         masks = sampler.sample(len(index), seed=0, step=step, device=device)
         hidden = torch.ones(len(index), N, device=device).scatter_(1, masks.context, 0)
         query = hidden.argsort(dim=1, descending=True, stable=True)

@@ -304,7 +304,7 @@ def _check_folder(out: Path) -> None:
         (out / f".{METRICS}").unlink()
     except OSError as error:
         raise UserError(
-            f"{out}: cannot write a report there ({error.strerror}); set --out"
+            f"{out}: cannot write a report there ({error.strerror}); name another folder with --out"
         ) from None
 
 

@@ -90,11 +90,14 @@ def _second(subject: Subject, named: Mapping[str, Mapping[str, Estimate]]) -> st
         else:
             text = "There are no object masks and no prediction to judge the groups of patches by"
     silence = named.get(SILENCED, {})
-    if value := _percent(silence.get(RUN), 1):
-        text += (
-            f"; to silence one costs the probe {value} points on average, random directions of "
-            f"equal rank {_percent(silence.get(RANDOM), 1)}"
-        )
+    cost, chance = silence.get(RUN), silence.get(RANDOM)
+    if cost is not None and chance is not None and cost.value is not None:
+        text += "; to silence one costs the probe "
+        if _above(cost, chance):
+            text += f"{_percent(cost, 1)} points on average, random directions of equal rank "
+            text += _percent(chance, 1)
+        else:
+            text += "not clearly more than random directions of equal rank"
     return f"{text}."
 
 

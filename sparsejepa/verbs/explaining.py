@@ -38,9 +38,10 @@ class Explain(Verb):
     control: str | None = None
     """Another run to set beside this one, such as its dense or lam=0 twin."""
     quick: FlagCreatePairsOff[bool] = False
-    """Leave out the slow measures: DCI, Kraskov and density-ratio estimates, random patterns."""
+    """Leave out what is slow: DCI, Kraskov and density-ratio estimates, scores of random patterns,
+    a fit for a control without groups, other seeds."""
     name: tuple[str, ...] = ()
-    """Names for groups, such as 3=wheels 7="dark edges"; kept in groups.json."""
+    """Names for groups, such as 3=wheels 7="dark edges", kept in groups.json; 3= takes one away."""
     limit: int = 10_000
     """Training images, at most."""
     test_limit: int = 5_000
@@ -76,6 +77,8 @@ def explain(args: Explain, console: Console) -> dict[str, Any]:
         raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
     if not args.data:
         raise UserError(f"--data is needed: {DATA}")
+    if not 0 < args.density <= 1:
+        raise UserError(f"--density {args.density:g}: must be above 0 and at most 1")
     names = _names(args.name)
     from sparsejepa.explain.run import METRICS, REPORT, Options, run_explain
     from sparsejepa.explain.subject import PostHoc, run_folder
@@ -104,10 +107,10 @@ def explain(args: Explain, console: Console) -> dict[str, Any]:
         command=shlex.join(["sparsejepa", *sys.argv[1:]]),
         say=lambda text: console.print(text, highlight=False, markup=False),
     )
+    show_measures(console, found["measures"])
     console.print(found["verdict"], highlight=False, markup=False)
     for remark in found["remarks"]:
         console.print(f"- {remark}", highlight=False, markup=False)
-    show_measures(console, found["measures"])
     console.print(f"The page: {out / REPORT}; the numbers: {out / METRICS}", highlight=False)
     return found
 
