@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(entries: Sequence[Entry], args: argparse.Namespace) -> int:
     """Run the entries in order until the budget ends."""
     over, console = threading.Event(), Console(highlight=False)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A script's background job ignores interrupts, and the budget's end is one.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop() -> None:
         over.set()
