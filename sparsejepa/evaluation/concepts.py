@@ -14,20 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from sparsejepa.evaluation.estimate import (
-    Estimate,
-    bootstrap_weights,
-    from_draws,
-    undefined,
-)
-from sparsejepa.evaluation.information import gaussian_mutual_information, normal_scores
+from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
 
 BLOCK = 2**22
 """Numbers worked on at once: bounds memory."""
 DEAD = 1e-6
 """A group whose rms is below this share of the largest is dead."""
-FOLDS = 20
-"""Parts of the images that the jackknife of `pair_statistics` leaves out in turn."""
 
 
 @dataclass(frozen=True)
@@ -368,145 +360,6 @@ def silence_effects(
             )
         )
     return effects
-
-
-def pair_statistics(
-    tokens: Any,
-    objects: Any,
-    groups: Any,
-    grid: tuple[int, int],
-    *,
-    components: int = 8,
-    reach: int = 2,
-    least: int = 200,
-    most: int = 20_000,
-    random_state: int = 0,
-) -> dict[str, Estimate]:
-    """Compare pairs of patches within one object with pairs across objects at equal distance.
-
-    The mechanism that SparseJEPA claims (Hartman and Varshney 2025, section 3): patches of one
-    object share information, and so come to share a group. Near patches share more anyway, so pairs
-    are compared offset by offset (rows and columns apart, up to `reach`), and both kinds get the
-    same weights over offsets: the smaller of the two numbers of pairs.
-
-    Args:
-        tokens: [n, N, D]. The mean token of each patch is taken out, so that place alone is no
-            information, and `components` principal axes are kept.
-        objects: int [n, N], the object of each patch, 0 for background.
-        groups: int [n, N], the group of each patch.
-        grid: rows and columns of patches.
-        least: pairs of each kind that an offset needs to count.
-        most: pairs of each kind and offset whose information is measured, a random choice.
-
-    Returns:
-        Estimates by name, `within` one object, `across` objects and their `gap`:
-        information_within, information_across, information_gap: Gaussian-copula mutual information
-        of the two tokens, nats. shared_within, shared_across, shared_gap: probability that the
-        pair is in one group; shared_chance: the same for the patches of the pairs within, had each
-        its group from another image. Intervals: a jackknife over 20 parts of the images, as
-        images drawn twice would be information that is not there. All are undefined where no
-        offset has enough pairs of both kinds.
-    """
-    tokens, objects, groups = np.asarray(tokens), np.asarray(objects), np.asarray(groups)
-    shape = tokens.shape[:2]
-    if tokens.ndim != 3 or objects.shape != shape or groups.shape != shape:
-        raise ValueError(
-            f"tokens [n, N, D] {tokens.shape}, objects {objects.shape} and groups {groups.shape} "
-            "do not fit"
-        )
-    if math.prod(grid) != shape[1]:
-        raise ValueError(f"{shape[1]} patches are no grid of {grid[0]}x{grid[1]}")
-    names = [
-        f"{what}_{kind}" for what in ("information", "shared") for kind in ("within", "across")
-    ]
-    names += ["information_gap", "shared_gap", "shared_chance"]
-    axes = _principal(tokens, components)
-    rng = np.random.default_rng(random_state)
-    folds = rng.permutation(np.arange(shape[0]) % FOLDS)
-    _, groups = np.unique(groups, return_inverse=True)
-    groups = groups.reshape(shape)
-    usage = np.stack([(groups == g).mean(0) for g in range(groups.max() + 1)], 1)  # [N, G]
-
-    found, weights = [], []
-    for first, second in _offsets(grid, reach):
-        seen = (objects[:, first] > 0) & (objects[:, second] > 0)
-        same = objects[:, first] == objects[:, second]
-        kinds = [np.nonzero(seen & same), np.nonzero(seen & ~same)]
-        if min(len(image) for image, _ in kinds) < least:
-            continue
-        columns = []
-        for image, k in kinds:
-            a, b = first[k], second[k]
-            columns.append(_over_folds((groups[image, a] == groups[image, b]), folds[image]))
-            some = rng.permutation(len(image))[:most]
-            x, y = axes[image[some], a[some]], axes[image[some], b[some]]
-            columns.append(_information_over_folds(x, y, folds[image[some]]))
-        (image, k), _ = kinds
-        chance = (usage[first[k]] * usage[second[k]]).sum(1)
-        columns.append(_over_folds(chance, folds[image]))
-        found.append(columns)
-        weights.append(min(len(image) for image, _ in kinds))
-    if not found:
-        return dict.fromkeys(names, undefined(f"no offset has {least} pairs of both kinds"))
-    shared_w, information_w, shared_a, information_a, chance = np.average(
-        np.array(found), axis=0, weights=weights
-    )
-    values = [information_w, information_a, shared_w, shared_a]
-    values += [information_w - information_a, shared_w - shared_a, chance]
-    return {name: _jackknife(v) for name, v in zip(names, values, strict=True)}
-
-
-def _offsets(grid: tuple[int, int], reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the two patches [k] of all pairs at one offset, each unordered pair once."""
-    patches = np.arange(math.prod(grid)).reshape(grid)
-    for down in range(min(reach, grid[0] - 1) + 1):
-        for right in range(-reach if down else 1, reach + 1):
-            if abs(right) >= grid[1]:
-                continue
-            left, cut = max(0, -right), max(0, right)
-            first = patches[: grid[0] - down, left : grid[1] - cut]
-            second = patches[down:, cut : grid[1] - left]
-            yield first.ravel(), second.ravel()
-
-
-def _principal(tokens: np.ndarray, components: int) -> np.ndarray:
-    """Return tokens [n, N, D] less each patch's mean on their first principal axes [n, N, c]."""
-    centred = tokens.astype(np.float32) - tokens.mean(0, dtype=np.float64).astype(np.float32)
-    flat = centred.reshape(-1, tokens.shape[2])
-    _, axes = np.linalg.eigh((flat.T @ flat).astype(np.float64))
-    return (flat @ axes[:, ::-1][:, :components]).reshape(*tokens.shape[:2], -1)
-
-
-def _over_folds(values: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Return the mean of values [k], then the means without each fold, [1 + FOLDS]."""
-    total = np.bincount(folds, values, FOLDS)
-    count = np.bincount(folds, minlength=FOLDS)
-    left = np.maximum(count.sum() - count, 1)
-    return np.concatenate([[values.mean()], (total.sum() - total) / left])
-
-
-def _information_over_folds(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Return I(x; y) of x, y [k, c], then without each fold (ranks kept); NaN where undefined."""
-    x, y = normal_scores(x), normal_scores(y)
-
-    def value(kept: np.ndarray) -> float:
-        found = gaussian_mutual_information(x[kept], y[kept], copula=False, resamples=0).value
-        return math.nan if found is None else found
-
-    return np.array([value(folds != f) for f in range(-1, FOLDS)])
-
-
-def _jackknife(values: np.ndarray) -> Estimate:
-    """Return values[0] with the interval that the values without each fold give."""
-    if not np.isfinite(values[0]):
-        return undefined("too few pairs for the information of these tokens")
-    left = values[1:]
-    error = math.sqrt((FOLDS - 1) / FOLDS * np.square(left - left.mean()).sum())
-    if not math.isfinite(error):
-        return Estimate(float(values[0]), note="no interval: too few images")
-    return Estimate(
-        float(values[0]), float(values[0] - 1.96 * error), float(values[0] + 1.96 * error)
-    )
 
 
 def _without(x: np.ndarray, basis: np.ndarray) -> np.ndarray:

@@ -8,9 +8,10 @@ import numpy as np
 
 from sparsejepa.data.store import ImageSet
 from sparsejepa.evaluation import disentangle, information, objects, sparsity
-from sparsejepa.evaluation.concepts import monosemanticity, pair_statistics
+from sparsejepa.evaluation.concepts import monosemanticity
 from sparsejepa.evaluation.estimate import Estimate, undefined
 from sparsejepa.evaluation.features import pixel_features
+from sparsejepa.evaluation.pairs import pair_information, pair_sharing
 from sparsejepa.explain.columns import (
     ALL,
     CEILING,
@@ -308,39 +309,28 @@ def object_rows(
     for key, (name, text) in about.items():
         values = {column: found[key] for column, found in scores.items()}
         yield MeasureRow(section, name, f"{text}; higher is better", "", values)
+    found = pair_information(run.test.tokens, owner, grid, random_state=random_state)
+    about = {
+        "within": ("one object", "of the tokens of pairs within an object"),
+        "across": ("two objects", "of pairs across objects, at the same distances"),
+        "gap": ("gap", "one object less two; above 0: the paper's premise"),
+    }
+    for key, (name, text) in about.items():
+        name, text = f"I(patch; patch), {name}", f"mutual information {text}"
+        yield MeasureRow(section, name, text, "nats", {RUN: found[key]})
     pairs = {
-        name: pair_statistics(run.test.tokens, owner, labels, grid, random_state=random_state)
+        name: pair_sharing(owner, labels, grid, random_state=random_state)
         for name, labels in groupings.items()
         if labels.shape == owner.shape  # a control may have other patches
     }
-    mechanism = {
-        "information_within": (
-            "I(patch; patch), one object", "nats", "information of the tokens of pairs within one"
-        ),
-        "information_across": (
-            "I(patch; patch), two objects", "nats", "of pairs across objects, at the same distances"
-        ),
-        "information_gap": (
-            "I(patch; patch), gap", "nats", "one object less two; above 0: the paper's premise"
-        ),
-        "shared_within": (
-            "same group, one object", "", "share of pairs within an object that are in one group"
-        ),
-        "shared_across": (
-            "same group, two objects", "",
-            "share of pairs across objects that are in one group, at the same distances",
-        ),
-        "shared_gap": (
-            "same group, gap", "",
-            "one object less two objects; above 0: patches of one object come to share groups",
-        ),
-    }  # fmt: skip
-    for key, (name, unit, text) in mechanism.items():
-        # The tokens' information is the same for every grouping.
-        values = {column: found[key] for column, found in pairs.items()}
-        if key.startswith("information"):
-            values = {RUN: next(iter(values.values()))}
-        yield MeasureRow(section, name, text, unit, values)
+    about = {
+        "within": ("one object", "share of pairs within an object that are in one group"),
+        "across": ("two objects", "share of pairs across objects that are, at the same distances"),
+        "gap": ("gap", "one object less two; above 0: patches of one object come to share groups"),
+    }
+    for key, (name, text) in about.items():
+        values = {column: shared[key] for column, shared in pairs.items()}
+        yield MeasureRow(section, f"same group, {name}", text, "", values)
 
 
 def prediction_rows(
