@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,163 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsejepa.data.scenes import COLOURS, Scenes
 from sparsejepa.evaluation.estimate import Estimate, undefined
 from sparsejepa.report.explain import (
     ExplainPage,
-    GroupView,
     MeasureRow,
     curve_pictures,
     palette,
     sort_map,
     write_explain_page,
 )
-from sparsejepa.report.figures import group_map_figure
-from sparsejepa.report.page import Picture
 
 HOSTILE = '</title></script><script>alert(1)</script>" onload="x & {{ 7 * 7 }} <!--'
-GRID, SIDE = (8, 8), 64
-COLUMNS = ("lam=0.03", "dense", "untrained", "PCA", "k-means")
-
-
-def make_activations(images: np.ndarray, groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Return activations [m, N, G] of groups that each answer to a colour; the last is dead."""
-    m = len(images)
-    patches = images.reshape(m, GRID[0], SIDE // GRID[0], GRID[1], SIDE // GRID[1], 3)
-    mean = patches.mean((2, 4)).reshape(m, -1, 3)
-    wanted = np.vstack([list(COLOURS.values()), rng.uniform(30, 220, (groups, 3))])[:groups]
-    distance = np.linalg.norm(mean[:, :, None] - wanted, axis=3)
-    values = np.exp(-((distance / 70) ** 2)) + 0.08 * rng.random(distance.shape)
-    values /= np.sqrt((values**2).mean((0, 1)))
-    values[..., -1] = 0
-    return values
-
-
-def make_view(g: int, activations: np.ndarray, norms: np.ndarray, names: list[str]) -> GroupView:
-    a = activations[..., g]
-    order = np.argsort(-norms[g])
-    strongest = np.argsort(-a.max(1))
-    latents = [(int(j), float(norms[g, j])) for j in order[:8] if norms[g, j] > 0]
-    view = GroupView(
-        index=g,
-        name=("red things", "", "wheels")[g] if g < 3 else "",
-        dead=not a.any(),
-        duplicate_of=3 if g == 4 else None,
-        on=float((a > 1).mean()),
-        latents=latents,
-        num_latents=int((norms[g] > 0).sum()),
-        labels=[],
-        neighbours=[],
-        top_patches=[],
-        top_images=[],
-        retrieved=[],
-        silence=None,
-        cell=(),
-        monosemanticity=None,
-        matched=None,
-    )
-    if view.dead:
-        return view
-    images = strongest.tolist()
-    return replace(
-        view,
-        labels=[
-            ("colour", names[g % 8], 0.91, 0.56),
-            ("shape", "star", 0.62, 0.55),
-            ("count", "three", 0.5, 0.55),
-        ],
-        neighbours=[((g + 1) % 15, 0.41), ((g + 5) % 15, 0.2)],
-        top_patches=[(i, int(a[i].argmax()), float(a[i].max())) for i in images[:12]],
-        top_images=a.mean(1).argsort()[::-1][:6].tolist(),
-        retrieved=[(images[k], images[k + 1 : k + 6]) for k in (0, 7)],
-        silence={
-            "drop": Estimate(0.031, 0.02, 0.044),
-            "chance": 0.004,
-            "classes": [("red", 0.12), ("orange", 0.04)],
-            "images": images[:6],
-        },
-        monosemanticity=0.2 + 0.02 * g,
-        matched=0.8,
-    )
-
-
-def make_measures() -> list[MeasureRow]:
-    rng = np.random.default_rng(1)
-
-    def row(
-        section: str, name: str, unit: str, about: str, top: float, skip: str = ""
-    ) -> MeasureRow:
-        values = {}
-        for k, column in enumerate(COLUMNS):
-            value = top * (1 - 0.17 * k + 0.05 * rng.random())
-            values[column] = Estimate(value, value - 0.06 * top, value + 0.05 * top)
-        if skip:
-            values[skip] = undefined("k-means has no latents, so there is nothing to disentangle")
-        values["PCA"] = Estimate(values["PCA"].value, note="no interval: fitted once")
-        return MeasureRow(section, name, about, unit, values)
-
-    return [
-        row("Multi-information", "total correlation of latents", "nats",
-            "Gaussian copula, exact bias subtracted (METHOD 7); down is better", 31.2, "k-means"),
-        row("Multi-information", "total correlation of groups", "nats",
-            "between the groups' pooled vectors; down is better", 4.1, "k-means"),
-        row("Multi-information", "RankMe", "dimensions",
-            "effective rank (Garrido et al. 2023)", 84),
-        row("Disentanglement", "MIG, groups", "",
-            "Chen et al. 2018; up is better", 0.11, "k-means"),
-        row("Disentanglement", "DCI disentanglement, groups", "",
-            "Eastwood and Williams 2018, random forest; up is better", 0.34, "k-means"),
-        row("Disentanglement", "explicitness", "AUC", "Ridgeway and Mozer 2018", 0.87, "k-means"),
-        row("Objects", "FG-ARI", "", "foreground pixels only; up is better", 0.42),
-        row("Objects", "mBO", "", "mean best overlap (Pont-Tuset et al. 2017); up is better", 0.37),
-        MeasureRow("Objects", "group lift against chance", "",
-                   "below zero: worse than chance", {"lam=0.03": Estimate(-0.02, -0.05, 0.01)}),
-    ]  # fmt: skip
-
-
-def make_rows(steps: int = 40) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for i, x in enumerate(np.linspace(0, 1, steps).tolist()):
-        falling = {"loss": 0.5 - 0.2 * x, "prediction": 0.4 - 0.2 * x, "penalty": 170 - 140 * x}
-        w = {"density": 1 - 0.89 * x**0.5, "groups_per_latent": 16 - 14.2 * x**0.5}
-        rows.append({"step": 30 * i, **falling, **w, "balance": 0.0, "lam": 0.03 * x})
-        if i % 5 == 4:
-            rows.append({"step": 30 * i, "rankme": 40 + 45 * x**0.5, "knn": 0.1 + 0.1 * x})
-    return [*rows, {"step": 1170, "alarm": "one group: nearly all latents feed a single group"}]
-
-
-def make_page(groups: int = 16, latents: int = 192, count: int = 60) -> ExplainPage:
-    rng = np.random.default_rng(0)
-    scenes = Scenes(0).render(np.arange(count), SIDE)
-    activations = make_activations(scenes.images, groups, rng)
-    norms = rng.random((groups, latents)) * (rng.random((groups, latents)) < 0.05)
-    norms[rng.integers(0, groups - 1, latents), np.arange(latents)] += 1
-    norms[-1] = 0
-    norms /= np.maximum(np.linalg.norm(norms, axis=0), 1e-9)
-    names = list(COLOURS)
-    return ExplainPage(
-        title="What lam=0.03-s0 learned on scenes",
-        subtitle="tiny encoder, 64 x 64 pixels, 16 concept groups, 1,200 steps",
-        verdict="Groups follow colour: 9 of 15 go with one colour beyond chance. They do not "
-        "follow objects better than k-means on the same tokens (FG-ARI 0.42 against 0.41).",
-        remarks=["One group is dead.", "Intervals: 95 %, bootstrap over 2,000 test images."],
-        columns=COLUMNS,
-        measures=make_measures(),
-        block_norms=norms,
-        images=scenes.images,
-        image_labels=[f"scene {i}, {n} objects" for i, n in enumerate(scenes.count)],
-        activations=activations,
-        grid=GRID,
-        explorer=list(range(36)),
-        groups=[make_view(g, activations, norms, names) for g in range(groups)],
-        curves=make_rows(),
-        pictures=[Picture("map", group_map_figure(norms), "A figure.", "A heat map.")],
-        command="sparsejepa explain runs/lam=0.03-s0 --data scenes",
-        environment={"sparsejepa": "0.1", "commit": "75a3fbb"},
-        settings="[groups]\nkind = 'concept'\n",
-        names_file="runs/lam=0.03-s0/groups.json",
-        floors=("untrained", "PCA", "k-means"),
-    )
 
 
 class Reader(HTMLParser):
@@ -209,16 +59,6 @@ def write(tmp_path: Path, page: ExplainPage) -> tuple[Reader, dict[str, Any]]:
 
 def unpack(text: str, kind: str = "u1") -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), kind)
-
-
-@pytest.fixture(scope="module")
-def page() -> ExplainPage:
-    return make_page()
-
-
-@pytest.fixture(scope="module")
-def path(page: ExplainPage, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_explain_page(tmp_path_factory.mktemp("page") / "report.html", page)
 
 
 def test_the_page_asks_nothing_of_the_network(path: Path) -> None:
@@ -405,174 +245,10 @@ def test_the_map_is_sorted_into_blocks() -> None:
     assert abs(partner - sharing[0]) == 1
 
 
-def test_curves_are_small_multiples_of_what_was_logged() -> None:
-    pictures = {p.name: p for p in curve_pictures(make_rows())}
+def test_curves_are_small_multiples_of_what_was_logged(page: ExplainPage) -> None:
+    pictures = {p.name: p for p in curve_pictures(page.curves)}
     assert "balance" not in pictures and {"loss", "knn", "rankme", "density"} <= set(pictures)
     assert pictures["loss"].alt.startswith("loss: 0.5 at step 0, 0.3 at step 1170")
     line = pictures["knn"].figure.axes[0].lines[0]
     assert len(np.asarray(line.get_xydata())) == 8
     assert curve_pictures([]) == []
-
-
-# ---- in a browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Return Chromium: the system's or playwright's own. Continuous integration must have one."""
-    required = os.environ.get("CI") or os.environ.get("CI_BROWSER") == "1"
-    if required:
-        from playwright import sync_api
-    else:
-        sync_api = pytest.importorskip("playwright.sync_api")
-    system = shutil.which("chromium") or shutil.which("chromium-browser")
-    with sync_api.sync_playwright() as playwright:
-        if not (system or Path(playwright.chromium.executable_path).exists()):
-            reason = "no Chromium: python -m playwright install chromium"
-            if required:
-                pytest.fail(reason)
-            pytest.skip(reason)
-        browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def opened(browser: Any, path: Path, width: int = 1440, scheme: str = "light") -> Iterator[Any]:
-    """Open the page; afterwards fail on any error, console message or outside request."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
-    )
-    tab = context.new_page()
-    problems: list[str] = []
-    tab.on("console", lambda m: problems.append(f"{m.type}: {m.text}"))
-    tab.on("pageerror", lambda error: problems.append(str(error)))
-    local = ("file:", "data:", "blob:")
-    tab.on("request", lambda r: r.url.startswith(local) or problems.append(r.url))
-    tab.goto(path.as_uri())
-    tab.wait_for_function("document.querySelector('#stage').width > 100")
-    yield tab
-    context.close()
-    assert problems == []
-
-
-def pixels(tab: Any, selector: str) -> str:
-    """Return the pixels of a canvas, after what was asked for has been drawn."""
-    tab.wait_for_timeout(150)
-    return tab.locator(selector).first.evaluate("canvas => canvas.toDataURL()")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1440])
-def test_it_fits_every_screen(browser: Any, path: Path, width: int, scheme: str) -> None:
-    with opened(browser, path, width, scheme) as tab:
-        tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
-        tab.wait_for_timeout(300)
-        assert tab.evaluate("document.documentElement.scrollWidth") == width
-        beyond = """[...document.querySelectorAll('main *')].filter((e) =>
-            e.getBoundingClientRect().right > innerWidth + 1 &&
-            !e.closest('nav, .map-scroll, pre, .hidden, svg, .tip')).map((e) => e.outerHTML)"""
-        assert tab.evaluate(beyond) == []
-        empty = """[...document.querySelectorAll('.group canvas')].filter((c) =>
-            !c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean)).length"""
-        assert tab.evaluate(empty) == 0
-        dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 28)"
-        assert dark == (scheme == "dark")
-
-
-def test_pointing_at_a_group_lights_it_up_in_all_images(browser: Any, path: Path) -> None:
-    with opened(browser, path) as tab:
-        stage, other = "#stage", ".thumbs button:nth-child(5) canvas"
-        before = pixels(tab, stage), pixels(tab, other)
-        tab.hover("#chips [data-group='3']")
-        after = pixels(tab, stage), pixels(tab, other)
-        assert before[0] != after[0] and before[1] != after[1]
-        tab.mouse.move(5, 5)
-        assert (pixels(tab, stage), pixels(tab, other)) == before
-        tab.click("#chips [data-group='3']")
-        tab.mouse.move(5, 5)
-        tab.locator("#chips [data-group='3']").blur()
-        assert (pixels(tab, stage), pixels(tab, other)) == after
-        tab.wait_for_selector("#chips [data-group='3'][aria-pressed=true]")
-        tab.check("input[value=heat]")
-        assert pixels(tab, stage) != after[0]
-        tab.keyboard.press("Escape")
-        tab.check("input[value=owner]")
-        assert pixels(tab, stage) == before[0]
-        tab.locator("#strength").fill("0")
-        assert pixels(tab, stage) != before[0]
-
-
-def test_images_and_patches_by_keyboard(browser: Any, path: Path, page: ExplainPage) -> None:
-    with opened(browser, path) as tab:
-        tab.locator(".thumbs button").first.focus()
-        tab.keyboard.press("ArrowRight")
-        chosen = ".thumbs [aria-selected=true]"
-        assert tab.get_attribute(chosen, "data-place") == "1"
-        assert page.image_labels[1] in tab.inner_text("#image-text")
-        tab.keyboard.press("ArrowDown")
-        tab.keyboard.press("ArrowUp")
-        tab.keyboard.press("End")
-        assert tab.get_attribute(chosen, "data-place") == "35"
-        tab.keyboard.press("ArrowRight")
-        assert tab.get_attribute(chosen, "data-place") == "35"
-        tab.click(".thumbs button:nth-child(4)")
-        assert tab.get_attribute(chosen, "data-place") == "3"
-        tab.focus("#stage")
-        for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft", "ArrowRight"):
-            tab.keyboard.press(key)
-        owner = int(page.activations[3, 17].argmax())
-        text = tab.inner_text("#stage-readout")
-        assert text.startswith("Row 3, column 2: ") and f"group {owner} " in text
-        tab.keyboard.press("Enter")
-        tab.wait_for_selector(f"#chips [data-group='{owner}'][aria-pressed=true]")
-        counted = tab.inner_text(f"#chips [data-group='{owner}'] small")
-        assert int(counted) == (page.activations[3].argmax(1) == owner).sum()
-
-
-def test_the_map_reads_its_values(browser: Any, path: Path, page: ExplainPage) -> None:
-    rows, columns = sort_map(page.block_norms)
-    with opened(browser, path) as tab:
-        tab.hover("#w", position={"x": 2, "y": 5})
-        value = page.block_norms[rows[0], columns[0]]
-        name = page.groups[rows[0]].name
-        group = f"group {rows[0]} ({name})" if name else f"group {rows[0]}"
-        assert tab.inner_text("#w-readout").startswith(
-            f"Latent {columns[0]}, {group}: {value:.3f}."
-        )
-        tab.focus("#w")
-        for _ in range(15):
-            tab.keyboard.press("ArrowDown")
-        assert f"group {rows[15]}: exactly zero" in tab.inner_text("#w-readout")
-
-
-def test_a_name_is_shown_everywhere_and_downloaded(browser: Any, path: Path) -> None:
-    with opened(browser, path, 400) as tab:
-        tab.fill("[data-rename='3']", ' <b>"green"</b> ')
-        assert tab.inner_text("#chips [data-group='3'] [data-name]") == '<b>"green"</b>'
-        tab.fill("[data-rename='0']", "")
-        with tab.expect_download() as download:
-            tab.click("#download")
-        assert download.value.suggested_filename == "groups.json"
-        names = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-        assert names == {"names": {"2": "wheels", "3": '<b>"green"</b>'}}
-
-
-def test_a_card_shows_its_group_in_the_images(browser: Any, path: Path) -> None:
-    with opened(browser, path) as tab:
-        tab.click("[data-show='9']")
-        tab.wait_for_selector("#chips [data-group='9'][aria-pressed=true]")
-        box = tab.locator("#explorer").bounding_box()
-        assert 0 <= box["y"] < 300
-
-
-def test_a_reason_appears_on_focus(browser: Any, path: Path) -> None:
-    with opened(browser, path, 400) as tab:
-        note = tab.locator(".note", has_text="not defined: k-means").first
-        tip = note.locator("xpath=following-sibling::*[1]")
-        assert not tip.is_visible()
-        note.focus()
-        assert tip.is_visible() and "no latents" in tip.inner_text()
-        box = tip.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
