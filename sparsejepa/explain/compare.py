@@ -17,6 +17,7 @@ from sparsejepa.explain.subject import read_names
 from sparsejepa.files import load_tensors, read_json
 from sparsejepa.report.figures import group_map_figure, matching_figure
 from sparsejepa.report.page import Page, Picture, Table, write_page
+from sparsejepa.report.terminal import estimate_text
 
 
 def compare_runs(
@@ -144,21 +145,15 @@ def _measures(
     return rows, apart
 
 
-def _text(estimate: dict[str, Any] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3g}"
-    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
-
-
 def _tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
     tables = []
     for section in dict.fromkeys(row["section"] for row in rows):
         part = [row for row in rows if row["section"] == section]
         used = {name for row in part for name in row["values"]}
         columns = [name for name in (*names, *REFERENCES) if name in used]
-        cells = [[row["name"], *(_text(row["values"].get(c)) for c in columns)] for row in part]
+        cells = [
+            [row["name"], *(estimate_text(row["values"].get(c)) for c in columns)] for row in part
+        ]
         tables.append(
             Table(section, ["measure", *columns], cells, "Floors are those of the first run.")
         )

@@ -17,7 +17,7 @@ from sparsejepa.evaluation.estimate import Estimate, from_draws
 from sparsejepa.evaluation.features import pixel_features
 from sparsejepa.evaluation.objects import patch_labels
 from sparsejepa.explain.columns import RANDOM, RUN, SHUFFLED, Column
-from sparsejepa.explain.readout import read, read_train
+from sparsejepa.explain.readout import evenly, read, read_train
 from sparsejepa.explain.subject import Subject
 from sparsejepa.interop import Encoder, load, load_groups
 from sparsejepa.report.explain import GroupView, MeasureRow
@@ -108,7 +108,7 @@ def gallery(
     cells = subject.cells()
     each = int(np.clip(SHOWN // (4 * G), 3, 8))
     store = _Store()
-    explorer = store(np.arange(min(EXPLORED, len(test))) * len(test) // min(EXPLORED, len(test)))
+    explorer = store(evenly(len(test), EXPLORED))
     views = []
     for g in range(G):
         norms = subject.norms[g]

@@ -27,6 +27,7 @@ from sparsejepa.explain.columns import (
     Columns,
     principal_axes,
 )
+from sparsejepa.explain.readout import evenly
 from sparsejepa.report.explain import MeasureRow
 
 Values = dict[str, Estimate]
@@ -118,7 +119,7 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
 
     def few(column: Column) -> np.ndarray:
         z = column.test.z
-        z = z[np.arange(min(2000, len(z))) * len(z) // min(2000, len(z))]
+        z = z[evenly(len(z), 2_000)]
         return z @ principal_axes(z)[:5].T
 
     yield MeasureRow(

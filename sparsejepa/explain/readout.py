@@ -88,7 +88,7 @@ def read_train(
     n, N, D = len(images), encoder.grid_size[0] * encoder.grid_size[1], encoder.embed_dim
     total = torch.zeros(2, D, dtype=torch.float64)
     pooled = torch.empty(n, D)
-    kept, kept_tokens = _places(n, keep_tokens), np.empty((min(keep_tokens, n), N, D), np.float32)
+    kept, kept_tokens = evenly(n, keep_tokens), np.empty((min(keep_tokens, n), N, D), np.float32)
     start = 0
     for tokens in token_batches(encoder, images):
         stop = start + len(tokens)
@@ -126,7 +126,7 @@ def read(
     moments = [x.to(encoder.device) for x in vars(scale).values()]
     z = np.empty((n, D), np.float32)
     activations = np.empty((n, N, G), np.float16)
-    kept, kept_tokens = _places(n, keep_tokens), np.empty((min(keep_tokens, n), N, D), np.float32)
+    kept, kept_tokens = evenly(n, keep_tokens), np.empty((min(keep_tokens, n), N, D), np.float32)
     start = 0
     for tokens in token_batches(encoder, images):
         stop = start + len(tokens)
@@ -140,8 +140,8 @@ def read(
     return Readout(z, np.empty((n, 0, 0)), activations, kept, kept_tokens).under(W.cpu().numpy())
 
 
-def _places(n: int, count: int) -> np.ndarray:
-    """Return which of n images keep their tokens, spread evenly."""
+def evenly(n: int, count: int) -> np.ndarray:
+    """Return at most `count` of n images, spread evenly, as data are often sorted by class."""
     count = min(count, n)
     return np.arange(count) * n // max(count, 1)
 

@@ -24,8 +24,9 @@ from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import target
 from sparsejepa.explain import measures
 from sparsejepa.explain.columns import REFERENCES, RUN, build_columns, short_name
-from sparsejepa.explain.groups import gallery, patch_maps, sibling_stability
+from sparsejepa.explain.groups import MATCHED_IMAGES, gallery, patch_maps, sibling_stability
 from sparsejepa.explain.prediction import masked_r2
+from sparsejepa.explain.readout import evenly
 from sparsejepa.explain.subject import (
     NAMES,
     PostHoc,
@@ -46,10 +47,6 @@ from sparsejepa.sweep import RESULTS
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"
 PREDICTED_IMAGES = 1_000
-MATCHED_IMAGES = 500
-"""Test images whose activations are kept, for matching the groups of two runs."""
-
-
 LEAST_IMAGES = 16
 
 Targets = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -194,7 +191,7 @@ def run_explain(
     save_tensors(
         out / ACTIVATIONS,
         {
-            "activations": torch.from_numpy(maps[_few(test)]),
+            "activations": torch.from_numpy(maps[evenly(len(test), MATCHED_IMAGES)]),
             "block_norms": torch.from_numpy(subject.norms),
         },
         {"fingerprint": test.fingerprint, "data": data},
@@ -306,12 +303,6 @@ def _check_folder(out: Path) -> None:
         raise UserError(
             f"{out}: cannot write a report there ({error.strerror}); name another folder with --out"
         ) from None
-
-
-def _few(test: ImageSet) -> np.ndarray:
-    """Return which test images' activations are kept, spread evenly over all."""
-    count = min(MATCHED_IMAGES, len(test))
-    return np.arange(count) * len(test) // count
 
 
 def _order(rows: Sequence[MeasureRow], columns: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,15 @@ def percent(share: float | None, interval: tuple[float, float] | None = None) ->
     return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else text
 
 
+def estimate_text(estimate: Mapping[str, Any] | None) -> str:
+    """Return an estimate of metrics.json as "0.31 [0.29, 0.33]", or "–" where it is not defined."""
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3g}"
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+
+
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from sparsejepa.errors import UserError
-from sparsejepa.report.terminal import show_facts, show_rows
+from sparsejepa.report.terminal import estimate_text, show_facts, show_rows
 from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size, split_names
 
 if TYPE_CHECKING:
@@ -140,16 +140,6 @@ def show_measures(console: Console, measures: list[dict[str, Any]]) -> None:
                 for row in rows
             ],
         )
-
-
-def estimate_text(estimate: dict[str, Any] | None) -> str:
-    """Return "0.31 [0.29, 0.33]", or "-" for what is not defined."""
-    if estimate is None or estimate["value"] is None:
-        return "-"
-    text = f"{estimate['value']:.3g}"
-    if estimate["low"] is None:
-        return text
-    return f"{text} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
 
 
 @dataclass(frozen=True)

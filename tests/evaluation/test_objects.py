@@ -293,3 +293,14 @@ def test_permutation_keeps_each_images_labels():
     assert (found == permuted_patches(labels)).all() and (
         found != permuted_patches(labels, 1)
     ).any()
+
+
+def test_fg_ari_of_single_objects_says_nothing() -> None:
+    masks = np.zeros((3, 4, 4), int)
+    masks[:, :2] = 1
+    masks[2, 2:] = 2  # only the last image has two objects
+    everything = np.zeros((3, 4), int)
+    alone = object_scores(masks[:2], everything[:2], (2, 2))["fg_ari"]
+    assert alone.value is None and alone.note
+    found = object_scores(masks, everything, (2, 2))["fg_ari"]
+    assert found.value == pytest.approx(0) and "2 of 3" in found.note

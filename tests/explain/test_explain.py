@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sparsejepa import cli
 from sparsejepa.errors import UserError
 from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
-from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, run_explain
+from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, _independent, run_explain
 from sparsejepa.explain.subject import PostHoc
 from sparsejepa.files import load_tensors, save_tensors
 
@@ -207,3 +208,12 @@ def test_a_dead_encoder_is_refused(runs: dict[str, Path], folder: Path, tmp_path
             tmp_path / "dead", str(folder), options=Options(quick=True), out=tmp_path / "out"
         )
     assert not (tmp_path / "out" / METRICS).exists()
+
+
+def test_factors_that_follow_from_another_are_left_out_and_named() -> None:
+    fine = np.arange(40) % 8
+    other = np.random.default_rng(0).permutation(fine) % 3
+    targets = {"fine": (fine, fine), "coarse": (fine // 2, fine // 2), "other": (other, other)}
+    kept, left_out = _independent(targets)
+    assert list(kept) == ["fine", "other"]
+    assert len(left_out) == 1 and "'coarse' follows from 'fine'" in left_out[0]
