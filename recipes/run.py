@@ -23,7 +23,7 @@ from rich.console import Console
 
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.runs import Probes, Task, read_rows, run_tasks
+from sparsejepa.runs import Probes, Task, read_rows, row_key, run_tasks
 from sparsejepa.sweep import arm_settings
 
 HERE = Path(__file__).resolve().parent
@@ -98,7 +98,9 @@ def read_queue(args: argparse.Namespace) -> Iterator[Entry]:
                     one = config.replace(**arm_settings(arm), seed=seed).check()
                     if fnmatch(name, args.only) or fnmatch(name, f"{args.only}/*"):
                         command = shlex.join(["python", "recipes/run.py", "--only", name])
-                        tasks.append(Task(one, args.runs / name, probes, command))
+                        tasks.append(
+                            Task(one, args.runs / name, probes, command, arm, run["recipe"])
+                        )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if tasks:
@@ -120,7 +122,7 @@ def read_recipe(folder: Path, name: str) -> tuple[Config, Probes]:
 
 def report(entries: Sequence[Entry], args: argparse.Namespace, word: str) -> int:
     """Print the runs that --results has no line of, with their estimated minutes."""
-    done = {row["key"] for row in read_rows(args.results)}
+    done = {row_key(row) for row in read_rows(args.results)}
     left = [(t, cost) for tasks, cost in entries for t in tasks if t.key not in done]
     for task, cost in left:
         print(f"{word}: {task.run_dir.relative_to(args.runs)}, {cost}")

@@ -38,6 +38,11 @@ class DataConfig:
     """Use only this many training images: a random subset, each class in proportion."""
     subset_seed: int = 0
     """Seed of that subset (shared by all runs of a sweep)."""
+    holdout: int = 0
+    """Set this many training images aside: never trained on, and sweeps score their probes on them
+    instead of on test. For searching settings."""
+    corruption: Literal["none", "noise", "shuffle"] = "none"
+    """Pretrain on something else: noise of the images' colours, or images with shuffled patches."""
     data_root: Path | None = None
     """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
     upscale: bool = False
@@ -60,6 +65,8 @@ class EncoderConfig:
     """Size of the vision transformer."""
     patch_size: int = 4
     """Side of a patch in pixels."""
+    stem: Literal["linear", "hierarchical"] = "linear"
+    """From a patch to its token: a linear map, or stacked convolutions within the patch (hMLP)."""
     drop_path: float = 0.05
     """Stochastic depth of the last block of the context encoder."""
     predictor: Literal["transformer", "mlp"] = "transformer"
@@ -105,6 +112,8 @@ class GroupConfig:
     """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
+    pattern: Literal["learned", "random"] = "learned"
+    """random: zeros drawn once, --density of the columns left, never changed: a control."""
     group_weight: float = 0.1
     """Weight of the group map's own prediction loss."""
     group_detach: float = 0.0
@@ -125,6 +134,12 @@ class LossConfig:
 
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     """Distance of predicted and target embeddings."""
+    predict: Literal["embeddings", "pixels"] = "embeddings"
+    """What is predicted of a hidden patch: the target encoder's embedding or its pixels (MAE)."""
+    target_layers: int = 1
+    """Average the targets over the last so many blocks of the target encoder (data2vec)."""
+    target_centering: bool = False
+    """Subtract the batch's mean token from the targets."""
     kl: Literal["aggregate", "posterior"] = "aggregate"
     """aggregate: of the batch of pooled embeddings to N(0, I); posterior: oi-VAE's, per sample."""
     beta: float = 0.05
@@ -133,6 +148,17 @@ class LossConfig:
     """Weight of the aggregate KL's marginal part (mean and variance of each latent)."""
     kl_correlation: float = 1.0
     """Weight of the aggregate KL's total-correlation part."""
+    vicreg: tuple[float, float] = (0.0, 0.0)
+    """Weights of VICReg's variance and covariance terms on the pooled embedding (C-JEPA)."""
+    sigreg: float = 0.0
+    """Weight of SIGReg on the pooled embedding (LeJEPA)."""
+    activation_l1: float = 0.0
+    """Weight of the mean absolute value of the normalised pooled embedding."""
+    rectified: float = 0.0
+    """Weight of the match of the rectified pooled embedding to a rectified Laplace distribution
+    (Rectified LpJEPA)."""
+    rectified_share: float = 0.25
+    """Share of non-zero values in that distribution."""
 
 
 @dataclass(frozen=True)
@@ -329,14 +355,18 @@ class Config:
 _FEWEST_PATCHES = 9
 _BIG = 1e9
 _RANGES: dict[str, tuple[float, float]] = {
-    "img_size": (4, 4096), "limit": (2, _BIG), "crop_scale": (0.01, 1), "randaugment": (0, 30),
+    "img_size": (4, 4096), "limit": (2, _BIG), "holdout": (0, _BIG),
+    "crop_scale": (0.01, 1), "randaugment": (0, 30),
     "patch_size": (1, 256), "drop_path": (0, 0.9), "predictor_dim": (4, _BIG),
     "predictor_depth": (1, 64), "num_targets": (1, 64), "target_scale": (0.001, 0.99),
     "target_aspect_ratio": (0.05, 20), "context_scale": (0.01, 1), "context_counts": (1, _BIG),
     "num_groups": (1, _BIG), "group_dim": (1, _BIG), "lam": (0, _BIG), "density": (0, 1),
     "group_weight": (0, _BIG), "group_detach": (0, 1), "balance": (0, _BIG), "ridge": (0, _BIG),
     "debias": (0, 1), "w_lr_sum": (0, _BIG), "beta": (0, _BIG), "kl_marginal": (0, _BIG),
-    "kl_correlation": (0, _BIG), "epochs": (1, _BIG), "steps": (1, _BIG), "batch_size": (2, _BIG),
+    "kl_correlation": (0, _BIG), "target_layers": (1, 64), "vicreg": (0, _BIG),
+    "sigreg": (0, _BIG), "activation_l1": (0, _BIG), "rectified": (0, _BIG),
+    "rectified_share": (0.01, 0.99),
+    "epochs": (1, _BIG), "steps": (1, _BIG), "batch_size": (2, _BIG),
     "lr": (0, _BIG), "lr_final": (0, _BIG), "warmup": (0, 1), "weight_decay": (0, _BIG),
     "adam_beta2": (0, 0.99999), "clip": (0, _BIG), "ema": (0, 1), "ema_final": (0, 1),
     "threads": (1, 4096), "log_every": (1, _BIG), "eval_every": (1, _BIG),

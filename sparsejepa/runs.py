@@ -49,18 +49,42 @@ class Probes:
 
 @dataclass(frozen=True)
 class Task:
-    """One run and the probes on it; `command` is what repeats it."""
+    """One run and the probes on it; `command` is what repeats it.
+
+    `arm` is the run's name among its twins, by default that of `training.build.arm_name`; `recipe`
+    the one that it belongs to, if any.
+    """
 
     config: Config
     run_dir: Path
     probes: Probes
     command: str = ""
+    arm: str = ""
+    recipe: str = ""
 
     @property
     def key(self) -> str:
         """Hash of all that the numbers depend on: settings, seed and probes."""
-        settings = {k: v for k, v in self.config.flat().items() if k not in _FREE}
-        return _hash([settings, asdict(self.probes)])
+        return _key(self.config, asdict(self.probes))
+
+
+def row_key(row: Mapping[str, Any]) -> str:
+    """Return the key of a line of results, made anew from its settings.
+
+    A setting that came later has its default there, which must be what was done before: so a key
+    outlives new settings. A line that cannot be read so keeps the key that it was written with.
+    """
+    if "probed" not in row:
+        return row["key"]
+    try:
+        return _key(Config.from_dict(row["settings"], "results"), row["probed"])
+    except UserError:
+        return row["key"]
+
+
+def _key(config: Config, probes: Mapping[str, Any]) -> str:
+    settings = {k: v for k, v in config.flat().items() if k not in _FREE}
+    return _hash([settings, probes])
 
 
 def run_tasks(
@@ -82,7 +106,7 @@ def run_tasks(
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
-    found = {row["key"]: row for row in read_rows(results)}
+    found = {row_key(row): row for row in read_rows(results)}
     todo = [task for task in tasks if task.key not in found]
     failed = []
     with contextlib.closing(_outcomes(todo, jobs, console, len(tasks))) as outcomes:
@@ -111,7 +135,8 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
     w = load_w(task.run_dir)
     row = {
         "key": task.key,
-        "arm": run.summary["arm"],
+        "recipe": task.recipe,
+        "arm": task.arm or run.summary["arm"],
         "seed": run.summary["seed"],
         "data": task.config.data,
         "probes": probes,
@@ -126,6 +151,7 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
         "images_per_second": round(run.summary["images_per_second"], 1),
         "command": task.command,
         "settings": task.config.replace(data_root=None).to_dict(),
+        "probed": asdict(task.probes),
         "environment": environment(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.config import Config, flag, preset
-from sparsejepa.errors import UserError
+from sparsejepa.errors import UserError, nearest
 from sparsejepa.runs import Probes, Task, load_w, read_rows, run_tasks
 
 if TYPE_CHECKING:
@@ -156,19 +157,44 @@ def sweep_arms(config: Config, lams: Sequence[float], densities: Sequence[float]
 
 
 def arm_settings(arm: str) -> dict[str, Any]:
-    """Return the settings that make an arm: the inverse of `training.build.arm_name`.
+    """Return the settings that make an arm, such as ``dense`` or ``density=0.25+beta=0``.
 
-    Raises UserError for a name that is no arm.
+    An arm is dense, lam=NUMBER or density=NUMBER, the inverse of `training.build.arm_name`, and
+    may go on with +SETTING=VALUE; several values of a setting have commas between them. Raises
+    UserError for a name that is no arm.
     """
-    name, _, value = arm.partition("=")
-    if arm == "dense":
-        return {"groups": "none", "lam": 0.0, "density": None}
+    first, _, more = arm.partition("+")
+    name, _, value = first.partition("=")
+    settings: dict[str, Any] = {}
+    if first == "dense":
+        settings = {"groups": "none", "lam": 0.0, "density": None}
     with contextlib.suppress(ValueError):
         if name == "lam":
-            return {"lam": float(value), "density": None}
-        if name == "density":
-            return {"lam": 0.0, "density": float(value)}
-    raise UserError(f"unknown arm '{arm}'; an arm is dense, lam=NUMBER or density=NUMBER")
+            settings = {"lam": float(value), "density": None}
+        elif name == "density":
+            settings = {"lam": 0.0, "density": float(value)}
+    if not settings:
+        raise UserError(
+            f"unknown arm '{arm}'; an arm is dense, lam=NUMBER or density=NUMBER, and may go on "
+            "with +SETTING=VALUE"
+        )
+    defaults = Config().flat()
+    for item in more.split("+") if more else ():
+        name, equals, text = item.partition("=")
+        if name not in defaults or not equals or not text:
+            raise UserError(f"arm '{arm}': '{item}' is no SETTING=VALUE{nearest(name, defaults)}")
+        values = tuple(_value(word) for word in text.split(","))
+        several = len(values) > 1 or isinstance(defaults[name], tuple)
+        settings[name] = values if several else values[0]
+    return settings
+
+
+def _value(word: str) -> Any:
+    """Read a number or true or false as TOML does; anything else is text."""
+    try:
+        return tomllib.loads(f"v = {word}")["v"]
+    except tomllib.TOMLDecodeError:
+        return word
 
 
 def sweep_command(

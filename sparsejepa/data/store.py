@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsejepa.errors import UserError
+
+_HOLDOUT_SEED = 0x5E7A51DE
+
 DEVICE_SHARE = 0.6
 """A set is copied to a GPU when it takes less than this share of the free memory."""
 
@@ -76,9 +80,27 @@ class ImageSet:
         """
         if limit is None or limit >= len(self):
             return self
+        return self._take(self._draw(limit, seed), f"{limit}/{seed}")
+
+    def split_off(self, count: int) -> tuple[ImageSet, ImageSet]:
+        """Return the rest and `count` images at random, each class in proportion.
+
+        The draw has a seed of its own: whoever sets images aside gets the same ones.
+        """
+        if not 0 < count < len(self):
+            raise UserError(f"--holdout {count}: {self.name} has {len(self)} training images")
+        aside = self._draw(count, _HOLDOUT_SEED)
+        rest = np.setdiff1d(np.arange(len(self)), aside)
+        return self._take(rest, f"without {count}"), self._take(aside, f"aside {count}")
+
+    def _draw(self, count: int, seed: int) -> np.ndarray:
+        """Return the ascending indices of `count` images, each class in proportion."""
         labels = self.primary.values if self.primary else np.zeros(len(self), np.int64)
-        index = stratified(labels, limit, np.random.default_rng(seed % 2**64))
-        digest = hashlib.blake2b(f"{self.fingerprint}/{limit}/{seed}".encode(), digest_size=16)
+        return stratified(labels, count, np.random.default_rng(seed % 2**64))
+
+    def _take(self, index: np.ndarray, about: str) -> ImageSet:
+        """Return the images at `index`; `about` tells them from others in the fingerprint."""
+        digest = hashlib.blake2b(f"{self.fingerprint}/{about}".encode(), digest_size=16)
         return replace(
             self,
             images=self.images[index],

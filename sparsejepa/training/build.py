@@ -47,6 +47,8 @@ def load_images(config: Config) -> ImageSet:
         data_root=config.images.data_root,
         upscale=config.images.upscale,
     )
+    if config.images.holdout:
+        image_set, _ = image_set.split_off(config.images.holdout)
     if config.images.limit is not None and config.images.limit < len(image_set):
         image_set = image_set.subset(config.images.limit, config.images.subset_seed)
     config.check_image(image_set.img_size)
