@@ -181,11 +181,11 @@ def arm_settings(arm: str) -> dict[str, Any]:
     defaults = Config().flat()
     for item in more.split("+") if more else ():
         name, equals, text = item.partition("=")
-        if name not in defaults or not equals or not text:
+        if name not in defaults or not (equals and text):
             raise UserError(f"arm '{arm}': '{item}' is no SETTING=VALUE{nearest(name, defaults)}")
-        values = tuple(_value(word) for word in text.split(","))
+        values = [_value(word) for word in text.split(",")]
         several = len(values) > 1 or isinstance(defaults[name], tuple)
-        settings[name] = values if several else values[0]
+        settings[name] = tuple(values) if several else values[0]
     return settings
 
 
