@@ -2,152 +2,276 @@
 
     python recipes/run.py --budget-minutes 60
 
-Runs with a line in --results are skipped; one that the budget, Ctrl-C or a kill ended goes on from
-its checkpoint next time.
+Runs with a line in --results are skipped; one that the budget, Ctrl-C, SIGTERM or a kill ended goes
+on from its checkpoint next time. Runs that fit the minutes left go first, in the queue's order;
+then others are begun, to go on next time. A run whose loss is not finite gets a line that says so
+and is not tried again, unless --retry-failed is given. Small runs are packed: --jobs auto measures
+how many side by side make the most images per second.
 """
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from common import (
+    HERE,
+    SMOKE,
+    add_arguments,
+    check_entries,
+    guarded,
+    jobs_for,
+    place,
+    read_recipe,
+    stop_after,
+)
 from rich.console import Console
 
-from sparsejepa.config import Config, load_toml, preset
-from sparsejepa.errors import UserError, nearest
-from sparsejepa.runs import Probes, Task, read_rows, row_key, run_tasks
+from sparsejepa.config import load_toml
+from sparsejepa.environment import code_version
+from sparsejepa.errors import UserError
+from sparsejepa.runs import Task, read_results, row_key, run_tasks
 from sparsejepa.sweep import arm_settings
 
-HERE = Path(__file__).resolve().parent
-# A run of seconds that shows that everything works.
-SMOKE = {"limit": 256, "steps": 4, "batch_size": 32, "img_size": 32}
-Entry = tuple[list[Task], str]  # a [[run]] of the queue: its runs, and what one of them takes
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A [[run]] of the queue: its runs, what one of them takes by estimate, and the tables."""
+
+    tasks: list[Task]
+    minutes: float | None
+    hardware: str
+    tables: Sequence[int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 if all went well, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C."""
+    """Return 0 if all went well, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C, SIGTERM."""
     args = parse(argv)
-    try:
-        entries = list(read_queue(args))
-        if args.dry_run:
-            return report(entries, args, "to do")
-        return work(entries, args)
-    except UserError as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("run.py: interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
+    return guarded("run.py", lambda: work(args))
 
 
-def work(entries: Sequence[Entry], args: argparse.Namespace) -> int:
-    """Run the entries in order until the budget ends."""
-    over, console = threading.Event(), Console(highlight=False)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A script's background job ignores interrupts, and the budget's end is one.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def stop() -> None:
-        over.set()
-        _thread.interrupt_main()  # like Ctrl-C: the run at work writes a checkpoint
-
-    timer, status = threading.Timer(60 * args.budget_minutes, stop), 0
-    timer.daemon = True
-    try:
-        timer.start()
-        for tasks, _ in entries:
-            try:
-                run_tasks(tasks, args.results, jobs=args.jobs, console=console)
-            except UserError as error:
-                print(f"failed: {error}", flush=True)
-                status = 1
-    except KeyboardInterrupt:
-        if not over.is_set():
-            raise
-        print(f"the budget of {args.budget_minutes:g} minutes is used up")
-    finally:
-        timer.cancel()
-    report(entries, args, "left")
+def work(args: argparse.Namespace) -> int:
+    """Run what --results has no line of, as long as the budget lasts; say what is left."""
+    entries, ledger = read_queue(args), Ledger(args)
+    if args.dry_run:
+        ledger.show(entries, each=True)
+        return 0
+    ledger.check_budget(entries)
+    console, status, tried = Console(highlight=False), 0, set()
+    end = time.monotonic() + 60 * args.budget_minutes
+    with stop_after(args.budget_minutes):
+        for fitting in (True, False):
+            for entry in entries:
+                tasks = [task for task in ledger.left(entry) if task.key not in tried]
+                try:
+                    jobs = jobs_for(args, tasks) if tasks else None
+                    if fitting:
+                        minutes = (end - time.monotonic()) / 60
+                        tasks = ledger.fitting(entry, tasks, minutes * (jobs or 1))
+                    tried.update(task.key for task in tasks)
+                    run_tasks(tasks, args.results, jobs=jobs, again=ledger.again, console=console)
+                except UserError as error:
+                    print(f"failed: {error}", flush=True)
+                    status = 1
+    Ledger(args).show(entries, each=False)
     return status
 
 
-def read_queue(args: argparse.Namespace) -> Iterator[Entry]:
-    """Yield the queue's entries. Raises UserError for unknown recipes, arms, presets, settings."""
-    for number, run in enumerate(load_toml(args.queue).get("run", []), 1):
-        where = f"{args.queue}, run {number}"
-        missing = {"recipe", "arms", "seeds"} - set(run)
-        if missing:
-            raise UserError(f"{where}: '{min(missing)}' is missing")
+class Ledger:
+    """What --results says: which runs are done, how they ended and how long they took."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._rows = read_results(args.results)
+        self._last = {row_key(row): row for row in self._rows}
+
+    def again(self, row: Row) -> bool:
+        """Return whether a run that has this line is to be done again."""
+        failed = self._args.retry_failed and row.get("failed")
+        return bool(failed) or (self._args.redo_other_code and self._other_code(row))
+
+    def left(self, entry: Entry) -> list[Task]:
+        """Return the runs of an entry that are still to do."""
+        rows = [(task, self._last.get(task.key)) for task in entry.tasks]
+        return [task for task, row in rows if row is None or self.again(row)]
+
+    def minutes(self, entry: Entry, task: Task) -> float | None:
+        """Return what a run is going to take: as measured if there is a run like it, or estimated.
+
+        Like it are runs of its recipe on its kind of hardware, of its arm or, where arms change
+        neither network nor length, of any such arm.
+        """
+        kind = "gpu" in entry.hardware.lower()
+        like = [
+            row
+            for row in self._rows
+            if row.get("recipe") == task.recipe
+            and not row.get("failed")
+            and bool(row.get("gpu_seconds")) == kind
+        ]
+        same = [row for row in like if row["arm"] == task.arm]
+        if not same and "+" not in task.arm:
+            same = [row for row in like if "+" not in row["arm"]]
+        if same:
+            return median(row["seconds"] + row["probe_seconds"] for row in same) / 60
+        return entry.minutes
+
+    def fitting(self, entry: Entry, tasks: Sequence[Task], minutes: float) -> list[Task]:
+        """Return the tasks that should end within `minutes` of work, in order.
+
+        A run that was begun before counts as one that fits, for it may be nearly done.
+        """
+        chosen, total = [], 0.0
+        for task in tasks:
+            cost = 0.0 if _begun(task) else self.minutes(entry, task) or 0.0
+            if total + cost <= minutes:
+                chosen.append(task)
+                total += cost
+        return chosen
+
+    def check_budget(self, entries: Sequence[Entry]) -> None:
+        """Raise UserError if the budget is too small for any run left, none being begun."""
+        costs = {
+            task.run_dir: 0.0 if _begun(task) else self.minutes(entry, task) or 0.0
+            for entry in entries
+            for task in self.left(entry)
+        }
+        budget, shortest = (
+            self._args.budget_minutes,
+            min(costs, key=lambda run: costs[run], default=None),
+        )
+        if shortest is not None and costs[shortest] > budget:
+            name = shortest.relative_to(self._args.runs)
+            raise UserError(
+                f"--budget-minutes {budget:g}: the shortest run left, {name}, takes about "
+                f"{costs[shortest]:.2g} minutes; give it at least that"
+            )
+
+    def show(self, entries: Sequence[Entry], *, each: bool) -> None:
+        """Print what is left, run by run or entry by entry, and what --results keeps apart."""
+        word, total = ("to do" if each else "left"), dict[str, float]()
+        for entry in entries:
+            tasks = self.left(entry)
+            costs = [self.minutes(entry, task) for task in tasks]
+            total[entry.hardware] = total.get(entry.hardware, 0.0) + sum(
+                cost or 0 for cost in costs
+            )
+            if each:
+                tables = f", tables {', '.join(map(str, entry.tables))}" if entry.tables else ""
+                for task, cost in zip(tasks, costs, strict=True):
+                    print(f"{word}: {self._name(task)}, {_about(cost)} on {entry.hardware}{tables}")
+            elif tasks:
+                arms = ", ".join(dict.fromkeys(task.arm for task in tasks))
+                count = f"{len(tasks)} of {len(entry.tasks)} runs of {tasks[0].recipe} ({arms})"
+                cost = None if None in costs else sum(cost or 0 for cost in costs)
+                print(f"{word}: {count}, {_about(cost)} on {entry.hardware}")
+        runs = sum(len(self.left(entry)) for entry in entries)
+        parts = [f"{minutes:.0f} on {name}" for name, minutes in total.items() if minutes]
+        sums = f", about {sum(total.values()):.0f} minutes ({', '.join(parts)})" if parts else ""
+        print(f"{runs} runs {word}{sums}; results in {self._args.results}")
+        self._show_apart(entries)
+
+    def _show_apart(self, entries: Sequence[Entry]) -> None:
+        keys = {task.key for entry in entries for task in entry.tasks}
+        rows = [row for key, row in self._last.items() if key in keys]
+        failed = sum(bool(row.get("failed")) for row in rows)
+        if failed:
+            print(f"{failed} runs failed and are recorded so; --retry-failed runs them again")
+        other = sum(self._other_code(row) for row in rows)
+        if other and not self._args.redo_other_code:
+            print(
+                f"{other} runs were done by other code than {code_version()}: they count as done, "
+                "tables keep them apart; --redo-other-code runs them again"
+            )
+
+    def _name(self, task: Task) -> Path:
+        return task.run_dir.relative_to(self._args.runs)
+
+    def _other_code(self, row: Row) -> bool:
+        return row.get("environment", {}).get("code") != code_version()
+
+
+def _about(minutes: float | None) -> str:
+    return "minutes not known" if minutes is None else f"about {minutes:.2g} minutes"
+
+
+def _begun(task: Task) -> bool:
+    return (task.run_dir / "config.toml").exists()
+
+
+def read_queue(args: argparse.Namespace) -> list[Entry]:
+    """Return the entries of the queue that are asked for.
+
+    Raises UserError for what is not known: recipes, arms, presets, settings; and for no run at all.
+    """
+    queue = load_toml(args.queue)
+    check_entries(str(args.queue), queue, {"run": list})
+    entries = []
+    for number, run in enumerate(queue["run"], 1):
         try:
-            config, probes = read_recipe(args.queue.parent, run["recipe"])
-            if args.scale == "smoke":
-                config = config.replace(**SMOKE)
-            config = config.replace(device=args.device, data_root=args.data_root)
-            tasks = []
-            for seed in run["seeds"]:
-                for arm in run["arms"]:
-                    name = f"{run['recipe']}/{arm}-s{seed}"
-                    one = config.replace(**arm_settings(arm), seed=seed).check()
-                    if fnmatch(name, args.only) or fnmatch(name, f"{args.only}/*"):
-                        command = shlex.join(["python", "recipes/run.py", "--only", name])
-                        tasks.append(
-                            Task(one, args.runs / name, probes, command, arm, run["recipe"])
-                        )
+            entries.append(_entry(run, args))
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if tasks:
-            yield tasks, f"about {run.get('minutes', '?')} minutes on {run.get('hardware', '?')}"
+            raise UserError(f"{args.queue}, run {number}: {error}") from None
+    chosen = [
+        entry
+        for entry in entries
+        if entry.tasks and (args.hardware or "") in entry.hardware.lower()
+    ]
+    if not chosen:
+        raise UserError(f"{args.queue}: no run is called {' or '.join(args.only)}")
+    return chosen
 
 
-def read_recipe(folder: Path, name: str) -> tuple[Config, Probes]:
-    """Return a recipe's settings and probes."""
-    known = sorted(p.stem for p in folder.glob("*.toml") if p.stem != "queue")
-    if name not in known:
-        raise UserError(f"unknown recipe '{name}'{nearest(name, known)}; there are {known}")
-    recipe = load_toml(folder / f"{name}.toml")
-    settings: dict[str, Any] = dict(recipe["settings"])
-    config = preset(settings.pop("preset", "best")).replace(**settings)
-    targets = {data: tuple(names) for data, names in recipe.get("targets", {}).items()}
-    data = tuple(recipe.get("probe", (config.data,)))
-    return config, Probes(data, targets=targets, limit=recipe.get("probe_limit"))
-
-
-def report(entries: Sequence[Entry], args: argparse.Namespace, word: str) -> int:
-    """Print the runs that --results has no line of, with their estimated minutes."""
-    done = {row_key(row) for row in read_rows(args.results)}
-    left = [(t, cost) for tasks, cost in entries for t in tasks if t.key not in done]
-    for task, cost in left:
-        print(f"{word}: {task.run_dir.relative_to(args.runs)}, {cost}")
-    print(f"{len(left)} runs {word}; results in {args.results}")
-    return 0
+def _entry(run: Row, args: argparse.Namespace) -> Entry:
+    """Return a [[run]] with those of its runs that --only names."""
+    needed, free = (
+        {"recipe": str, "arms": list, "seeds": list},
+        {"minutes": float, "hardware": str, "tables": list},
+    )
+    check_entries("the run", run, needed, free)
+    config, probes = read_recipe(args.queue.parent, run["recipe"])
+    if args.scale == "smoke":
+        config = config.replace(**SMOKE)
+    config = config.replace(device=args.device, data_root=args.data_root)
+    tasks = []
+    for seed in run["seeds"]:
+        for arm in run["arms"]:
+            name = f"{run['recipe']}/{arm}-s{seed}"
+            one = config.replace(**arm_settings(arm), seed=seed).check()
+            if any(fnmatch(name, glob) or fnmatch(name, f"{glob}/*") for glob in args.only):
+                command = shlex.join(["python", "recipes/run.py", "--only", name])
+                tasks.append(Task(one, args.runs / name, probes, command, arm, run["recipe"]))
+    hardware = run.get("hardware", "hardware that is not named")
+    minutes = None if args.scale == "smoke" else run.get("minutes")
+    return Entry(tasks, minutes, hardware, run.get("tables", ()))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget-minutes", type=float, default=6e4, help="stop then")
     parser.add_argument("--queue", type=Path, default=HERE / "queue.toml")
-    parser.add_argument("--results", type=Path, help="default: results/queue.jsonl")
-    parser.add_argument("--runs", type=Path, help="run directories; default: runs/queue")
-    parser.add_argument("--only", default="*", help="glob over RECIPE/ARM-sSEED")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--data-root", type=Path, help="local copies of data sets")
-    parser.add_argument("--jobs", type=int, help="runs at a time")
-    parser.add_argument("--scale", choices=("full", "smoke"), default="full")
-    parser.add_argument("--dry-run", action="store_true", help="only list the runs to do")
+    parser.add_argument(
+        "--only", action="append", help="glob over RECIPE/ARM-sSEED; may be repeated"
+    )
+    parser.add_argument("--hardware", choices=("cpu", "gpu"), help="only runs meant for it")
+    parser.add_argument("--retry-failed", action="store_true", help="also runs that failed before")
+    parser.add_argument(
+        "--redo-other-code", action="store_true", help="also runs that other code has done"
+    )
+    add_arguments(parser, "results/queue.jsonl", "runs/queue")
     args = parser.parse_args(argv)
-    smoke = args.scale == "smoke"
-    args.runs = args.runs or Path("runs/queue-smoke" if smoke else "runs/queue")
-    kept = args.runs / "results.jsonl" if smoke else HERE.parent / "results" / "queue.jsonl"
-    args.results = args.results or kept
+    args.only = args.only or ["*"]
+    place(args, "queue", "queue.jsonl")
     return args
 
 

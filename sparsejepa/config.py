@@ -275,9 +275,10 @@ class Config:
     @property
     def penalised(self) -> bool:
         """Whether W is under a sparsity penalty at all."""
-        return self.groups.groups != "none" and (
-            self.groups.density is not None or self.groups.lam > 0
-        )
+        groups = self.groups
+        if groups.groups == "none" or groups.pattern == "random":
+            return False
+        return groups.density is not None or groups.lam > 0
 
     def check(self) -> Config:
         """Return self. Raises UserError for the first setting that cannot work on any data."""
@@ -320,7 +321,37 @@ class Config:
             raise UserError("--predictor-pass packed: only for --predictor transformer")
         if self.model.predictor_dim % 4:
             raise UserError(f"--predictor-dim {self.model.predictor_dim}: must be a multiple of 4")
+        self._check_objective()
         return self
+
+    def _check_objective(self) -> None:
+        """Refuse combinations of stem, targets, pattern and regularisers that cannot work."""
+        if self.model.stem == "hierarchical" and self.model.patch_size < 2:
+            raise UserError("--stem hierarchical needs a --patch-size of at least 2")
+        if self.groups.pattern == "random":
+            if self.groups.groups == "none":
+                raise UserError("--pattern random: with --groups none there is no pattern")
+            if self.groups.density is None:
+                raise UserError("--pattern random needs --density, the share of columns to keep")
+        if len(self.loss.vicreg) != 2:
+            raise UserError("--vicreg takes two weights, of variance and covariance")
+        depth, layers = self.encoder_shape[1], self.loss.target_layers
+        if layers > depth:
+            raise UserError(
+                f"--target-layers {layers} is more than the {depth} blocks of --encoder "
+                f"{self.model.encoder}; use at most {depth}"
+            )
+        if self.loss.predict == "pixels":
+            if self.groups.groups == "feature":
+                raise UserError(
+                    "--predict pixels: --groups feature shares out the dimensions of embeddings; "
+                    "use region or concept"
+                )
+            if layers > 1 or self.loss.target_centering:
+                raise UserError(
+                    "--predict pixels: --target-layers and --target-centering are of embeddings; "
+                    "leave them out"
+                )
 
     def check_image(self, size: tuple[int, int]) -> Config:
         """Return self. Raises UserError if `size` (h, w) does not fit patches, masks or groups."""

@@ -211,7 +211,8 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         return None
     tensors, about = load_tensors(path)
     try:
-        (num_groups, group_dim, embed_dim), hidden = tensors["W"].shape, tensors["networks.b"].shape
+        num_groups, group_dim, embed_dim = tensors["W"].shape
+        _, own, hidden = tensors["networks.B"].shape
         groups = GroupMap(
             about["kind"],
             embed_dim,
@@ -219,7 +220,8 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
             num_groups=num_groups,
             group_dim=group_dim,
             sphere=about.get("sphere", True),
-            hidden=hidden[1],
+            hidden=hidden,
+            out_dim=own * num_groups if about["kind"] == "feature" else own,
         )
         groups.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError, IndexError) as error:
@@ -255,7 +257,10 @@ def load(
 
 
 def vit_arguments(vit: ViT) -> dict[str, Any]:
-    """Return the arguments that build `vit` again, JSON-able and without drop path."""
+    """Return the arguments that build `vit` again, JSON-able and without drop path.
+
+    A linear stem is not named: files and fingerprints stay those of versions that knew no other.
+    """
     block: Any = vit.blocks[0]
     hidden: int = block.mlp.fc1.out_features
     ratio = hidden / vit.embed_dim
@@ -271,6 +276,7 @@ def vit_arguments(vit: ViT) -> dict[str, Any]:
         "in_chans": vit.in_chans,
         "class_token": vit.cls_token is not None,
         "pos_embed": "learned" if vit.pos_embed.requires_grad else "sincos",
+        **({} if vit.stem == "linear" else {"stem": vit.stem}),
     }
 
 

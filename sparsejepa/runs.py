@@ -11,9 +11,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.config import Config
-from sparsejepa.errors import UserError, nearest
+from sparsejepa.errors import UserError
 from sparsejepa.workers import workers
 
 if TYPE_CHECKING:
@@ -38,13 +41,15 @@ class Probes:
     """What a run is probed on, see `evaluation.probe.evaluate`.
 
     `targets` names some of a data set's targets (all if it is not in there), `limit` is the largest
-    number of labelled training images.
+    number of labelled training images, `measures` what else is taken, on the first data set, see
+    `evaluation.measured`.
     """
 
     data: tuple[str, ...]
     protocols: tuple[str, ...] = ("logistic",)
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limit: int | None = None
+    measures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Task:
     """One run and the probes on it; `command` is what repeats it.
 
     `arm` is the run's name among its twins, by default that of `training.build.arm_name`; `recipe`
-    the one that it belongs to, if any.
+    the one that it belongs to, if any; `trial` what a search has to say about it.
     """
 
     config: Config
@@ -61,6 +66,7 @@ class Task:
     command: str = ""
     arm: str = ""
     recipe: str = ""
+    trial: Mapping[str, Any] | None = None
 
     @property
     def key(self) -> str:
@@ -84,7 +90,8 @@ def row_key(row: Mapping[str, Any]) -> str:
 
 def _key(config: Config, probes: Mapping[str, Any]) -> str:
     settings = {k: v for k, v in config.flat().items() if k not in _FREE}
-    return _hash([settings, probes])
+    # Lines from before there were measures have no word on them.
+    return _hash([settings, {k: v for k, v in probes.items() if v or k != "measures"}])
 
 
 def run_tasks(
@@ -92,45 +99,113 @@ def run_tasks(
     results: Path,
     *,
     jobs: int | None = None,
+    again: Callable[[Mapping[str, Any]], object] = lambda row: False,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Train and probe each task that `results` has no line of; return the lines of all, in order.
 
     Args:
-        results: JSON-lines file; one line is appended per finished run.
+        results: JSON-lines file; one line is appended per finished run, and per run that ended
+            because a loss was not finite: its "failed" says so.
         jobs: runs at a time; on the CPU one per core, four at most, on a GPU one if not given.
+        again: says of a line whether its run is to be done again, from the start; the second one
+            lies in RUN_DIR~2 and the last line counts.
         console: where progress and finished runs are shown; silent if not given.
 
-    Ctrl-C stops every run after a checkpoint. Raises UserError before any work for data or run
-    directories that do not fit, and after the other runs if one of them failed.
+    Ctrl-C and SIGTERM stop every run after a checkpoint. Raises UserError before any work for data
+    or run directories that do not fit, and after the other runs if one of them failed.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
-    found = {row_key(row): row for row in read_rows(results)}
-    todo = [task for task in tasks if task.key not in found]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read_results(results):
+        found.setdefault(row_key(row), []).append(row)
+    todo = []
+    for task in tasks:
+        rows = found.setdefault(task.key, [])
+        if not rows:
+            todo.append(task)
+        elif again(rows[-1]):
+            beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
+            todo.append(replace(task, run_dir=beside))
     failed = []
-    with contextlib.closing(_outcomes(todo, jobs, console, len(tasks))) as outcomes:
+    with terminable(), contextlib.closing(_outcomes(todo, jobs, console, len(tasks))) as outcomes:
         for task, outcome in outcomes:
             if isinstance(outcome, UserError):
                 failed.append(outcome)
             else:
-                found[task.key] = outcome
+                found[task.key].append(outcome)
                 append_row(results, outcome)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}"
         )
-    return [found[task.key] for task in tasks]
+    return [found[task.key][-1] for task in tasks]
+
+
+def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
+    """Return the line of a run, also of one that ended because a loss was not finite."""
+    from sparsejepa.environment import environment
+
+    begun = _code_of(task.run_dir)
+    try:
+        row = {**run_and_probe(task, console), "failed": None}
+    except UserError as error:
+        found = re.search(r"'(\w+)' (is not finite at step \d+)", str(error))
+        if not found:
+            raise
+        row = {
+            "key": task.key,
+            "recipe": task.recipe,
+            "arm": task.arm,
+            "seed": task.config.run.seed,
+            "data": task.config.data,
+            "failed": f"{found[1]} {found[2]}",
+            "probes": [],
+            "command": task.command,
+            "settings": task.config.replace(data_root=None).to_dict(),
+            "probed": asdict(task.probes),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    row["environment"] = environment(begun)
+    if task.trial is not None:
+        score = row["probes"][0]["accuracy"] if row["probes"] else None
+        row["trial"] = {**task.trial, "score": score}
+    return json.loads(json.dumps(row))  # as it will be read back
+
+
+def _code_of(run_dir: Path) -> str:
+    """Return the code that a run was begun with, as `environment` names it; empty for a new one."""
+    from sparsejepa.files import read_json
+
+    path = run_dir / "environment.json"
+    return read_json(path).get("code", "unknown") if path.exists() else ""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
     """Train (or go on with, or read) one run, probe it and return its line of results."""
-    from sparsejepa.environment import environment
+    from sparsejepa.environment import environment, resolve_device
     from sparsejepa.training.loop import pretrain
 
     run = pretrain(task.config, out=task.run_dir, resume=True, console=console)
     began = time.perf_counter()
-    probes = _probe(task)
+    probes, measures = _probe(task), _measures(task)
+    probe_seconds = time.perf_counter() - began
+    seconds = run.summary["seconds"]
+    on_gpu = resolve_device(task.config.run.device).startswith("cuda")
     final = run.summary["final"]
     w = load_w(task.run_dir)
     row = {
@@ -140,14 +215,16 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
         "seed": run.summary["seed"],
         "data": task.config.data,
         "probes": probes,
+        "measures": measures,
         **{name: final.get(name) for name in ("knn", "rankme", "density", "groups_per_latent")},
         "dead_groups": final.get("dead_groups"),
         "nonzero_elements": None if w is None else int((w != 0).sum()),
         "elements": None if w is None else int(w.size),
         "alarms": run.summary["alarms"],
         "steps": run.summary["steps"],
-        "seconds": round(run.summary["seconds"], 1),
-        "probe_seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
+        "probe_seconds": round(probe_seconds, 1),
+        "gpu_seconds": round(seconds + probe_seconds, 1) if on_gpu else 0,
         "images_per_second": round(run.summary["images_per_second"], 1),
         "command": task.command,
         "settings": task.config.replace(data_root=None).to_dict(),
@@ -197,6 +274,7 @@ def _evaluate(task: Task, *encoders: Encoder, floors: bool = True) -> list[dict[
             targets=task.probes.targets.get(data),
             floors=floors,
             limit=task.probes.limit,
+            holdout=_holdout(task, data),
             **_opening(task, data),
             cache_dir=_floors(task),
             device=resolve_device(task.config.run.device),
@@ -215,15 +293,41 @@ def _opening(task: Task, data: str) -> dict[str, Any]:
     }
 
 
+def _holdout(task: Task, data: str) -> int:
+    """Return how many training images of `data` the run never saw: it is scored on them."""
+    return task.config.images.holdout if data == task.config.data else 0
+
+
 def _fingerprints(task: Task) -> list[str]:
     """Return the fingerprints of all images that the probes of a task see."""
-    from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.evaluation.probe import load_splits
 
     return [
-        load_dataset(data, split, **_opening(task, data)).fingerprint
+        images.fingerprint
         for data in task.probes.data
-        for split in ("train", "test")
+        for images in load_splits(data, _holdout(task, data), **_opening(task, data))
     ]
+
+
+def _measures(task: Task) -> dict[str, Any]:
+    """Return the measures that are asked for, on the first data set."""
+    from sparsejepa.environment import resolve_device
+    from sparsejepa.evaluation.measured import measure
+    from sparsejepa.interop import load, load_groups
+
+    encoder, data = load(task.run_dir, resolve_device(task.config.run.device)), task.probes.data[0]
+    groups = load_groups(task.run_dir, encoder.grid_size)
+    return measure(
+        task.probes.measures,
+        encoder,
+        None if groups is None else groups.W,
+        data,
+        targets=task.probes.targets.get(data),
+        limit=task.probes.limit,
+        holdout=_holdout(task, data),
+        seed=task.config.run.seed,
+        **_opening(task, data),
+    )
 
 
 def _floors(task: Task) -> Path:
@@ -245,11 +349,31 @@ def load_w(run_dir: Path) -> Any:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a missing one is empty, a line that a kill cut short is left out."""
+    return [row for _, row in _numbered(path)]
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read a file of results. Raises UserError for a line that is none, by its number."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for number, row in _numbered(path):
+        missing = _ALWAYS - set(row) if isinstance(row, dict) else _ALWAYS
+        if missing:
+            raise UserError(
+                f"{path}, line {number}: no line of results, it has no '{min(missing)}'; remove it "
+                "or name another file"
+            )
+        rows.append(row)
     return rows
+
+
+_ALWAYS = {"key", "arm", "seed", "probes"}
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    for number, line in enumerate(lines, 1):
+        with contextlib.suppress(json.JSONDecodeError):
+            yield number, json.loads(line)
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -272,16 +396,15 @@ def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
     """
     from sparsejepa.data.catalog import load_dataset
     from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.probe import PROTOCOLS
+    from sparsejepa.evaluation.measured import check_measures
+    from sparsejepa.evaluation.probe import check_protocols
     from sparsejepa.training.build import load_images, total_steps
     from sparsejepa.training.loop import open_run
 
     for task in tasks:
         open_run(task.run_dir, task.config.check(), True)
-        for protocol in task.probes.protocols:
-            if protocol not in PROTOCOLS:
-                hint = nearest(protocol, PROTOCOLS)
-                raise UserError(f"--protocol {protocol}: there are {', '.join(PROTOCOLS)}{hint}")
+        check_protocols(task.probes.protocols)
+        check_measures(task.probes.measures)
     counts: dict[Any, int] = {}
     for task in tasks:
         images = (task.config.data, task.config.images)
@@ -307,14 +430,13 @@ def _outcomes(
     """Yield each task with its line, or with its UserError, as they finish."""
     if not tasks:
         return
-    cores = _cores()
-    processes = min(jobs or min(4, cores), len(tasks))
+    processes = min(jobs or min(4, cores()), len(tasks))
     if processes == 1:
         steps, _ = _check(tasks)
         with _Progress(console, tasks, steps, total, 1, bar=False) as progress:
             for task in tasks:
                 try:
-                    outcome = run_and_probe(task, console)
+                    outcome = _attempt(task, console)
                 except UserError as error:
                     outcome = error
                 progress.finished(task, outcome)
@@ -325,10 +447,10 @@ def _outcomes(
         steps, on_cpu = submit(_check, tasks).result()
         processes = processes if on_cpu or jobs else 1
         if on_cpu and tasks[0].config.run.threads is None:
-            threads = max(1, cores // processes)
+            threads = max(1, cores() // processes)
             tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
         # The raw-pixel floor, which all need, goes first; a run that ends finds it done.
-        waiting = deque([(_pixel_floor, tasks[0]), *((run_and_probe, task) for task in tasks)])
+        waiting = deque([(_pixel_floor, tasks[0]), *((_attempt, task) for task in tasks)])
         running: dict[Future[Any], tuple[Any, Task]] = {}
         with _Progress(console, tasks, steps, total, processes, bar=True) as progress:
             while waiting or running:
@@ -343,7 +465,7 @@ def _outcomes(
                     error = future.exception()
                     if error is not None and not isinstance(error, UserError):
                         raise error
-                    if step is run_and_probe:
+                    if step is _attempt:
                         outcome = error or future.result()
                         progress.finished(task, outcome)
                         yield task, outcome
@@ -399,6 +521,9 @@ class _Progress:
         if isinstance(row, UserError):
             self._say(f"{task.run_dir.name}: failed: {row}")
             return
+        if row["failed"]:
+            self._say(f"{task.run_dir.name}: failed and recorded so: {row['failed']}")
+            return
         first = row["probes"][0]
         text = f"{task.run_dir.name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
         if row["groups_per_latent"] is not None:
@@ -426,6 +551,6 @@ def _last_step(run_dir: Path) -> int:
     return 0
 
 
-def _cores() -> int:
+def cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -52,6 +52,7 @@ def saved(path: Path, **changes) -> ViT:
         {},
         {"img_size": (16, 24), "patch_size": (4, 8), "drop_path": 0.3},
         {"class_token": True, "pos_embed": "learned", "mlp_ratio": 2.5},
+        {"stem": "hierarchical"},
     ],
 )
 def test_a_saved_encoder_loads_as_it_was(tmp_path: Path, changes: dict) -> None:
@@ -229,6 +230,17 @@ def test_untrained_is_the_same_architecture_with_weights_that_depend_on_the_seed
     prints = {encoder.fingerprint(), first.fingerprint(), other.fingerprint()}
     assert len(prints) == 3
     assert (first.mean, first.img_size) == (encoder.mean, encoder.img_size)
+
+
+def test_the_stem_is_part_of_the_architecture_and_a_linear_one_goes_unnamed() -> None:
+    linear, stacked = make_encoder(), make_encoder(stem="hierarchical")
+    assert "stem" not in linear.architecture
+    assert stacked.architecture == {**linear.architecture, "stem": "hierarchical"}
+    twin = stacked.untrained(1)
+    assert twin.architecture == stacked.architecture
+    assert len({e.fingerprint() for e in (twin, stacked, linear)}) == 3
+    images = random_images(2, 16, 16)
+    assert not torch.equal(twin.tokens(images), stacked.tokens(images))
 
 
 def test_the_fingerprint_sees_a_single_weight() -> None:

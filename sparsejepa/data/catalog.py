@@ -2,6 +2,8 @@
 
 scenes, scenes:single        made on the spot
 cifar100, cifar10, svhn      from the data root, or fetched from the hub
+clevr-count                  likewise, or the official files in the data root
+inaturalist2018, places365   the official files in the data root
 hub:OWNER/NAME[/CONFIG]      any data set of the hub whose files are parquet
 PATH                         any folder of images, or of a hub data set's parquet files; also a
                              folder's name inside the data root
@@ -28,6 +30,7 @@ from sparsejepa.data.decode import EXTENSIONS, Block
 from sparsejepa.data.factors import chosen
 from sparsejepa.data.folders import find_table, read_folder, split_folders
 from sparsejepa.data.hub import fetch, find_copy, local_shards, read_hub
+from sparsejepa.data.official import CLEVR_REPO, OFFICIAL, count_objects, read_official
 from sparsejepa.data.sources import choose_splits
 from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.errors import UserError, nearest
@@ -124,6 +127,8 @@ def find_sources(
     root = data_folder(data_root)
     if name in HUB:
         return _hub_sources(name, *HUB[name], root, factors)
+    if name in OFFICIAL:
+        return _official_sources(name, root, factors)
     if name.startswith("hub:"):
         owner, _, rest = name.removeprefix("hub:").partition("/")
         repo, _, config = rest.partition("/")
@@ -156,6 +161,8 @@ def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
     rows = [DatasetRow(name, about, "built in", both) for name, about in SCENES.items()]
     repos, plain = dict(HUB), []
     for folder in _folders(root):
+        if folder.name in OFFICIAL:
+            continue
         if folder.name.startswith("datasets--"):  # the hub's cache
             found = {"/".join(folder.name.split("--")[1:])}
         else:  # OWNER/NAME/CONFIG/SPLIT-....parquet
@@ -170,7 +177,7 @@ def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
         copy = find_copy(repo, root)
         splits = _splits(copy, config) if copy else both
         rows.append(DatasetRow(name, f"hub:{repo}", str(copy or ""), splits))
-    return rows + plain
+    return rows + [_official_row(name, root) for name in OFFICIAL] + plain
 
 
 def describe(
@@ -230,6 +237,26 @@ def _hub_sources(
     if copy is not None:
         return _read_copy(copy, name, config, factors)
     return read_hub(fetch(repo, config), name, config, factors)
+
+
+def _official_sources(name: str, root: Path | None, factors: Sequence[str]) -> dict[str, Source]:
+    if root is not None and (root / name).is_dir():
+        return read_official(name, root / name, factors)
+    if name == "clevr-count":
+        return count_objects(_hub_sources(name, CLEVR_REPO, None, root, ()), factors)
+    raise UserError(
+        f"{name}: not in the data root; make a folder DIR/{name} with the official files "
+        f"({OFFICIAL[name]}) and set --data-root DIR (or SPARSEJEPA_DATA)"
+    )
+
+
+def _official_row(name: str, root: Path | None) -> DatasetRow:
+    about = f"official files in {root or 'DIR'}/{name}: {OFFICIAL[name]}"
+    copy = root / name if root is not None and (root / name).is_dir() else None
+    if name == "clevr-count":
+        about = f"hub:{CLEVR_REPO}, or {about}"
+        copy = copy or find_copy(CLEVR_REPO, root)
+    return DatasetRow(name, about, str(copy or ""), tuple(SCENE_COUNTS))
 
 
 def _read_copy(

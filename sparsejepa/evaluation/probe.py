@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparsejepa.data.catalog import load_dataset
@@ -25,6 +27,7 @@ from sparsejepa.evaluation.classifiers import (
     knn_accuracy,
 )
 from sparsejepa.evaluation.features import Features, Pool, embed, pixel_features, target
+from sparsejepa.evaluation.finetune import FineTune
 from sparsejepa.evaluation.linear import Standardized
 from sparsejepa.files import write_text
 from sparsejepa.interop import Encoder, load
@@ -35,19 +38,24 @@ __all__ = [
     "LogisticProbe",
     "ProbeRow",
     "RidgeProbe",
+    "check_protocols",
+    "choose_targets",
     "evaluate",
     "knn_accuracy",
+    "labelled_share",
+    "load_splits",
     "wilson_interval",
 ]
 
-PROTOCOLS: dict[str, Callable[[int, torch.device | str], Probe]] = {
-    "logistic": lambda seed, device: LogisticProbe(random_state=seed, device=device),
-    "ridge": lambda seed, device: RidgeProbe(device=device),
-    "knn": lambda seed, device: KNNProbe(device=device),
-}
-"""Name: how to make the probe from a seed and a device."""
+PROTOCOLS = ("logistic", "ridge", "knn", "finetune")
+"""Ways to use an encoder; each also as NAME:PERCENT%, on a share of the labels."""
 
-FLOOR_VERSION = 2
+FEW_LABELS_C = 1.0
+"""The logistic probe's C where there are fewer than two labels per class: none to choose on."""
+
+_SHARE_STREAM = 0x1ABE1
+
+FLOOR_VERSION = 3
 """Part of the key of kept floors; to be raised when probes or pixel features change."""
 
 
@@ -94,6 +102,7 @@ def evaluate(
     floors: bool = True,
     pool: Pool = "mean",
     limit: int | None = None,
+    holdout: int = 0,
     img_size: tuple[int, int] | None = None,
     upscale: bool = False,
     seed: int = 0,
@@ -112,9 +121,13 @@ def evaluate(
     Args:
         refs: encoders, or what `interop.load` takes.
         data: names for `load_dataset`.
-        protocols: of logistic, ridge and knn.
+        protocols: logistic, ridge, knn (on the frozen features) and finetune (see `FineTune`), each
+            also as NAME:PERCENT%, logistic:1% for instance: on that share of the training images
+            (`labelled_share`), the same ones for an encoder and its floors.
         targets: by name; if None, all of a data set that have two classes or more.
         limit: at most so many training images, drawn by `seed`, each class in proportion.
+        holdout: set so many training images aside (`ImageSet.split_off`) and score on them instead
+            of on test, which is not even loaded: for searching settings.
         img_size: height and width of the images, for data sets with images of several sizes.
         upscale: enlarge images that are smaller than `img_size` instead of refusing them.
         seed: of that draw, the validation part, and the untrained encoder's weights.
@@ -124,21 +137,17 @@ def evaluate(
     Returns rows by data set, encoder, target and protocol. Raises UserError for unlabelled data, an
     unknown protocol or target, or a target with one class.
     """
-    for protocol in protocols:
-        if protocol not in PROTOCOLS:
-            hint = nearest(protocol, PROTOCOLS)
-            raise UserError(f"--protocol {protocol}: there are {', '.join(PROTOCOLS)}{hint}")
+    check_protocols(protocols)
     refs = [refs] if isinstance(refs, Encoder | str | Path) else refs
     encoders = [ref.to(device) if isinstance(ref, Encoder) else load(ref, device) for ref in refs]
     say = progress or (lambda text: None)
     rows: list[ProbeRow] = []
     for name in [data] if isinstance(data, str) else data:
-        train, test = (
-            load_dataset(name, split, img_size=img_size, data_root=data_root, upscale=upscale)
-            for split in ("train", "test")
+        train, test = load_splits(
+            name, holdout, img_size=img_size, data_root=data_root, upscale=upscale
         )
         train = train.subset(limit, seed)
-        chosen = _choose_targets(train, test, targets)
+        chosen = choose_targets(train, test, targets)
         bench = _Bench(train, test, chosen, tuple(protocols), seed, device, cache_dir)
         pixels: Scores = {}
         untrained: dict[str, Scores] = {}
@@ -147,17 +156,18 @@ def evaluate(
             pixels = bench.floor("pixels", pixel_features)
         for encoder in encoders:
             say(f"{name}: {encoder.name}")
-            found = bench.scores(partial(embed, encoder, pool=pool))
+            found = bench.scores(partial(embed, encoder, pool=pool), encoder)
             kind = json.dumps([encoder.architecture, encoder.precision, pool])
             if floors and kind not in untrained:
                 say(f"{name}: untrained encoder")
                 fresh = encoder.untrained(seed)
-                untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool))
+                untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool), fresh)
             about = {
                 "pool": pool,
                 "seed": seed,
                 "precision": encoder.precision,
                 "img_size": encoder.img_size,
+                "scored_on": "holdout" if holdout else "test",
             }
             rows += bench.rows(encoder.name, found, untrained.get(kind, {}), pixels, about)
     return rows
@@ -165,15 +175,48 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Score:
-    """Test accuracy of one probe, what it chose, and the time it took."""
+    """Test accuracy of one probe, its training images, what it chose, and the time it took."""
 
     accuracy: float
+    n_train: int
     settings: dict[str, Any]
     seconds: float
 
 
 Scores = dict[tuple[str, str], _Score]
 """By target and protocol."""
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Features of train and test, on which probes are fitted and scored."""
+
+    train: Features
+    test: Features
+    seed: int
+    device: torch.device | str
+
+    @cached_property
+    def space(self) -> Standardized:
+        """All training features on their principal axes, once for all linear probes."""
+        return Standardized(self.train.x, self.device)
+
+    def score(
+        self, kind: str, part: np.ndarray, labels: np.ndarray, wanted: np.ndarray
+    ) -> tuple[float, dict[str, Any]]:
+        """Fit a probe on the rows `part` of train; return its accuracy on test and its choices."""
+        whole = len(part) == len(self.train.x)
+        probe: Probe
+        if kind == "knn":
+            probe = KNNProbe(device=self.device)
+        elif kind == "ridge":
+            probe = RidgeProbe(device=self.device)
+        else:
+            few = len(labels) < 2 * len(np.unique(labels))
+            C = FEW_LABELS_C / len(labels) if few else None
+            probe = LogisticProbe(C, random_state=self.seed, device=self.device)
+        probe.fit(self.space if whole and kind != "knn" else self.train.x[part], labels)
+        return probe.score(self.test.x, wanted), probe.settings_
 
 
 @dataclass(frozen=True)
@@ -188,34 +231,46 @@ class _Bench:
     device: torch.device | str
     cache_dir: Path | None
 
-    def scores(self, features: Callable[[ImageSet], Features]) -> Scores:
-        """Fit every probe on `features` of train and score it on those of test."""
-        train, test = features(self.train), features(self.test)
-        seconds = train.seconds + test.seconds
-        start = time.perf_counter()
-        linear = set(self.protocols) - {"knn"}
-        space = Standardized(train.x, self.device) if linear else None
-        seconds += time.perf_counter() - start
+    def scores(
+        self, features: Callable[[ImageSet], Features], encoder: Encoder | None = None
+    ) -> Scores:
+        """Fit every probe on `features` of train and score it on those of test.
+
+        Only an `encoder` can be fine-tuned; without one that protocol is left out.
+        """
+        kinds = {protocol: split_protocol(protocol) for protocol in self.protocols}
+        frozen = None
+        if any(kind != "finetune" for kind, _ in kinds.values()):
+            frozen = _Frozen(features(self.train), features(self.test), self.seed, self.device)
         found: Scores = {}
         for name in self.targets:
             labels = self.train.targets[name].values
             wanted = self.test.targets[name].values
-            for protocol in self.protocols:
+            for protocol, (kind, share) in kinds.items():
                 start = time.perf_counter()
-                probe = PROTOCOLS[protocol](self.seed, self.device)
+                part = labelled_share(labels, share, self.seed)
                 try:
-                    probe.fit(train.x if protocol == "knn" else space, labels)
+                    if kind != "finetune" and frozen is not None:
+                        start -= frozen.train.seconds + frozen.test.seconds
+                        accuracy, chose = frozen.score(kind, part, labels[part], wanted)
+                    elif encoder is not None:
+                        tuned = FineTune(encoder, random_state=self.seed)
+                        tuned.fit(self.train, labels[part], part)
+                        accuracy, chose = tuned.score(self.test, wanted), tuned.settings_
+                    else:
+                        continue
                 except UserError as error:
                     raise UserError(f"{self.train.name}, target '{name}': {error}") from None
-                accuracy = probe.score(test.x, wanted)
-                spent = seconds + time.perf_counter() - start
-                found[name, protocol] = _Score(accuracy, probe.settings_, spent)
+                spent = time.perf_counter() - start
+                found[name, protocol] = _Score(accuracy, len(part), chose, spent)
         return found
 
-    def floor(self, kind: str, features: Callable[[ImageSet], Features]) -> Scores:
+    def floor(
+        self, kind: str, features: Callable[[ImageSet], Features], encoder: Encoder | None = None
+    ) -> Scores:
         """Return `scores`, from the cache if they were computed before."""
         if self.cache_dir is None:
-            return self.scores(features)
+            return self.scores(features, encoder)
         images = [self.train.fingerprint, self.test.fingerprint, len(self.train)]
         about = [FLOOR_VERSION, kind, images, self.targets, self.protocols, self.seed]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
@@ -224,7 +279,7 @@ class _Bench:
             kept = json.loads(path.read_text(encoding="utf-8"))
             return {(name, protocol): _Score(**score) for name, protocol, score in kept}
         except (OSError, ValueError, TypeError):  # not there, or damaged
-            found = self.scores(features)
+            found = self.scores(features, encoder)
         lines = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +319,7 @@ class _Bench:
                     untrained_interval=below_interval,
                     pixels=pixel,
                     pixels_interval=pixel_interval,
-                    n_train=len(self.train),
+                    n_train=score.n_train,
                     n_test=n,
                     n_classes=len(self.train.targets[name].names),
                     settings={**about, "data_img_size": self.train.img_size, **score.settings},
@@ -274,9 +329,60 @@ class _Bench:
         return rows
 
 
-def _choose_targets(
-    train: ImageSet, test: ImageSet, names: Sequence[str] | None
-) -> tuple[str, ...]:
+def check_protocols(protocols: Sequence[str]) -> None:
+    """Raise UserError for a protocol that is not NAME or NAME:PERCENT%."""
+    for protocol in protocols:
+        split_protocol(protocol)
+
+
+def split_protocol(protocol: str) -> tuple[str, float]:
+    """Return name and share of the labels: "logistic:1%" is logistic at 0.01.
+
+    Raises UserError for an unknown name or a share that is not above 0 and at most 100 %.
+    """
+    name, colon, share = protocol.partition(":")
+    if name not in PROTOCOLS:
+        hint = nearest(name, PROTOCOLS)
+        raise UserError(f"--protocol {protocol}: there are {', '.join(PROTOCOLS)}{hint}")
+    if not colon:
+        return name, 1.0
+    if not re.fullmatch(r"\d+(\.\d+)?%", share) or not 0 < float(share[:-1]) <= 100:
+        raise UserError(
+            f"--protocol {protocol}: a share of the labels is written {name}:10%, "
+            "above 0 and at most 100 %"
+        )
+    return name, float(share[:-1]) / 100
+
+
+def labelled_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return the ascending rows of a stratified `share` of labels [n], at least one of each class.
+
+    Systematic sampling: the images of a class, in random order, are spread evenly over (0, 1), and
+    the first round(share * n) of all are taken, with the first of each class. So each class is
+    there in proportion within about one image, and a smaller share lies within a larger one.
+    """
+    rng = np.random.default_rng([seed % 2**64, _SHARE_STREAM])
+    order = rng.permutation(len(labels))
+    position = np.empty(len(labels))
+    first = []
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        position[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)
+        first.append(rows[0])
+    taken = np.argsort(position, kind="stable")[: round(share * len(labels))]
+    return np.union1d(taken, first)
+
+
+def load_splits(name: str, holdout: int, **settings: Any) -> tuple[ImageSet, ImageSet]:
+    """Return what probes are fitted on and scored on; see `evaluate` for `holdout`.
+
+    `settings` are those of `load_dataset`.
+    """
+    train = load_dataset(name, "train", **settings)
+    return train.split_off(holdout) if holdout else (train, load_dataset(name, "test", **settings))
+
+
+def choose_targets(train: ImageSet, test: ImageSet, names: Sequence[str] | None) -> tuple[str, ...]:
     """Return the targets to probe. Raises UserError if there is none, or not in both splits."""
     target(train.targets, None, train.name)  # labelled at all?
     if names is None:

@@ -1,11 +1,11 @@
 """Operations and memory traffic of one training step, from the sizes alone.
 
 Operations are those of matrix products, two per multiply-add, as every published count has them;
-pointwise work is left out of them (it is what the traffic is for). Traffic assumes that every
-operation reads its inputs and writes its outputs once, in the compute type; that attention is one
-operation (its probabilities stay on the chip) and bias, normalisation, GELU and residual sum are
-one each; that a weight is read once per product; and that the optimiser works on fp32 values. What
-a cache or a fused kernel saves is not taken off.
+pointwise work is left out of them (it is what the traffic is for), as are the regularisers (less
+than 1 %). Traffic assumes that every operation reads its inputs and writes its outputs once, in the
+compute type; that attention is one operation (its probabilities stay on the chip) and bias,
+normalisation, GELU and residual sum are one each; that a weight is read once per product; and that
+the optimiser works on fp32 values. What a cache or a fused kernel saves is not taken off.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sparsejepa.config import Config
+from sparsejepa.model.encoder import stem_sides
 from sparsejepa.model.groups import partition_cells
 
 Kind = Literal["forward", "input gradient", "weight gradient"]
@@ -49,6 +50,8 @@ class Sizes:
     group_dim: int = 12
     kl: bool = False
     """Whether the aggregate KL term is there."""
+    stem: str = "linear"
+    predict: str = "embeddings"
 
     @classmethod
     def of(
@@ -76,12 +79,33 @@ class Sizes:
             num_groups=groups.num_groups,
             group_dim=config.group_dim,
             kl=config.loss.kl == "aggregate" and config.loss.beta > 0,
+            stem=model.stem,
+            predict=config.loss.predict,
         )
 
     @property
     def patches(self) -> int:
         """Patches of an image, N."""
         return math.prod(self.grid)
+
+    @property
+    def out(self) -> int:
+        """Width of what is predicted of a patch."""
+        return 3 * self.patch_size**2 if self.predict == "pixels" else self.width
+
+    @property
+    def stages(self) -> list[tuple[int, int, int]]:
+        """The maps from a patch to its token: how many per patch, inputs, outputs."""
+        d, places = self.width, self.patch_size
+        if self.stem == "linear":
+            return [(1, 3 * places**2, d)]
+        found, before = [], 3
+        for side in stem_sides(places):
+            places //= side
+            after = d if places == 1 else max(1, d // 4)
+            found.append((places**2, side**2 * before, after))
+            before = after
+        return found
 
 
 class Product(NamedTuple):
@@ -251,14 +275,17 @@ def parameters(sizes: Sizes) -> dict[str, int]:
     def block(width: int) -> int:
         return 12 * width * width + 13 * width
 
-    encoder = (3 * sizes.patch_size**2 + 1) * d + sizes.depth * block(d) + 2 * d
-    predictor = (d + 1) * p + sizes.predictor_depth * block(p) + 2 * p + p + (p + 1) * d
+    biases = 1 if sizes.stem == "linear" else 3  # the other stem's stages end in a norm
+    stem = sum((inputs + biases) * outputs for _, inputs, outputs in sizes.stages)
+    encoder = stem + sizes.depth * block(d) + 2 * d
+    last = (p + 1) * sizes.out
+    predictor = (d + 1) * p + sizes.predictor_depth * block(p) + 2 * p + p + last
     if sizes.predictor == "mlp":
-        predictor = (d + 1) * p + p * p + (sizes.predictor_depth - 1) * (p + 1) * p + (p + 1) * d
-    hidden, out = GROUP_HIDDEN, d // g if sizes.groups == "feature" else d
+        predictor = (d + 1) * p + p * p + (sizes.predictor_depth - 1) * (p + 1) * p + last
+    hidden, out = GROUP_HIDDEN, sizes.out // g if sizes.groups == "feature" else sizes.out
     groups = {
         "none": 0,
-        "region": g * hidden * (sizes.group_dim + 1 + d) + sizes.patches * hidden + g * d,
+        "region": g * hidden * (sizes.group_dim + 1 + out) + sizes.patches * hidden + g * out,
         # key, value and four maps of the position, mask token, M, b; then B and c.
         "concept": g * hidden * (2 * sizes.group_dim + 5 * hidden + 2) + g * out * (hidden + 1),
     }["concept" if sizes.groups == "feature" else sizes.groups]
@@ -290,8 +317,9 @@ def _operations(sizes: Sizes) -> list[_Operation]:
         _Linear("augmentation", "columns", 3 * height, width, width, batch=batch),
         _Pointwise("augmentation", "normalise", batch * 3 * height * width),
     ]
-    operations += _encoder(sizes, "target", sizes.patches)
-    operations.append(_Pointwise("target", "normalise", batch * sizes.patches * sizes.width))
+    if sizes.predict == "embeddings":
+        operations += _encoder(sizes, "target", sizes.patches)
+    operations.append(_Pointwise("target", "normalise", batch * sizes.patches * sizes.out))
     operations += _encoder(sizes, "context", sizes.context)
     operations += _mlp(sizes) if sizes.predictor == "mlp" else _predictor(sizes)
     return operations + _groups(sizes)
@@ -299,10 +327,17 @@ def _operations(sizes: Sizes) -> list[_Operation]:
 
 def _encoder(sizes: Sizes, part: Part, tokens: int) -> list[_Operation]:
     rows, d = sizes.batch * tokens, sizes.width
-    patch = _Linear(part, "patches", rows, 3 * sizes.patch_size**2, d, input_gradient=False)
+    stem: list[_Operation] = []
+    for i, (places, inputs, outputs) in enumerate(sizes.stages):
+        if i:
+            stem.append(_Pointwise(part, "gelu, patches", rows * places * inputs))
+        name = "patches" if i == 0 else f"patches, stage {i + 1}"
+        stem.append(_Linear(part, name, rows * places, inputs, outputs, input_gradient=i > 0))
+        if sizes.stem != "linear":
+            stem.append(_Pointwise(part, "norm, patches", rows * places * outputs))
     attention = _Attention(part, "attention", sizes.batch, tokens, tokens, d, sizes.depth)
     return [
-        patch,
+        *stem,
         *_blocks(part, rows, d, sizes.depth, [attention]),
         _Pointwise(part, "norm", rows * d),
     ]
@@ -352,8 +387,8 @@ def _predictor(sizes: Sizes) -> list[_Operation]:
         _Linear(part, "embed", b * c, d, dim),
         *_blocks(part, rows, dim, depth, [every, last], asked),
         _Pointwise(part, "norm", asked * dim),
-        _Linear(part, "out", asked, dim, d),
-        _Pointwise(part, "loss", b * m * k * d, 2, 2),
+        _Linear(part, "out", asked, dim, sizes.out),
+        _Pointwise(part, "loss", b * m * k * sizes.out, 2, 2),
     ]
 
 
@@ -365,14 +400,15 @@ def _mlp(sizes: Sizes) -> list[_Operation]:
         _Linear(part, "positions", sizes.patches, dim, dim, input_gradient=False),
         _Linear(part, "hidden", rows, dim, dim, sizes.predictor_depth - 1),
         _Pointwise(part, "gelu", rows * dim, count=sizes.predictor_depth),
-        _Linear(part, "out", rows, dim, sizes.width),
-        _Pointwise(part, "loss", rows * sizes.width, 2, 2),
+        _Linear(part, "out", rows, dim, sizes.out),
+        _Pointwise(part, "loss", rows * sizes.out, 2, 2),
     ]
 
 
 def _groups(sizes: Sizes) -> list[_Operation]:
     part: Part = "groups"
     b, d, g, p, h = sizes.batch, sizes.width, sizes.num_groups, sizes.group_dim, GROUP_HIDDEN
+    out = sizes.out
     # The covariance of the pooled context; both factors carry a gradient.
     operations: list[_Operation] = [_Linear(part, "covariance", d, b, d)] if sizes.kl else []
     if sizes.groups == "none":
@@ -384,13 +420,13 @@ def _groups(sizes: Sizes) -> list[_Operation]:
             _Linear(part, "W", b, d, g * p),
             _Linear(part, "A", b, p, h, batch=g),
             _Pointwise(part, "gelu", g * b * cell * h),
-            _Linear(part, "B", b * cell, h, d, batch=g),
-            _Pointwise(part, "gather, loss", b * (sizes.patches - sizes.context) * d, 4, 4),
+            _Linear(part, "B", b * cell, h, out, batch=g),
+            _Pointwise(part, "gather, loss", b * (sizes.patches - sizes.context) * out, 4, 4),
         ]
     rows = b * sizes.num_targets * sizes.target
-    last = _Linear(part, "B", rows, g * h, d)
+    last = _Linear(part, "B", rows, g * h, out)
     if sizes.groups == "feature":
-        last = _Linear(part, "B", rows, h, d // g, batch=g)
+        last = _Linear(part, "B", rows, h, out // g, batch=g)
     return [
         *operations,
         _Pointwise(part, "norm", b * sizes.context * d),
@@ -401,5 +437,5 @@ def _groups(sizes: Sizes) -> list[_Operation]:
         _Linear(part, "M", rows, h, h, batch=g),
         _Pointwise(part, "gelu", rows * g * h),
         last,
-        _Pointwise(part, "loss", rows * d, 2, 2),
+        _Pointwise(part, "loss", rows * out, 2, 2),
     ]

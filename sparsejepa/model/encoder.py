@@ -94,12 +94,13 @@ class _FusedLinear(torch.autograd.Function):
         return _fused_linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         # A product with ones sums the rows in fp32, and faster than sum() does in bf16.
         total = (rows.new_ones(1, len(rows)) @ rows)[0]
-        return grad @ weight, rows.t() @ x.reshape(-1, x.shape[-1]), total
+        below = grad @ weight if ctx.needs_input_grad[0] else None
+        return below, rows.t() @ x.reshape(-1, x.shape[-1]), total
 
 
 class Attention(nn.Module):
@@ -180,19 +181,88 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, index: Tensor | None) -> Tensor:
         """Embed the patches `index` [B, C] (all if None) of images [B, 3, H, W] to [B, C, D]."""
         height, width = self.proj.kernel_size
-        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, rows, cols, 3, h, w], still a view
-        if index is None:
-            patches = patches.flatten(1, 2)
-        else:
-            image = torch.arange(len(images), device=index.device).unsqueeze(1)
-            cols = patches.shape[2]
-            patches = patches[image, index // cols, index % cols]
+        patches = select_patches(images, (height, width), index)
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+class HierarchicalStem(nn.Module):
+    """Convolutions within a patch, stacked: the hMLP stem of Touvron et al. 2022.
+
+    Their arXiv 2203.09795, section 4: each stage maps squares of f x f places to one; the sides f
+    multiply to that of the patch, all but the last stage are D/4 wide, each ends in a norm and all
+    but the last in a GELU. The norm is over channels, so that a token depends on its own patch
+    alone. A convolution whose stride is its size is a linear map of each square.
+
+    Raises UserError if patches are not square or have a single pixel.
+    """
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        if patch_size[0] != patch_size[1] or patch_size[0] < 2:
+            raise UserError(
+                f"--stem hierarchical: patches of {patch_size[0]}x{patch_size[1]} pixels; it needs "
+                "square ones of at least 2x2"
+            )
+        self.patch_size = patch_size
+        self.sides = stem_sides(patch_size[0])
+        inner = [max(1, embed_dim // 4)] * (len(self.sides) - 1)
+        widths = [in_chans, *inner, embed_dim]
+        self.maps = nn.ModuleList(
+            Linear(side**2 * before, after)
+            for side, before, after in zip(self.sides, widths, widths[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths[1:])
+
+    def forward(self, images: Tensor, index: Tensor | None) -> Tensor:
+        """Embed the patches `index` [B, C] (all if None) of images [B, 3, H, W] to [B, C, D]."""
+        x = select_patches(images, self.patch_size, index).permute(0, 1, 3, 4, 2)
+        for stage, (side, linear, norm) in enumerate(
+            zip(self.sides, self.maps, self.norms, strict=True)
+        ):
+            if stage:
+                x = F.gelu(x)
+            x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, C, h, f, w, f, channels]
+            x = norm(linear(x.transpose(3, 4).flatten(4)))
+        return x.flatten(2)
+
+
+def stem_sides(side: int) -> list[int]:
+    """Return the sides of the squares of a hierarchical stem: factors of `side`, falling.
+
+    Its prime factors, the two smallest merged until at most three are left: 4, 2, 2 for 16, as in
+    Touvron et al. 2022.
+    """
+    primes = [p for p in range(2, side + 1) if all(p % q for q in range(2, p))]
+    factors = []
+    for prime in primes:
+        while side % prime == 0:
+            factors.append(prime)
+            side //= prime
+    while len(factors) > 3:
+        factors = sorted([factors[0] * factors[1], *factors[2:]])
+    return factors[::-1]
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut images [B, 3, H, W] into [B, rows, cols, 3, h, w], a view."""
+    height, width = patch_size
+    patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+    return patches.permute(0, 2, 4, 1, 3, 5)
+
+
+def select_patches(images: Tensor, patch_size: tuple[int, int], index: Tensor | None) -> Tensor:
+    """Return the patches `index` [B, C] (all if None) of images [B, 3, H, W]: [B, C, 3, h, w]."""
+    patches = patchify(images, patch_size)
+    if index is None:
+        return patches.flatten(1, 2)
+    image = torch.arange(len(images), device=index.device).unsqueeze(1)
+    cols = patches.shape[2]
+    return patches[image, index // cols, index % cols]
+
+
 class ViT(nn.Module):
-    """Vision transformer encoder; its state_dict is that of timm's ``VisionTransformer``.
+    """Vision transformer encoder; with the linear stem its state_dict is that of timm's
+    ``VisionTransformer``.
 
     Args:
         img_size: height and width of the images in pixels; one number for a square.
@@ -204,6 +274,7 @@ class ViT(nn.Module):
         in_chans: colour channels.
         class_token: put a learned token before the patches; it is not among the outputs.
         pos_embed: fixed sine-cosine positions (zero for the class token), or learned ones.
+        stem: from a patch to its token, a linear map or a `HierarchicalStem`, which timm lacks.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
 
     Raises UserError if patches do not tile the image or heads do not divide the width.
@@ -221,6 +292,7 @@ class ViT(nn.Module):
         in_chans: int = 3,
         class_token: bool = False,
         pos_embed: Literal["sincos", "learned"] = "sincos",
+        stem: Literal["linear", "hierarchical"] = "linear",
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -238,7 +310,9 @@ class ViT(nn.Module):
         self.depth = depth
         self.num_prefix_tokens = int(class_token)
 
-        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.stem = stem
+        embed = PatchEmbed if stem == "linear" else HierarchicalStem
+        self.patch_embed = embed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.num_prefix_tokens + self.num_patches, embed_dim),

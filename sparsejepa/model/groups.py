@@ -132,14 +132,14 @@ class RegionNetworks(nn.Module):
     hidden = GELU(A_g u_g + b_g + position_n), prediction = B_g hidden + c_g.
     """
 
-    def __init__(self, cells: Tensor, embed_dim: int, group_dim: int, hidden: int, gain: float):
+    def __init__(self, cells: Tensor, out_dim: int, group_dim: int, hidden: int, gain: float):
         super().__init__()
         groups, patches = int(cells.max()) + 1, len(cells)
         self.A = _weight(groups, hidden, group_dim, std=gain / math.sqrt(group_dim))
         self.b = nn.Parameter(torch.zeros(groups, hidden))
         self.position = _weight(patches, hidden, std=0.1)
-        self.B = _weight(groups, embed_dim, hidden, std=_OUT_STD)
-        self.c = nn.Parameter(torch.zeros(groups, 1, embed_dim))
+        self.B = _weight(groups, out_dim, hidden, std=_OUT_STD)
+        self.c = nn.Parameter(torch.zeros(groups, 1, out_dim))
         # Patches by cell, rows padded (with the cell's last patch) to the largest cell, so that all
         # groups are one batched product; `slot` finds each patch in that table.
         members = [torch.nonzero(cells == g).flatten() for g in range(groups)]
@@ -154,7 +154,7 @@ class RegionNetworks(nn.Module):
         self.register_buffer("slot", slot, persistent=False)
 
     def forward(self, u: Tensor, query_index: Tensor) -> Tensor:
-        """Map u [B, G, P] and patches [B, T] to predictions [B, T, D]."""
+        """Map u [B, G, P] and patches [B, T] to predictions [B, T, D']."""
         hidden = torch.einsum("ghp,bgp->gbh", self.A, u) + self.b[:, None]
         # [G, B, n, h]: only the position differs between the patches of a cell.
         hidden = F.gelu(hidden[:, :, None] + self.position[self.members][:, None])
@@ -227,7 +227,7 @@ class GroupMap(nn.Module):
     * ``region``: a group is a cell of the grid (`partition_cells`); u_g = W^(g) z with z the mean
       context token; each asked patch is predicted by its own cell's group.
     * ``concept``: groups are learned; u_g = W^(g) z per context token; predictions add up.
-    * ``feature``: as ``concept``, but group g predicts dimensions g D/G to (g + 1) D/G.
+    * ``feature``: as ``concept``, but group g predicts dimensions g D'/G to (g + 1) D'/G.
 
     Args:
         kind: what a group is.
@@ -238,8 +238,10 @@ class GroupMap(nn.Module):
         sphere: keep sum_g ||W_gj||^2 = 1 for every latent j; otherwise oi-VAE's plain form, which
             needs `ridge` in the loss to pin the scale.
         hidden: width of the group networks.
+        out_dim: width D' of what is predicted of a patch; D if not given.
 
-    Raises UserError if there are more regions than patches, or G does not divide D for ``feature``.
+    Raises UserError if there are more regions than patches, or G does not divide D' for
+    ``feature``.
     """
 
     def __init__(
@@ -252,15 +254,18 @@ class GroupMap(nn.Module):
         *,
         sphere: bool = True,
         hidden: int = 64,
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if kind == "feature" and embed_dim % num_groups:
+        out_dim = out_dim or embed_dim
+        if kind == "feature" and out_dim % num_groups:
             raise UserError(
-                f"--num-groups {num_groups} does not divide the width {embed_dim}, which "
+                f"--num-groups {num_groups} does not divide the width {out_dim}, which "
                 "--groups feature needs"
             )
         self.kind: Kind = kind
         self.sphere = sphere
+        self.out_dim = out_dim
         scale = 1.0 if sphere else _PLAIN_SCALE
         blocks = F.normalize(torch.randn(num_groups, group_dim, embed_dim), dim=1)
         spread = (1 + _SPREAD * torch.randn(num_groups, 1, embed_dim)).clamp_min(0.1)
@@ -273,16 +278,14 @@ class GroupMap(nn.Module):
         if kind == "region":
             self.register_buffer("cells", partition_cells(grid_size, num_groups), persistent=False)
             assert self.cells is not None
-            self.networks = RegionNetworks(self.cells, embed_dim, group_dim, hidden, gain)
+            self.networks = RegionNetworks(self.cells, out_dim, group_dim, hidden, gain)
         else:
             self.register_buffer("cells", None)
-            out_dim = embed_dim // num_groups if kind == "feature" else embed_dim
-            self.networks = AttentionNetworks(
-                grid_size, num_groups, group_dim, out_dim, hidden, gain
-            )
+            own = out_dim // num_groups if kind == "feature" else out_dim
+            self.networks = AttentionNetworks(grid_size, num_groups, group_dim, own, hidden, gain)
 
     def forward(self, z: Tensor, context_index: Tensor, query_index: Tensor) -> Tensor:
-        """Predict the target tokens of the patches `query_index`.
+        """Predict the patches `query_index`.
 
         Args:
             z: [B, C, D], context tokens.
@@ -290,7 +293,7 @@ class GroupMap(nn.Module):
             query_index: int64 [B, T], the patches to predict.
 
         Returns:
-            [B, T, D].
+            [B, T, D'].
 
         Raises ValueError in training if the normalisation has a single value per dimension.
         """
@@ -304,6 +307,20 @@ class GroupMap(nn.Module):
             return torch.einsum("gdh,btgh->btd", self.networks.B, hidden) + self.networks.c.sum(0)
         parts = torch.einsum("gdh,btgh->btgd", self.networks.B, hidden) + self.networks.c
         return parts.flatten(2)
+
+    @torch.no_grad()
+    def keep_random(self, density: float) -> None:
+        """Leave a random `density` of the blocks, the others zero, every latent its norm.
+
+        All latents keep the same number of groups, give or take one, and at least one. Drawn from
+        torch's default generator. `proximal_step` with `freeze_pattern` keeps the zeros.
+        """
+        groups, latents = len(self.W), self.W.shape[2]
+        each, more = divmod(max(latents, round(density * groups * latents)), latents)
+        counts = each + (torch.randperm(latents) < more)
+        kept = torch.rand(groups, latents).argsort(0).argsort(0) < counts
+        scale = 1.0 if self.sphere else _PLAIN_SCALE
+        self.W.copy_(prox_sphere(self.W * kept[:, None], 0.0) * scale)
 
     def block_norms(self) -> Tensor:
         """Return ||W_gj||, [G, D]."""

@@ -4,7 +4,7 @@ I-JEPA (Assran et al. 2023) predicts the target encoder's embeddings of masked b
 visible context. SparseJEPA (Hartman and Varshney 2025) adds a map from latent dimensions to groups
 under a group lasso, and a KL term. The objective is
 
-    prediction + group_weight * group + beta * KL + balance + lam * sum_gj ||W_gj||
+    prediction + group_weight * group + beta * KL + balance + regularizer + lam * sum_gj ||W_gj||
 
 The last term never enters `Losses.total`: a proximal step on W applies it exactly (`after_step`).
 """
@@ -12,23 +12,25 @@ The last term never enters `Losses.total`: a proximal step on W applies it exact
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.encoder import ViT, patchify
 from sparsejepa.model.groups import DensityController, GroupMap
 from sparsejepa.model.losses import (
     RunningMoments,
     aggregate_kl,
     full,
+    normalize_pixels,
     normalize_targets,
     posterior_kl,
     prediction_loss,
 )
 from sparsejepa.model.masks import Masks, MaskSampler
+from sparsejepa.model.regularizers import Draws, Regularizers
 from sparsejepa.rng import generator
 
 
@@ -45,9 +47,12 @@ class Rates(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss terms there are and their weights."""
+    """What is predicted, which loss terms there are and their weights."""
 
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+    predict: Literal["embeddings", "pixels"] = "embeddings"
+    target_layers: int = 1
+    target_centering: bool = False
     kl: Literal["aggregate", "posterior"] = "aggregate"
     group_weight: float = 0.1
     beta: float = 0.05
@@ -55,11 +60,15 @@ class Objective:
     kl_correlation: float = 1.0
     balance: float = 0.03
     ridge: float = 1e-3
+    regularizers: Regularizers = field(default_factory=Regularizers)
 
 
 @dataclass
 class Losses:
-    """The loss terms of one step, scalar tensors, unweighted; `total` is what is minimised."""
+    """The loss terms of one step, scalar tensors; `total` is what is minimised.
+
+    All but `total` are unweighted; `kl` and `regularizer` are sums of parts with their weights.
+    """
 
     total: Tensor
     prediction: Tensor
@@ -69,6 +78,7 @@ class Losses:
     kl_correlation: Tensor
     penalty: Tensor
     balance: Tensor
+    regularizer: Tensor
 
     def stacked(self) -> Tensor:
         """Return the detached terms as one fp32 vector in field order."""
@@ -128,24 +138,36 @@ class SparseJEPA(nn.Module):
                 dtype=images.dtype,
                 device=images.device,
             ).normal_(generator=generator(self.seed, step, "posterior", images.device))
-        return self.losses(images, masks, noise, self.rates.group_detached(step))
+        draws = self.objective.regularizers.draw(
+            images, self.context_encoder.embed_dim, seed=self.seed, step=step
+        )
+        return self.losses(images, masks, noise, draws, self.rates.group_detached(step))
 
-    def losses(self, images: Tensor, masks: Masks, noise: Tensor | None, detached: bool) -> Losses:
+    def losses(
+        self, images: Tensor, masks: Masks, noise: Tensor | None, draws: Draws, detached: bool
+    ) -> Losses:
         """Return the loss terms given all that is drawn: a function that can be compiled.
 
         Args:
             images: [B, 3, H, W], normalised.
             noise: standard normal [B, D] for the posterior's sample, None where there is none.
+            draws: of the regularisers.
             detached: keep the group loss from the context encoder.
         """
-        with torch.no_grad():
-            self.target_encoder.eval()  # the target has no stochastic depth
-            targets = normalize_targets(self.target_encoder(images))  # [B, N, D]
+        weights = self.objective
+        self.target_encoder.eval()  # the target has no stochastic depth
+        targets = make_targets(
+            self.target_encoder,
+            images,
+            predict=weights.predict,
+            layers=weights.target_layers,
+            centering=weights.target_centering,
+        )
         context = self.context_encoder(images, masks.context)  # [B, C, D]
-        predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D]
+        predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D']
         wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
-        prediction = prediction_loss(predicted, wanted, self.objective.loss)
-        return self._combine(prediction, context, targets, masks, noise, detached)
+        prediction = prediction_loss(predicted, wanted, weights.loss)
+        return self._combine(prediction, context, targets, masks, noise, draws, detached)
 
     def _combine(
         self,
@@ -154,12 +176,13 @@ class SparseJEPA(nn.Module):
         targets: Tensor,
         masks: Masks,
         noise: Tensor | None,
+        draws: Draws,
         detached: bool,
     ) -> Losses:
         weights = self.objective
         zero = prediction.new_zeros(())
         total, group, penalty, balance = prediction, zero, zero, zero
-
+        kl = marginal = correlation = zero
         kl = marginal = correlation = zero
         latent = context
         pooled = full(context).mean(1)  # [B, D], before any normalisation
@@ -172,18 +195,31 @@ class SparseJEPA(nn.Module):
             # One sample per image, added to each of its tokens: their mean is mu + sigma * eps.
             latent = context + ((0.5 * logvar).exp() * noise)[:, None]
         total = total + weights.beta * kl
+        regularizer = weights.regularizers(pooled, draws)
+        if regularizer is not None:
+            total = total + regularizer
 
         if self.groups is not None:
             if detached:
                 latent = latent.detach()
             query = self._queries(masks, targets.shape[1])
-            grouped = self.groups(latent, masks.context, query)  # [B, T, D]
+            grouped = self.groups(latent, masks.context, query)  # [B, T, D']
             group = prediction_loss(grouped, gather_tokens(targets, query), weights.loss)
             penalty, balance = self.groups.penalty(), self.groups.balance()
             total = total + weights.group_weight * group + weights.balance * balance
             if not self.groups.sphere:
                 total = total + weights.ridge * self.groups.ridge()
-        return Losses(total, prediction, group, kl, marginal, correlation, penalty, balance)
+        return Losses(
+            total,
+            prediction,
+            group,
+            kl,
+            marginal,
+            correlation,
+            penalty,
+            balance,
+            zero if regularizer is None else regularizer,
+        )
 
     def _queries(self, masks: Masks, num_patches: int) -> Tensor:
         """Return the patches that the groups predict, [B, T].
@@ -227,6 +263,35 @@ class SparseJEPA(nn.Module):
         w = self.groups.W if self.groups is not None else None
         trained = [p for p in self.parameters() if p.requires_grad and p is not w]
         return [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+
+
+@torch.no_grad()
+def make_targets(
+    encoder: ViT,
+    images: Tensor,
+    *,
+    predict: Literal["embeddings", "pixels"] = "embeddings",
+    layers: int = 1,
+    centering: bool = False,
+) -> Tensor:
+    """Return what is predicted of each patch of normalised `images` [B, 3, H, W].
+
+    Args:
+        encoder: the target encoder, in evaluation mode.
+        predict: its layer-normalised tokens [B, N, D], or the patches' own pixels [B, N, 3 p^2],
+            normalised per patch (MAE).
+        layers: average those tokens over the last so many blocks, each through the final norm and
+            normalised, and normalise again (data2vec, Baevski et al. 2022, section 3.3).
+        centering: subtract the mean over B and N from the tokens.
+    """
+    if predict == "pixels":
+        return normalize_pixels(patchify(images, encoder.patch_size).flatten(1, 2).flatten(2))
+    if layers == 1:
+        targets = normalize_targets(encoder(images))
+    else:
+        outputs = map(normalize_targets, encoder.forward_intermediates(images, layers))
+        targets = normalize_targets(torch.stack(list(outputs)).mean(0))
+    return targets - targets.mean((0, 1)) if centering else targets
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -14,12 +14,21 @@ def normalize_targets(x: Tensor) -> Tensor:
     return F.layer_norm(full(x), x.shape[-1:])
 
 
+def normalize_pixels(x: Tensor) -> Tensor:
+    """Give each patch [..., P] mean 0 and variance 1 (MAE's targets, He et al. 2022, section 4.1).
+
+    The variance is over P - 1, plus 1e-6.
+    """
+    variance, mean = torch.var_mean(full(x), -1, keepdim=True)
+    return (full(x) - mean) * (variance + 1e-6).rsqrt()
+
+
 def prediction_loss(
     prediction: Tensor,
     target: Tensor,
     kind: Literal["smooth_l1", "l2"] = "smooth_l1",
 ) -> Tensor:
-    """Return the mean distance of predicted and target embeddings, per token and dimension.
+    """Return the mean distance of prediction and target, per token and dimension.
 
     Args:
         prediction, target: [..., D].

@@ -1,4 +1,4 @@
-"""Predictors of the embeddings of hidden patches from those of visible ones.
+"""Predictors of the embeddings (or pixels) of hidden patches from the visible ones' embeddings.
 
 `TransformerPredictor` is I-JEPA's (Assran et al. 2023, section 3); `MLPPredictor` is the shallow
 one that the SparseJEPA paper names. Both have fixed sine-cosine positions and one interface.
@@ -29,6 +29,7 @@ class TransformerPredictor(nn.Module):
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         packed: one pass for all blocks, in which the context sees only itself. About half the
             work, and another function: the context's tokens no longer depend on the block.
+        out_dim: width D' of what is predicted; D if not given.
 
     Raises UserError if `dim` is not a multiple of 4 or of `num_heads`.
     """
@@ -44,6 +45,7 @@ class TransformerPredictor(nn.Module):
         num_heads: int | None = None,
         drop_path: float = 0.0,
         packed: bool = False,
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.packed = packed
@@ -57,12 +59,12 @@ class TransformerPredictor(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(*(Block(dim, num_heads, drop_path=rate) for rate in rates))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.proj = Linear(dim, embed_dim)
+        self.proj = Linear(dim, out_dim or embed_dim)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
-        """Predict the embeddings of the target patches.
+        """Predict the target patches.
 
         Args:
             context: [B, C, D] tokens of the context encoder.
@@ -70,7 +72,7 @@ class TransformerPredictor(nn.Module):
             target_index: int64 [B, M, K], the patch numbers of the target blocks.
 
         Returns:
-            [B, M, K, D]. Raises ValueError if the shapes do not fit together.
+            [B, M, K, D']. Raises ValueError if the shapes do not fit together.
         """
         _check(context, context_index, target_index)
         blocks, patches = target_index.shape[1:]
@@ -112,6 +114,7 @@ class MLPPredictor(nn.Module):
         grid_size: (rows, cols) of patches.
         dim: width of the hidden layers, a multiple of 4.
         depth: number of hidden layers, at least 1.
+        out_dim: width D' of what is predicted; D if not given.
 
     Raises UserError if `dim` is not a multiple of 4.
     """
@@ -119,7 +122,12 @@ class MLPPredictor(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, embed_dim: int, grid_size: tuple[int, int], dim: int = 256, depth: int = 2
+        self,
+        embed_dim: int,
+        grid_size: tuple[int, int],
+        dim: int = 256,
+        depth: int = 2,
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer(
@@ -130,10 +138,10 @@ class MLPPredictor(nn.Module):
         self.embed = nn.Linear(embed_dim, dim)
         self.embed_position = nn.Linear(dim, dim, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth - 1))
-        self.proj = nn.Linear(dim, embed_dim)
+        self.proj = nn.Linear(dim, out_dim or embed_dim)
 
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
-        """Predict the embeddings of the target patches; arguments as TransformerPredictor's.
+        """Predict the target patches; arguments as TransformerPredictor's.
 
         The positions of the context, `context_index`, do not enter: the pooled vector has none.
         """

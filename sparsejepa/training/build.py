@@ -9,7 +9,8 @@ import torch
 
 from sparsejepa.config import Config
 from sparsejepa.data.augment import Augment
-from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.catalog import cache_folder, load_dataset
+from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.model.encoder import ViT
@@ -17,6 +18,7 @@ from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import Objective, SparseJEPA
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
+from sparsejepa.model.regularizers import Regularizers
 from sparsejepa.rng import derive_seed
 from sparsejepa.training.schedule import Schedule
 
@@ -38,7 +40,10 @@ def run_name(config: Config) -> str:
 
 
 def load_images(config: Config) -> ImageSet:
-    """Load the training images. Raises UserError if they do not suit the settings."""
+    """Load the training images, or what a corruption puts in their place.
+
+    Raises UserError if they do not suit the settings.
+    """
     size = config.images.img_size
     image_set = load_dataset(
         config.data,
@@ -56,6 +61,14 @@ def load_images(config: Config) -> ImageSet:
         raise UserError(
             f"--batch-size {config.optim.batch_size} is more than the {len(image_set)} training "
             f"images of {config.data}; use at most {len(image_set)}"
+        )
+    if config.images.corruption != "none":
+        image_set = corrupt(
+            image_set,
+            config.images.corruption,
+            seed=config.images.subset_seed,
+            patch_size=config.model.patch_size,
+            cache_dir=cache_folder(None),
         )
     return image_set
 
@@ -75,6 +88,7 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
     seed, (width, depth, heads) = config.run.seed, config.encoder_shape
     patch = config.model.patch_size
     grid = (img_size[0] // patch, img_size[1] // patch)
+    out_dim = 3 * patch**2 if config.loss.predict == "pixels" else width
     masks = config.masks
     sampler = MaskSampler(
         grid,
@@ -93,15 +107,22 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
             embed_dim=width,
             depth=depth,
             num_heads=heads,
+            stem=config.model.stem,
             drop_path=config.model.drop_path,
         )
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
         dim, layers = config.model.predictor_dim, config.model.predictor_depth
         if config.model.predictor == "mlp":
-            predictor = MLPPredictor(width, grid, dim=dim, depth=layers)
+            predictor = MLPPredictor(width, grid, dim=dim, depth=layers, out_dim=out_dim)
         else:
-            packed = config.model.predictor_pass == "packed"
-            predictor = TransformerPredictor(width, grid, dim=dim, depth=layers, packed=packed)
+            predictor = TransformerPredictor(
+                width,
+                grid,
+                dim=dim,
+                depth=layers,
+                packed=config.model.predictor_pass == "packed",
+                out_dim=out_dim,
+            )
         torch.manual_seed(derive_seed(seed, 0, "init-groups"))
         kind = config.groups.groups
         groups = None
@@ -113,7 +134,10 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
                 num_groups=config.groups.num_groups,
                 group_dim=config.group_dim,
                 sphere=config.groups.w_form == "sphere",
+                out_dim=out_dim,
             )
+            if config.groups.pattern == "random":
+                groups.keep_random(config.groups.density or 1.0)
         return SparseJEPA(
             encoder,
             predictor,
@@ -122,6 +146,9 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
             rates=Schedule(config, total),
             objective=Objective(
                 loss=config.loss.loss,
+                predict=config.loss.predict,
+                target_layers=config.loss.target_layers,
+                target_centering=config.loss.target_centering,
                 kl=config.loss.kl,
                 group_weight=config.groups.group_weight,
                 beta=config.loss.beta,
@@ -129,9 +156,16 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
                 kl_correlation=config.loss.kl_correlation,
                 balance=config.groups.balance,
                 ridge=config.groups.ridge,
+                regularizers=Regularizers(
+                    vicreg=config.loss.vicreg,
+                    sigreg=config.loss.sigreg,
+                    activation_l1=config.loss.activation_l1,
+                    rectified=config.loss.rectified,
+                    rectified_share=config.loss.rectified_share,
+                ),
             ),
             total_steps=total,
-            steer_density=config.groups.density is not None,
+            steer_density=config.groups.density is not None and config.groups.pattern == "learned",
             seed=seed,
         )
 

@@ -62,7 +62,9 @@ class Schedule:
         return max(1, self.total - round(self.config.groups.debias * self.total))
 
     def frozen(self, step: int) -> bool:
-        """Whether the zero pattern of W is frozen (debias)."""
+        """Whether the zero pattern of W is frozen: while debiasing, or because it is random."""
+        if self.config.groups.pattern == "random":
+            return True
         return step >= self.penalised_steps and self.config.penalised
 
     def w_lr(self, step: int) -> float:
@@ -70,7 +72,7 @@ class Schedule:
         return self.config.groups.w_lr_sum / self.penalised_steps
 
     def lam(self, step: int) -> float:
-        """Group-lasso penalty when it is fixed; 0 in the debias part."""
+        """Group-lasso penalty when it is fixed; 0 where the pattern is frozen."""
         return 0.0 if self.frozen(step) else self.config.groups.lam
 
     def wanted_density(self, step: int) -> float:

@@ -58,7 +58,7 @@ class TrainStep:
         self._compile: Literal["no", "untried", "works"] = "untried" if config.run.compile else "no"
 
     def __call__(self, pixels: Tensor, step: int) -> Tensor:
-        """Take the step on images [B, H, W, 3] uint8; return the values of `TERMS`, fp32 [9]."""
+        """Take the step on images [B, H, W, 3] uint8; return the values of `TERMS`, fp32."""
         x = self.augment(pixels, generator(self._seed, step, "augment", self.device))
         losses = self._backward(x, step)
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self._clip)

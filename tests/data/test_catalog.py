@@ -133,13 +133,16 @@ def test_list_of_data_sets(tmp_path: Path, save: Save):
     save(tmp_path / "photos" / "train" / "1.png")
     save(tmp_path / "photos" / "val" / "1.png")
     rows = {row.name: row for row in list_datasets(tmp_path)}
-    assert list(rows)[:5] == ["scenes", "scenes:single", "cifar100", "cifar10", "svhn"]
-    assert set(list(rows)[5:]) == {"hub:someone/pictures", "hub:a/b", "flat", "photos"}
+    names = ["scenes", "scenes:single", "cifar100", "cifar10", "svhn"]
+    official = ["inaturalist2018", "places365", "clevr-count"]
+    assert list(rows)[:5] == names and set(official) <= rows.keys()
+    others = {"hub:someone/pictures", "hub:a/b", "flat", "photos"}
+    assert set(list(rows)[5:]) == {*official, *others}
     assert rows["scenes"].found == "built in" and rows["svhn"].found == ""
     assert rows["cifar100"].found == str(tmp_path / "uoft-cs" / "cifar100")
     assert rows["cifar100"].splits == ("train", "test")
     assert rows["photos"].splits == ("train", "val") and rows["flat"].splits == ("all",)
-    assert len(list_datasets(None)) == 5
+    assert [row.name for row in list_datasets(None)] == names + official
 
 
 def test_importing_the_catalog_loads_no_readers():

@@ -29,9 +29,10 @@ def tiny(**changes) -> Config:
 
 def counted(config: Config) -> tuple[Masks, int, int]:
     """Return the masks of a step, and the operations that torch counts forward and backward."""
-    model = build_model(config, (16, 16), 10)
+    side = max(16, 4 * config.model.patch_size)
+    model = build_model(config, (side, side), 10)
     masks = model.sampler.sample(BATCH, seed=0, step=0)
-    images = torch.randn(BATCH, 3, 16, 16)
+    images = torch.randn(BATCH, 3, side, side)
     # The fused kernel would not be counted, nor its second look at the logits be missed.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         losses = model(images, step=0, masks=masks)
@@ -50,6 +51,30 @@ def test_operations_are_those_that_torch_counts(groups: str, beta: float, predic
     parts = costs(Sizes.of(config, GRID, 5, *masks.targets.shape[1:]))
     ours = sum(parts[name].flops for name in ("target", "context", "predictor", "groups"))
     assert (ours, parts["backward"].flops) == (forward, backward)
+
+
+@pytest.mark.parametrize("groups", ["none", "region", "concept"])
+@pytest.mark.parametrize("predictor", ["mlp", "transformer"])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_operations_and_parameters_of_other_stems_and_pixels(
+    groups: str, predictor: str, patch: int
+) -> None:
+    config = tiny(
+        groups=groups, predictor=predictor, stem="hierarchical", predict="pixels",
+        patch_size=patch, beta=0.0,
+    )  # fmt: skip
+    masks, forward, backward = counted(config)
+    grid = (16 // patch, 16 // patch) if patch < 8 else (4, 4)
+    sizes = Sizes.of(config, grid, 5, *masks.targets.shape[1:])
+    parts = costs(sizes)
+    ours = sum(parts[name].flops for name in ("target", "context", "predictor", "groups"))
+    assert (ours, parts["backward"].flops) == (forward, backward)
+    assert parts["target"].flops == 0
+    model = build_model(config, (grid[0] * patch, grid[1] * patch), 10)
+    found = parameters(sizes)
+    assert found["encoder"] == count(model.context_encoder)
+    assert found["predictor"] == count(model.predictor)
+    assert found["groups"] == (count(model.groups) - found["W"] if model.groups else 0)
 
 
 @pytest.mark.parametrize("groups", ["none", "region", "concept", "feature"])

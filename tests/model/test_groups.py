@@ -145,7 +145,7 @@ def test_prediction_is_the_documented_formula(kind: str):
 def test_uneven_cells_give_each_patch_its_own_cell_and_position(groups: int):
     torch.manual_seed(0)
     cells = partition_cells((3, 4), groups)
-    net = RegionNetworks(cells, embed_dim=6, group_dim=2, hidden=5, gain=1.0)
+    net = RegionNetworks(cells, out_dim=6, group_dim=2, hidden=5, gain=1.0)
     u, query = normal(3, groups, 2), torch.arange(12).flip(0).expand(3, 12)
     got = net(u, query)
     for i, n in enumerate(query[0].tolist()):

@@ -1,0 +1,112 @@
+"""Protocols, measures and held-out images from a run to its line of results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsejepa.config import Config
+from sparsejepa.data import catalog
+from sparsejepa.evaluation import measured, probe
+from sparsejepa.evaluation.finetune import FineTune, Recipe
+from sparsejepa.evaluation.probe import evaluate
+from sparsejepa.interop import load
+from sparsejepa.runs import Probes, Task, row_key, run_and_probe
+
+SETTINGS: dict[str, Any] = {
+    "encoder": "nano", "patch_size": 8, "img_size": (32,), "predictor_dim": 32,
+    "predictor_depth": 1, "steps": 3, "batch_size": 16, "limit": 64, "holdout": 40,
+    "num_targets": 1, "context_counts": (6,), "device": "cpu", "threads": 1, "seed": 1,
+}  # fmt: skip
+INFORMATION = {
+    "data", "scored_on", "total_correlation", "rankme", "n", "untrained_total_correlation",
+    "untrained_rankme",
+}  # fmt: skip
+FACTORS = {
+    "data", "dci_disentanglement", "dci_completeness", "dci_informativeness", "mig",
+    "groups_dci_disentanglement", "untrained_dci_disentanglement", "untrained_dci_completeness",
+    "untrained_dci_informativeness", "n_train", "n_test",
+}  # fmt: skip
+KEPT = {
+    "data", "target", "scored_on", "order", "curve", "encoder_flops", "n_train", "n_test",
+}  # fmt: skip
+
+
+class QuickTune(FineTune):
+    def __init__(self, encoder: Any, *, random_state: int = 0) -> None:
+        recipe = Recipe(passes=1, least_steps=3)
+        super().__init__(encoder, random_state=random_state, recipe=recipe)
+
+
+@pytest.fixture
+def splits(monkeypatch) -> list[str]:
+    """Small parts of the built-in scenes; the list says which splits were loaded."""
+    calls: list[str] = []
+
+    def small(name: str, split: str = "train", **settings: Any):
+        calls.append(f"{name}/{split}")
+        images = catalog.load_dataset(name, split, **settings)
+        return images.subset(400 if split == "train" else 120)
+
+    monkeypatch.setattr(probe, "load_dataset", small)
+    monkeypatch.setattr(probe, "FineTune", QuickTune)
+    monkeypatch.setattr(measured, "FACTOR_IMAGES", (300, 120))
+    return calls
+
+
+def make_task(tmp_path: Path, groups: str, measures: tuple[str, ...] = ()) -> Task:
+    config = Config(data="scenes").replace(**SETTINGS, groups=groups)
+    probes = Probes(
+        ("scenes", "scenes:single"), ("logistic:25%", "finetune"),
+        {"scenes": ("count",), "scenes:single": ("shape",)}, 200, measures,
+    )  # fmt: skip
+    return Task(config, tmp_path / groups, probes)
+
+
+@pytest.mark.parametrize("groups", ["none", "region"])
+def test_a_line_has_every_measure(tmp_path: Path, splits: list[str], groups: str) -> None:
+    task = make_task(tmp_path, groups, ("information", "factors", "kept"))
+    row = run_and_probe(task)
+    assert row["gpu_seconds"] == 0
+    found = row["measures"]
+    assert {name: set(values) for name, values in found.items()} == {
+        "information": INFORMATION, "factors": FACTORS, "kept": KEPT,
+    }  # fmt: skip
+    assert all(v is not None for v in found["information"].values())
+    sparse = groups == "region"
+    assert (found["factors"]["groups_dci_disentanglement"] is not None) == sparse
+    assert found["kept"]["order"] == ("groups" if sparse else "variance")
+    assert (found["information"]["n"], found["kept"]["n_test"]) == (40, 40)
+    assert {row["protocol"] for row in row["probes"]} == {"logistic:25%", "finetune"}
+
+
+def test_held_out_images_replace_the_test_split_of_the_run_only(
+    tmp_path: Path, splits: list[str]
+) -> None:
+    task = make_task(tmp_path, "region", ("information",))
+    row = run_and_probe(task)
+    assert "scenes/test" not in splits and "scenes:single/test" in splits
+    facts = [(p["data"], p["settings"]["scored_on"], p["n_test"]) for p in row["probes"]]
+    assert set(facts) == {("scenes", "holdout", 40), ("scenes:single", "test", 120)}
+    # The untrained floors are those of the run's own seed.
+    encoder = load(task.run_dir)
+    again = evaluate(
+        encoder.untrained(1), "scenes", protocols=task.probes.protocols, targets=["count"],
+        limit=200, holdout=40, img_size=(32, 32), floors=False,
+    )  # fmt: skip
+    mine = [p for p in row["probes"] if p["data"] == "scenes"]
+    assert [p["untrained"] for p in mine] == [p.accuracy for p in again]
+    assert [p["pixels"] is None for p in mine] == [False, True]
+
+
+def test_the_key_knows_measures_and_lines_from_before_there_were_any(tmp_path: Path) -> None:
+    task = make_task(tmp_path, "region")
+    asked = replace(task, probes=replace(task.probes, measures=("kept",)))
+    assert asked.key != task.key
+    probed = {k: v for k, v in vars(task.probes).items() if k != "measures"}
+    old = {"key": "x", "settings": task.config.to_dict(), "probed": probed}
+    assert row_key(old) == task.key
+    assert row_key({**old, "probed": {**probed, "measures": ["kept"]}}) == asked.key

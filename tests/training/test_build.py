@@ -1,0 +1,84 @@
+"""The images that a run trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsejepa.config import Config, preset
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.errors import UserError
+from sparsejepa.training.build import load_images
+from sparsejepa.training.loop import pretrain
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 20 images of 16x16 pixels in train and 5 in test."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def config_of(folder: Path, **settings: Any) -> Config:
+    tiny: dict[str, Any] = {
+        "batch_size": 8, "steps": 4, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
+        "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    return preset("nano").replace(data=str(folder), **{**tiny, **settings})
+
+
+@pytest.mark.parametrize("corruption", ["noise", "shuffle"])
+def test_corruption_replaces_what_would_have_been_trained_on(folder: Path, corruption: str) -> None:
+    settings: dict[str, Any] = {"holdout": 6, "limit": 20, "subset_seed": 3}
+    true = load_images(config_of(folder, **settings))
+    settings["corruption"] = corruption
+    made, again = (load_images(config_of(folder, seed=s, **settings)) for s in (0, 1))
+    assert len(made) == 20 and made.files == true.files
+    assert made.targets["class"].values.tolist() == true.targets["class"].values.tolist()
+    assert (made.images != true.images).any((1, 2, 3)).all()
+    assert (made.images == again.images).all(), "the same images for every seed of a run"
+    if corruption == "shuffle":
+        assert (np.sort(made.images, axis=None) == np.sort(true.images, axis=None)).all()
+    settings["subset_seed"] = 4
+    assert load_images(config_of(folder, **settings)).fingerprint != made.fingerprint
+
+
+def test_corruption_leaves_the_data_set_itself_alone(folder: Path) -> None:
+    before = [load_dataset(folder, split).fingerprint for split in ("train", "test")]
+    load_images(config_of(folder, corruption="noise"))
+    assert [load_dataset(folder, split).fingerprint for split in ("train", "test")] == before
+
+
+def test_shuffled_patches_must_fit_the_image(folder: Path) -> None:
+    with pytest.raises(UserError, match="--patch-size 5 does not divide the image"):
+        load_images(config_of(folder, corruption="shuffle", patch_size=5))
+
+
+def test_a_run_is_not_resumed_on_other_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    pretrain(config_of(folder), out=out)
+    with pytest.raises(UserError, match="--corruption noise"):
+        pretrain(config_of(folder, corruption="noise"), out=out, resume=True)
+    (out / "summary.json").unlink()
+    corrupted = load_images(config_of(folder, corruption="noise"))
+    monkeypatch.setattr("sparsejepa.training.loop.load_images", lambda _: corrupted)
+    with pytest.raises(UserError, match="the images or labels are not those"):
+        pretrain(config_of(folder), out=out, resume=True)
