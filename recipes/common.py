@@ -16,8 +16,10 @@ from typing import Any
 
 from sparsejepa.benchmarks.packing import choose, measure
 from sparsejepa.config import Config, load_toml, preset
+from sparsejepa.environment import cores
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.runs import Probes, Task, cores, terminable
+from sparsejepa.runs import Probes, Task
+from sparsejepa.workers import terminable
 
 HERE = Path(__file__).resolve().parent
 SMOKE = {"limit": 256, "steps": 4, "batch_size": 32, "img_size": 32}
@@ -41,8 +43,6 @@ def read_recipe(folder: Path, name: str) -> tuple[Config, Probes]:
     probed: dict[str, Any] = {"data": (config.data,)}
     fields = {*Probes.__dataclass_fields__} - {*_PROBES.values()}
     for key, value in recipe.items():
-        if key == "extra_protocols" and key not in fields:
-            continue
         if key not in {*_ABOUT, *_PROBES, *fields}:
             hint = nearest(key, {*_ABOUT, *_PROBES, *fields})
             raise UserError(f"{path}: unknown entry '{key}'{hint}")
@@ -133,8 +133,8 @@ def jobs_for(args: argparse.Namespace, tasks: Sequence[Task]) -> int | None:
         kept[name] = {"jobs": choose(found).processes, "images_per_second": rates}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(kept, indent=1))
-        rates = ", ".join(f"{rate} with {count}" for count, rate in rates.items())
-        print(f"{task.recipe}: {rates} at a time images/s; --jobs {kept[name]['jobs']}", flush=True)
+        said = ", ".join(f"{rate} images/s with --jobs {count}" for count, rate in rates.items())
+        print(f"{task.recipe}: {said}; {kept[name]['jobs']} at a time", flush=True)
     return kept[name]["jobs"]
 
 

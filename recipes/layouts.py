@@ -1,7 +1,8 @@
-"""How the study's tables are laid out: the measures, and functions from blocks of runs to tables."""
+"""How the study's tables are laid out: measures, and functions from blocks of runs to tables."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,12 @@ class Spec:
     """What is said once, under all of them."""
 
 
+def queued(block: Block) -> Report:
+    """Return what is planned of a block that has no run yet."""
+    arms = [f"`{arm}` ({block.done(arm)})" for arm in block.planned]
+    return Report(scale(block), (), (), [f"Queued: {', '.join(arms)}."])
+
+
 def by_arm(spec: Spec, blocks: Sequence[Block]) -> list[Report]:
     """One table per block, an arm a line, floors last."""
     return [_by_arm(spec, block) for block in blocks]
@@ -125,20 +132,23 @@ def _by_measure(spec: Spec, block: Block) -> Report:
     paper = dict(TASKS) if spec.number == 1 else {}
     arms = [arm for _, arm in ordered(spec, block)]
     sparse = [arm for arm in arms if arm not in ("dense", "lam=0")]
-    pairs = [(arm, control) for arm in sparse for control in ("lam=0", "dense")]
+    controls = ("lam=0", "dense") if len(sparse) == 1 else ("lam=0",)
+    pairs = [(arm, c) for arm in sparse for c in controls if block.rows]
     header = ["task", *["paper: JEPA", "SparseJEPA"][: len(paper)], *arms]
     header += [f"{arm} minus {control}" for arm, control in pairs]
-    header += ["*untrained*", "*pixels*"]
+    floored = ["untrained", "pixels"] if block.rows else []
+    header += [f"*{name}*" for name in floored]
     rows = []
     for measure in spec.columns:
-        if not (measure.asked(block.about) or (paper and measure.title in ALWAYS)):
+        named = paper and measure.title in ALWAYS and block.config.data == "cifar100"
+        if not (measure.asked(block.about) or named):
             continue
         numbers = paper.get(measure)
         line = [f"{x:.2f}" for x in numbers] if numbers else ["", ""][: len(paper)]
         line += [block.cell(arm, measure) for arm in arms]
         line += [block.versus(arm, control, measure) for arm, control in pairs]
-        floors = [(block.floor(measure, w), w) for w in ("untrained", "pixels")]
-        rows.append([measure.title, *line, *(floor_text(measure, f, w) for f, w in floors)])
+        line += [floor_text(measure, block.floor(measure, w), w) for w in floored]
+        rows.append([measure.title, *line])
     seeds = ["*seeds*", *["", ""][: len(paper)], *(block.done(arm) for arm in arms)]
     rows.append(seeds + [""] * (len(header) - len(seeds)))
     return Report(scale(block), header, rows, [best(block), block.apart])
@@ -252,10 +262,20 @@ def efficiency(spec: Spec, blocks: Sequence[Block]) -> list[Report]:
 
 def ordered(spec: Spec, block: Block) -> list[tuple[str, str]]:
     """Return (label, arm) of a block in the order of the labels, then as planned."""
-    found = {arm: label for label, pattern in spec.labels for arm in block.matching(pattern)}
+    found = {
+        arm: label
+        for label, pattern in spec.labels
+        for arm in sorted(block.matching(pattern), key=_strength)
+    }
     return [(label, arm) for arm, label in found.items()] + [
         ("", arm) for arm in block.planned if arm not in found
     ]
+
+
+def _strength(arm: str) -> float:
+    """Rising lambda, falling density; the order of the plan where neither differs."""
+    name, _, value = arm.split("+")[0].partition("=")
+    return {"lam": 1, "density": -1}.get(name, 0) * float(value or 0)
 
 
 def floor_text(measure: Measure, floor: dict[int, float], which: str) -> str:
@@ -348,10 +368,11 @@ def encoder(block: Block) -> str:
 
 
 def render(reports: Sequence[Report]) -> str:
-    """Return tables as Markdown."""
+    """Return tables as Markdown; numbers stay with their spread when a cell is broken."""
     parts = []
     for report in reports:
         lines = [list(report.header), ["---"] * len(report.header), *map(list, report.rows)]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines if line)
+        table = re.sub(r" (?=±)|(?<=±) |(?<=\d,) (?=[+-])", "\N{NO-BREAK SPACE}", table)
         parts += [report.above, table, *report.below]
     return "\n\n".join(part for part in parts if part)

@@ -19,25 +19,23 @@ def lambda_figure(blocks: Sequence[Block]) -> Figure:
     """Accuracy over the share of connections that is left, a column per block."""
     figure, columns = _canvas(len(blocks), 3.6)
     for ax, block in zip(columns, blocks, strict=True):
-        for pattern, marker, label in (
-            ("lam=*", "o", "fixed lambda (lam=0: no penalty)"),
-            ("density=*", "D", "steered density"),
+        for pattern, marker, colour, label in (
+            ("lam=0", "s", COLOURS[1], "no penalty (lam=0)"),
+            ("lam=0.*", "o", BLUE, "fixed lambda"),
+            ("density=*", "D", COLOURS[5], "steered density"),
         ):
-            points = []
             for arm in block.matching(pattern):
                 groups, found = block.values(arm, GROUPS), block.values(arm, CIFAR100)
                 if groups and found:
-                    points.append((mean_sd(groups)[0], *mean_sd(found), arm))
-            for i, (x, y, sd, arm) in enumerate(sorted(points)):
-                colour = COLOURS[1] if arm == "lam=0" else BLUE
-                ax.errorbar(
-                    x, 100 * y, 100 * sd, fmt=marker, color=colour, capsize=3, ms=6,
-                    label=None if i else label,
-                )  # fmt: skip
+                    (x, _), (y, sd) = mean_sd(groups), mean_sd(found)
+                    ax.errorbar(
+                        x, 100 * y, 100 * sd, fmt=marker, color=colour, capsize=3, ms=6, label=label
+                    )
+                    label = None
         if found := block.values("dense", CIFAR100):
             mean, sd = mean_sd(found)
             ax.axhspan(100 * (mean - sd), 100 * (mean + sd), color=DENSE, alpha=0.2, lw=0)
-            ax.axhline(100 * mean, color=DENSE, ls="-.", lw=1.8, label="dense (no group map)")
+            ax.axhline(100 * mean, color=DENSE, ls="-.", lw=1.8, label="dense")
         _floors(ax, block)
         ax.set(title=block.recipe, xlabel="groups per latent that are left")
         ax.set_xscale("log", base=2)
@@ -60,7 +58,7 @@ def forest_figure(blocks: Sequence[Block]) -> Figure:
         ax.axvline(0, color="#8a8f96", lw=1)
         ax.set_yticks(range(len(found)), [name for name, *_ in found])
         ax.invert_yaxis()
-        ax.set(title=block.recipe, xlabel="minus lam=0 (or its twin), points, 95 % interval")
+        ax.set(title=block.recipe, xlabel="minus lam=0 (or its twin)\npoints, 95 % interval")
         ax.grid(True, axis="x")
     return figure
 
@@ -95,7 +93,8 @@ def efficiency_figure(blocks: Sequence[Block]) -> Figure:
     return figure
 
 
-FIGURES: dict[str, tuple[int, Callable[[Sequence[Block]], Figure], Callable[[Block], bool], str]] = {
+Draw = Callable[[Sequence[Block]], Figure]
+FIGURES: dict[str, tuple[int, Draw, Callable[[Block], bool], str]] = {
     "results-lambda.png": (
         3, lambda_figure, lambda b: any(b.values(a, CIFAR100) for a in b.matching(PENALISED)),
         "CIFAR-100 accuracy against the groups per latent that a penalty leaves",

@@ -12,6 +12,7 @@ how many side by side make the most images per second.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 import time
@@ -67,22 +68,24 @@ def work(args: argparse.Namespace) -> int:
         ledger.show(entries, each=True)
         return 0
     ledger.check_budget(entries)
-    console, status, tried = Console(highlight=False), 0, set()
+    console, status, tried = Console(highlight=False), 0, set[str]()
     end = time.monotonic() + 60 * args.budget_minutes
     with stop_after(args.budget_minutes):
-        for fitting in (True, False):
-            for entry in entries:
-                tasks = [task for task in ledger.left(entry) if task.key not in tried]
-                try:
-                    jobs = jobs_for(args, tasks) if tasks else None
-                    if fitting:
-                        minutes = (end - time.monotonic()) / 60
-                        tasks = ledger.fitting(entry, tasks, minutes * (jobs or 1))
-                    tried.update(task.key for task in tasks)
-                    run_tasks(tasks, args.results, jobs=jobs, again=ledger.again, console=console)
-                except UserError as error:
-                    print(f"failed: {error}", flush=True)
-                    status = 1
+        for fitting, entry in itertools.product((True, False), entries):
+            tasks = [task for task in ledger.left(entry) if task.key not in tried]
+            if not tasks:
+                continue
+            try:
+                jobs = jobs_for(args, tasks)
+                if fitting:
+                    minutes = (end - time.monotonic()) / 60
+                    tasks = ledger.fitting(entry, tasks, minutes, jobs or 1)
+                tried.update(task.key for task in tasks)
+                run_tasks(tasks, args.results, jobs=jobs, again=ledger.again, console=console)
+            except UserError as error:
+                print(f"failed: {error}", flush=True)
+                tried.update(task.key for task in tasks)
+                status = 1
     Ledger(args).show(entries, each=False)
     return status
 
@@ -126,35 +129,26 @@ class Ledger:
             return median(row["seconds"] + row["probe_seconds"] for row in same) / 60
         return entry.minutes
 
-    def fitting(self, entry: Entry, tasks: Sequence[Task], minutes: float) -> list[Task]:
-        """Return the tasks that should end within `minutes` of work, in order.
-
-        A run that was begun before counts as one that fits, for it may be nearly done.
-        """
+    def fitting(self, entry: Entry, tasks: Sequence[Task], minutes: float, jobs: int) -> list[Task]:
+        """Return the tasks that should end within `minutes`, `jobs` at a time."""
         chosen, total = [], 0.0
         for task in tasks:
-            cost = 0.0 if _begun(task) else self.minutes(entry, task) or 0.0
-            if total + cost <= minutes:
+            cost = self._cost(entry, task)
+            if cost <= minutes and total + cost <= minutes * jobs:
                 chosen.append(task)
                 total += cost
         return chosen
 
     def check_budget(self, entries: Sequence[Entry]) -> None:
         """Raise UserError if the budget is too small for any run left, none being begun."""
-        costs = {
-            task.run_dir: 0.0 if _begun(task) else self.minutes(entry, task) or 0.0
-            for entry in entries
-            for task in self.left(entry)
-        }
-        budget, shortest = (
-            self._args.budget_minutes,
-            min(costs, key=lambda run: costs[run], default=None),
-        )
+        pairs = [(entry, task) for entry in entries for task in self.left(entry)]
+        costs = {task.run_dir: self._cost(entry, task) for entry, task in pairs}
+        shortest = min(costs, key=lambda run: costs[run], default=None)
+        budget = self._args.budget_minutes
         if shortest is not None and costs[shortest] > budget:
-            name = shortest.relative_to(self._args.runs)
             raise UserError(
-                f"--budget-minutes {budget:g}: the shortest run left, {name}, takes about "
-                f"{costs[shortest]:.2g} minutes; give it at least that"
+                f"--budget-minutes {budget:g}: the shortest run left, {self._name(shortest)}, "
+                f"takes {_about(costs[shortest])}; give it at least that"
             )
 
     def show(self, entries: Sequence[Entry], *, each: bool) -> None:
@@ -163,22 +157,22 @@ class Ledger:
         for entry in entries:
             tasks = self.left(entry)
             costs = [self.minutes(entry, task) for task in tasks]
-            total[entry.hardware] = total.get(entry.hardware, 0.0) + sum(
-                cost or 0 for cost in costs
-            )
+            known = sum(cost for cost in costs if cost)
+            total[entry.hardware] = total.get(entry.hardware, 0.0) + known
             if each:
                 tables = f", tables {', '.join(map(str, entry.tables))}" if entry.tables else ""
                 for task, cost in zip(tasks, costs, strict=True):
-                    print(f"{word}: {self._name(task)}, {_about(cost)} on {entry.hardware}{tables}")
+                    where = f"{_about(cost)} on {entry.hardware}{tables}"
+                    print(f"{word}: {self._name(task.run_dir)}, {where}")
             elif tasks:
                 arms = ", ".join(dict.fromkeys(task.arm for task in tasks))
-                count = f"{len(tasks)} of {len(entry.tasks)} runs of {tasks[0].recipe} ({arms})"
-                cost = None if None in costs else sum(cost or 0 for cost in costs)
-                print(f"{word}: {count}, {_about(cost)} on {entry.hardware}")
-        runs = sum(len(self.left(entry)) for entry in entries)
+                count = f"{len(tasks)} of {_runs(len(entry.tasks))} of {tasks[0].recipe} ({arms})"
+                cost = _about(None if None in costs else known)
+                print(f"{word}: {count}, {cost} on {entry.hardware}")
+        count = sum(len(self.left(entry)) for entry in entries)
         parts = [f"{minutes:.0f} on {name}" for name, minutes in total.items() if minutes]
         sums = f", about {sum(total.values()):.0f} minutes ({', '.join(parts)})" if parts else ""
-        print(f"{runs} runs {word}{sums}; results in {self._args.results}")
+        print(f"{_runs(count)} {word}{sums}; results in {self._args.results}")
         self._show_apart(entries)
 
     def _show_apart(self, entries: Sequence[Entry]) -> None:
@@ -186,27 +180,37 @@ class Ledger:
         rows = [row for key, row in self._last.items() if key in keys]
         failed = sum(bool(row.get("failed")) for row in rows)
         if failed:
-            print(f"{failed} runs failed and are recorded so; --retry-failed runs them again")
+            print(f"{_runs(failed)} failed and recorded so; --retry-failed runs them again")
         other = sum(self._other_code(row) for row in rows)
         if other and not self._args.redo_other_code:
             print(
-                f"{other} runs were done by other code than {code_version()}: they count as done, "
-                "tables keep them apart; --redo-other-code runs them again"
+                f"{_runs(other)} done by other code than {code_version()}, kept apart in tables; "
+                "--redo-other-code does them again"
             )
 
-    def _name(self, task: Task) -> Path:
-        return task.run_dir.relative_to(self._args.runs)
+    def _cost(self, entry: Entry, task: Task) -> float:
+        """Return the minutes to plan with: 0 if not known, or if a run was begun before.
+
+        For that one may be nearly done.
+        """
+        begun = task.key not in self._last and (task.run_dir / "config.toml").exists()
+        return 0.0 if begun else self.minutes(entry, task) or 0.0
+
+    def _name(self, run_dir: Path) -> Path:
+        return run_dir.relative_to(self._args.runs)
 
     def _other_code(self, row: Row) -> bool:
         return row.get("environment", {}).get("code") != code_version()
 
 
 def _about(minutes: float | None) -> str:
-    return "minutes not known" if minutes is None else f"about {minutes:.2g} minutes"
+    if minutes is None:
+        return "minutes not known"
+    return f"about {minutes:.2g} minutes" if minutes < 10 else f"about {minutes:.0f} minutes"
 
 
-def _begun(task: Task) -> bool:
-    return (task.run_dir / "config.toml").exists()
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def read_queue(args: argparse.Namespace) -> list[Entry]:

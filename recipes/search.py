@@ -86,7 +86,8 @@ def plan(search: Search) -> list[str]:
         for rung in stage.rungs:
             runs = (count + 1) * rung.seeds
             trials, steps = trials + runs, steps + runs * rung.steps
-            parts.append(f"{count + 1} x {rung.seeds} seeds x {rung.steps} steps")
+            seeds = f"{rung.seeds} seed{'s' * (rung.seeds > 1)}"
+            parts.append(f"{count + 1} x {seeds} x {rung.steps} steps")
             count = survivors(rung.keep, count)
         lines.append(f"round {number}, {stage.name}: {', '.join(parts)}")
     return [*lines, f"each of {len(search.arms)} arms: {trials} trials at most, {steps:,} steps"]
@@ -104,7 +105,7 @@ def show(state: State) -> list[str]:
         score += "" if line["sd"] is None else f" ± {100 * line['sd']:.2f}"
         score += f", {line['failed']} failed" if line["failed"] else ""
         mark = {True: "kept", False: "", None: "unfinished"}[line["kept"]]
-        seeds = f"{line['steps']} steps, {line['seeds']} seeds"
+        seeds = f"{line['steps']} steps, {line['seeds']} seed{'s' * (line['seeds'] > 1)}"
         lines.append(f"  {line['candidate']:40} {seeds:20} {score:18} {mark}".rstrip())
     over = "" if not state.todo else f" so far ({len(state.todo)} trials come next)"
     return [*lines, *(f"{arm}{over}: {text(best)}" for arm, best in state.winners.items())]
@@ -159,8 +160,13 @@ class Search:
         except UserError as error:
             raise UserError(f"{self.recipe}, {arm} with {text(settings)}: {error}") from None
         command = f"python recipes/search.py {self.recipe.removeprefix('search-')}"
-        task = Task(config, self.runs, self.probes, command, arm, self.recipe, trial)
-        return replace(task, run_dir=self.runs / f"{arm}-{steps}-s{seed}-{task.key[:8]}")
+        return Task(config, self.runs, self.probes, command, arm, self.recipe, trial)
+
+    def placed(self, task: Task) -> Task:
+        """Return a trial with a run directory of its own."""
+        optim, seed = task.config.optim, task.config.run.seed
+        name = f"{task.arm}-{optim.steps}-s{seed}-{task.key[:8]}"
+        return replace(task, run_dir=self.runs / name)
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ def _follow(arm: str, search: Search, done: Mapping[str, Settings], state: State
                     }
                 )
             if kept is None:
-                state.todo.extend(missing)
+                state.todo.extend(map(search.placed, missing))
                 return best
             alive = {config: c for config, c in alive.items() if c in kept}
             if last:

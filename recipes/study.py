@@ -53,8 +53,8 @@ class Measure:
         return f"{text} [{a}, {b}] ({c}, {d})"
 
     def signed(self, value: float) -> str:
-        """Return a difference with its sign."""
-        return f"{self.factor * value:+,.{self.digits}f}"
+        """Return a difference with its sign; what rounds to nothing is +0."""
+        return f"{round(self.factor * value, self.digits) + 0.0:+,.{self.digits}f}"
 
 
 def accuracy(title: str, data: str, target: str = "", protocol: str = "logistic") -> Measure:
@@ -166,6 +166,8 @@ class Block:
             return f"{text} ({self.done(arm, measure)})" if count or short else text
         if not measure.asked(self.about):
             return "not run"
+        if len(self.rows.get(arm, {})) > self.failed(arm):
+            return "–"
         if self.failed(arm) == len(self.planned[arm]):
             return "failed"
         return "queued"
@@ -225,21 +227,34 @@ class Study:
     bench: Sequence[Row] = ()
 
     def blocks(self, table: int) -> list[Block]:
-        """Return the blocks of a table, those for the CPU first, in the queue's order."""
-        runs: dict[str, list[Row]] = {}
+        """Return the blocks of a table: the CPU's first, CIFAR-100 first, then as queued."""
+        return self._tables.get(table, [])
+
+    @cached_property
+    def _tables(self) -> dict[int, list[Block]]:
+        runs: dict[int, dict[str, list[Row]]] = {}
         for run in self.queue:
-            if table in run.get("tables", ()):
-                runs.setdefault(run["recipe"], []).append(run)
-        blocks = [self._block(recipe, entries) for recipe, entries in runs.items()]
-        return sorted(blocks, key=lambda block: block.gpu)
+            for table in run.get("tables", ()):
+                runs.setdefault(table, {}).setdefault(run["recipe"], []).append(run)
+        return {
+            table: sorted(
+                (self._block(recipe, entries) for recipe, entries in found.items()),
+                key=lambda b: (b.gpu, b.config.data != "cifar100"),
+            )
+            for table, found in runs.items()
+        }
 
     def _block(self, recipe: str, entries: Sequence[Row]) -> Block:
+        """Return a block of these entries, and of the plain twins (dense of dense+beta=0)."""
+        named = {arm for run in entries for arm in run["arms"]}
+        plain = {arm.split("+")[0] for arm in named}
         planned: dict[str, set[int]] = {}
         minutes = 0.0
-        for run in entries:
-            minutes += run.get("minutes", 0) * len(run["arms"]) * len(run["seeds"])
+        for run in (run for run in self.queue if run["recipe"] == recipe):
             for arm in run["arms"]:
-                planned.setdefault(arm, set()).update(run["seeds"])
+                if run in entries or arm in plain - named:
+                    planned.setdefault(arm, set()).update(run["seeds"])
+                    minutes += run.get("minutes", 0) * len(run["seeds"])
         about = self.recipes[recipe]
         mine = [
             row

@@ -120,6 +120,11 @@ def _commit() -> str | None:
     return (commit + "+" if changed else commit) or None
 
 
+def cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_bf16(device: str) -> bool:
     """Return whether `device` multiplies bf16 matrices in hardware."""
     import torch

@@ -10,22 +10,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.config import Config
+from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
-from sparsejepa.workers import workers
+from sparsejepa.report.progress import RunsProgress
+from sparsejepa.results import append_row, read_results
+from sparsejepa.results import read_rows as read_rows
+from sparsejepa.workers import terminable, workers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,8 +43,8 @@ class Probes:
     """What a run is probed on, see `evaluation.probe.evaluate`.
 
     `targets` names some of a data set's targets (all if it is not in there), `limit` is the largest
-    number of labelled training images, `measures` what else is taken, on the first data set, see
-    `evaluation.measured`.
+    number of labelled training images. On the first data set come `extra_protocols` as well, and
+    the `measures` of `evaluation.measured`.
     """
 
     data: tuple[str, ...]
@@ -50,6 +52,11 @@ class Probes:
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limit: int | None = None
     measures: tuple[str, ...] = ()
+    extra_protocols: tuple[str, ...] = ()
+
+    def protocols_on(self, data: str) -> tuple[str, ...]:
+        """Return the protocols for a data set."""
+        return self.protocols + (self.extra_protocols if data == self.data[0] else ())
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Task:
     recipe: str = ""
     trial: Mapping[str, Any] | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of all that the numbers depend on: settings, seed and probes."""
         return _key(self.config, asdict(self.probes))
@@ -90,8 +97,9 @@ def row_key(row: Mapping[str, Any]) -> str:
 
 def _key(config: Config, probes: Mapping[str, Any]) -> str:
     settings = {k: v for k, v in config.flat().items() if k not in _FREE}
-    # Lines from before there were measures have no word on them.
-    return _hash([settings, {k: v for k, v in probes.items() if v or k != "measures"}])
+    # What came later counts only where it is used, so that older lines keep their keys.
+    later = {"measures", "extra_protocols"}
+    return _hash([settings, {k: v for k, v in probes.items() if v or k not in later}])
 
 
 def run_tasks(
@@ -146,6 +154,7 @@ def run_tasks(
 def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
     """Return the line of a run, also of one that ended because a loss was not finite."""
     from sparsejepa.environment import environment
+    from sparsejepa.training.build import arm_name
 
     begun = _code_of(task.run_dir)
     try:
@@ -157,7 +166,7 @@ def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
         row = {
             "key": task.key,
             "recipe": task.recipe,
-            "arm": task.arm,
+            "arm": task.arm or arm_name(task.config),
             "seed": task.config.run.seed,
             "data": task.config.data,
             "failed": f"{found[1]} {found[2]}",
@@ -180,19 +189,6 @@ def _code_of(run_dir: Path) -> str:
 
     path = run_dir / "environment.json"
     return read_json(path).get("code", "unknown") if path.exists() else ""
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
@@ -270,7 +266,7 @@ def _evaluate(task: Task, *encoders: Encoder, floors: bool = True) -> list[dict[
         for row in evaluate(
             encoders,
             data,
-            protocols=task.probes.protocols,
+            protocols=task.probes.protocols_on(data),
             targets=task.probes.targets.get(data),
             floors=floors,
             limit=task.probes.limit,
@@ -347,48 +343,6 @@ def load_w(run_dir: Path) -> Any:
     return load_tensors(path)[0]["W"].numpy() if path.exists() else None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a missing one is empty, a line that a kill cut short is left out."""
-    return [row for _, row in _numbered(path)]
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read a file of results. Raises UserError for a line that is none, by its number."""
-    rows = []
-    for number, row in _numbered(path):
-        missing = _ALWAYS - set(row) if isinstance(row, dict) else _ALWAYS
-        if missing:
-            raise UserError(
-                f"{path}, line {number}: no line of results, it has no '{min(missing)}'; remove it "
-                "or name another file"
-            )
-        rows.append(row)
-    return rows
-
-
-_ALWAYS = {"key", "arm", "seed", "probes"}
-
-
-def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    for number, line in enumerate(lines, 1):
-        with contextlib.suppress(json.JSONDecodeError):
-            yield number, json.loads(line)
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one line and make it durable; a torn last line is closed first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-            file.write(b"\n" if torn else b"")
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
     """Return the steps of every run and whether they go on the CPU, if data and folders are right.
 
@@ -403,7 +357,7 @@ def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
 
     for task in tasks:
         open_run(task.run_dir, task.config.check(), True)
-        check_protocols(task.probes.protocols)
+        check_protocols(task.probes.protocols_on(task.probes.data[0]))
         check_measures(task.probes.measures)
     counts: dict[Any, int] = {}
     for task in tasks:
@@ -430,16 +384,17 @@ def _outcomes(
     """Yield each task with its line, or with its UserError, as they finish."""
     if not tasks:
         return
+    runs = [task.run_dir for task in tasks]
     processes = min(jobs or min(4, cores()), len(tasks))
     if processes == 1:
         steps, _ = _check(tasks)
-        with _Progress(console, tasks, steps, total, 1, bar=False) as progress:
+        with RunsProgress(console, runs, steps, total, 1, bar=False) as progress:
             for task in tasks:
                 try:
                     outcome = _attempt(task, console)
                 except UserError as error:
                     outcome = error
-                progress.finished(task, outcome)
+                progress.finished(task.run_dir, outcome)
                 yield task, outcome
         return
     with workers(processes) as submit:
@@ -452,7 +407,7 @@ def _outcomes(
         # The raw-pixel floor, which all need, goes first; a run that ends finds it done.
         waiting = deque([(_pixel_floor, tasks[0]), *((_attempt, task) for task in tasks)])
         running: dict[Future[Any], tuple[Any, Task]] = {}
-        with _Progress(console, tasks, steps, total, processes, bar=True) as progress:
+        with RunsProgress(console, runs, steps, total, processes, bar=True) as progress:
             while waiting or running:
                 # Each worker gets one thing at a time, so that a stop has nothing to recall.
                 while waiting and len(running) < processes:
@@ -467,90 +422,10 @@ def _outcomes(
                         raise error
                     if step is _attempt:
                         outcome = error or future.result()
-                        progress.finished(task, outcome)
+                        progress.finished(task.run_dir, outcome)
                         yield task, outcome
                 progress.tick()
 
 
 def _pixel_floor(task: Task) -> None:
     _evaluate(task)
-
-
-class _Progress:
-    """A line per finished run and, on a terminal, one bar over all runs."""
-
-    def __init__(
-        self,
-        console: Console | None,
-        tasks: Sequence[Task],
-        steps: Sequence[int],
-        total: int,
-        jobs: int,
-        *,
-        bar: bool,
-    ) -> None:
-        self._console, self._tasks, self._steps = console, tasks, steps
-        self._done, self._bar = 0, None
-        if bar and console is not None and console.is_terminal:
-            from rich.progress import Progress
-
-            self._bar = Progress(console=console)
-            self._line = self._bar.add_task("", total=sum(steps))
-        self._say(f"{len(tasks)} of {total} runs to do, {jobs} at a time")
-
-    def __enter__(self) -> _Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def tick(self) -> None:
-        if self._bar:
-            pairs = zip(self._tasks, self._steps, strict=True)
-            steps = sum(min(_last_step(task.run_dir), most) for task, most in pairs)
-            text = f"{self._done} of {len(self._tasks)} runs"
-            self._bar.update(self._line, completed=steps, description=text)
-
-    def finished(self, task: Task, row: dict[str, Any] | UserError) -> None:
-        from sparsejepa.report.summary import measure_name
-
-        self._done += 1
-        if isinstance(row, UserError):
-            self._say(f"{task.run_dir.name}: failed: {row}")
-            return
-        if row["failed"]:
-            self._say(f"{task.run_dir.name}: failed and recorded so: {row['failed']}")
-            return
-        first = row["probes"][0]
-        text = f"{task.run_dir.name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
-        if row["groups_per_latent"] is not None:
-            text += f", {row['groups_per_latent']:.1f} groups per latent"
-        self._say(f"{text}, {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes")
-        for alarm in row["alarms"]:
-            self._say(f"  alarm: {alarm}")
-
-    def _say(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(text, highlight=False, markup=False)
-
-
-def _last_step(run_dir: Path) -> int:
-    """Return the steps that a run has done so far, by the end of its metrics.jsonl."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()[1:]
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError):
-            return json.loads(line)["step"] + 1
-    return 0
-
-
-def cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,13 +11,14 @@ import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.config import Config, flag, preset
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.runs import Probes, Task, load_w, read_rows, run_tasks
+from sparsejepa.results import read_rows
+from sparsejepa.runs import Probes, Task, load_w, run_tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,7 @@ SAMPLES = 6  # images shown on the page
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found. `rows`: one dictionary per run, as in results.jsonl."""
+    """What a sweep found. `rows`: one dictionary per run that did not fail, as in results.jsonl."""
 
     out: Path
     rows: list[dict[str, Any]]
@@ -101,8 +102,9 @@ def run_sweep(
         jobs, console: see `runs.run_tasks`.
         command: what repeats this sweep, for rows and page; derived from the settings if not given.
 
-    Finished runs are not repeated, others go on from their checkpoints. Raises UserError as
-    `runs.run_tasks` does.
+    Finished runs are not repeated, others go on from their checkpoints. Runs that failed because a
+    loss was not finite are left out, and the verdict's remarks name them. Raises UserError as
+    `runs.run_tasks` does, and if all runs failed.
     """
     from sparsejepa.report.summary import summarise, verdict
 
@@ -132,8 +134,15 @@ def run_sweep(
         for arm in arms
     ]
     rows = run_tasks(tasks, out / RESULTS, jobs=jobs, console=console)
+    failed = [row for row in rows if row.get("failed")]
+    rows = [row for row in rows if not row.get("failed")]
+    remarks = [f"{row['arm']}, seed {row['seed']}: failed, {row['failed']}." for row in failed]
+    if not rows:
+        raise UserError(f"{out}: all runs failed; {remarks[0]} Try a lower --lr in a new folder")
     summary = summarise(rows)
-    result = SweepResult(out, rows, summary, verdict(summary))
+    found = verdict(summary)
+    found = replace(found, remarks=(*found.remarks, *remarks))
+    result = SweepResult(out, rows, summary, found)
     _write_report(result, arms, config, title or f"Dense against sparse on {config.data}")
     return result
 

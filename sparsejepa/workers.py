@@ -32,7 +32,8 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
 
     def submit(step: Callable[..., Any], *args: Any, threads: int | None = None) -> Future[Any]:
-        with _interrupts(signal.SIG_IGN):  # inherited: until a step begins, nothing is to be saved
+        # Inherited by a new worker: until a step begins, there is nothing to be saved.
+        with _handled(signal.SIGINT, signal.SIG_IGN):
             return pool.submit(_work, step, args, threads)
 
     try:
@@ -49,6 +50,11 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def terminable() -> contextlib.AbstractContextManager[None]:
+    """Take SIGTERM as Ctrl-C; outside the main thread nothing changes."""
+    return _handled(signal.SIGTERM, signal.default_int_handler)
 
 
 def _start() -> None:
@@ -71,7 +77,7 @@ def _work(step: Callable[..., Any], args: tuple[Any, ...], threads: int | None) 
     import torch
     from threadpoolctl import threadpool_limits
 
-    with _at_work, _interrupts(signal.default_int_handler), threadpool_limits(threads):
+    with _at_work, _handled(signal.SIGINT, signal.default_int_handler), threadpool_limits(threads):
         torch.set_num_threads(threads or torch.get_num_threads())
         try:
             return step(*args)
@@ -86,13 +92,13 @@ def _give_memory_back() -> None:
 
 
 @contextlib.contextmanager
-def _interrupts(handler: Any) -> Iterator[None]:
-    """Handle SIGINT by `handler` for a while; outside the main thread nothing changes."""
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Handle a signal by `handler` for a while; outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)

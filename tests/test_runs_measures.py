@@ -18,12 +18,12 @@ from sparsejepa.runs import Probes, Task, row_key, run_and_probe
 
 SETTINGS: dict[str, Any] = {
     "encoder": "nano", "patch_size": 8, "img_size": (32,), "predictor_dim": 32,
-    "predictor_depth": 1, "steps": 3, "batch_size": 16, "limit": 64, "holdout": 40,
+    "predictor_depth": 1, "steps": 3, "batch_size": 16, "limit": 64, "holdout": 130,
     "num_targets": 1, "context_counts": (6,), "device": "cpu", "threads": 1, "seed": 1,
 }  # fmt: skip
 INFORMATION = {
-    "data", "scored_on", "total_correlation", "rankme", "n", "untrained_total_correlation",
-    "untrained_rankme",
+    "data", "scored_on", "total_correlation", "note", "rankme", "n",
+    "untrained_total_correlation", "untrained_rankme",
 }  # fmt: skip
 FACTORS = {
     "data", "dci_disentanglement", "dci_completeness", "dci_informativeness", "mig",
@@ -75,11 +75,11 @@ def test_a_line_has_every_measure(tmp_path: Path, splits: list[str], groups: str
     assert {name: set(values) for name, values in found.items()} == {
         "information": INFORMATION, "factors": FACTORS, "kept": KEPT,
     }  # fmt: skip
-    assert all(v is not None for v in found["information"].values())
+    assert None not in found["information"].values()
     sparse = groups == "region"
     assert (found["factors"]["groups_dci_disentanglement"] is not None) == sparse
     assert found["kept"]["order"] == ("groups" if sparse else "variance")
-    assert (found["information"]["n"], found["kept"]["n_test"]) == (40, 40)
+    assert (found["information"]["n"], found["kept"]["n_test"]) == (130, 130)
     assert {row["protocol"] for row in row["probes"]} == {"logistic:25%", "finetune"}
 
 
@@ -90,12 +90,12 @@ def test_held_out_images_replace_the_test_split_of_the_run_only(
     row = run_and_probe(task)
     assert "scenes/test" not in splits and "scenes:single/test" in splits
     facts = [(p["data"], p["settings"]["scored_on"], p["n_test"]) for p in row["probes"]]
-    assert set(facts) == {("scenes", "holdout", 40), ("scenes:single", "test", 120)}
+    assert set(facts) == {("scenes", "holdout", 130), ("scenes:single", "test", 120)}
     # The untrained floors are those of the run's own seed.
     encoder = load(task.run_dir)
     again = evaluate(
         encoder.untrained(1), "scenes", protocols=task.probes.protocols, targets=["count"],
-        limit=200, holdout=40, img_size=(32, 32), floors=False,
+        limit=200, holdout=130, img_size=(32, 32), floors=False,
     )  # fmt: skip
     mine = [p for p in row["probes"] if p["data"] == "scenes"]
     assert [p["untrained"] for p in mine] == [p.accuracy for p in again]

@@ -27,28 +27,16 @@ from rich.console import Console
 from sparsejepa import cli, runs
 from sparsejepa.config import preset
 from sparsejepa.demo import LAM, TARGETS, run_demo
+from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
-from sparsejepa.runs import Probes, Task, append_row, read_rows, run_tasks
+from sparsejepa.results import append_row, read_results, read_rows
+from sparsejepa.runs import Probes, Task, row_key, run_tasks
 from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
 from sparsejepa.training.build import arm_name
 
 TINY = preset("nano").replace(
     data="scenes", steps=4, batch_size=32, predictor_depth=1, device="cpu", threads=1
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 96 + 48 noisy images in two classes that differ in colour."""
-    root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
-    for split, count in (("train", 48), ("test", 24)):
-        for name, tint in (("red", (90, 0, 0)), ("blue", (0, 0, 90))):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 160, (32, 32, 3)) + tint
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root
 
 
 def make_task(tmp_path: Path, arm: str = "lam=0", seed: int = 0, **settings: Any) -> Task:
@@ -73,9 +61,48 @@ def test_arm_settings_inverts_arm_name(kind: str, arm: str, level: float) -> Non
     assert config.groups.groups == ("none" if arm == "dense" else kind)
 
 
-@pytest.mark.parametrize("arm", ["", "lam", "lam=", "lam=much", "Dense", "rho=1", "dense=1"])
+@pytest.mark.parametrize("arm", ["", "lam", "lam=", "lam=much", "Dense", "rho=1", "dense=1", "+"])
 def test_unknown_arms_are_named(arm: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"unknown arm '{arm}'")):
+        arm_settings(arm)
+
+
+NUMBERS = st.floats(0, 1e6, allow_subnormal=False)
+ITEMS = st.fixed_dictionaries({}, optional={
+    "beta": NUMBERS, "lr": NUMBERS, "num_groups": st.integers(1, 10**6), "flip": st.booleans(),
+    "encoder": st.sampled_from(["nano", "tiny"]), "vicreg": st.tuples(NUMBERS, NUMBERS),
+    "img_size": st.tuples(st.integers(1, 999)), "steps": st.integers(1, 10**6),
+})  # fmt: skip
+
+
+def word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(word, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@given(st.sampled_from(["dense", "lam=0.01", "density=0.25"]), ITEMS)
+def test_an_arm_goes_on_with_settings(first: str, items: dict[str, Any]) -> None:
+    arm = "+".join([first, *(f"{name}={word(value)}" for name, value in items.items())])
+    settings = arm_settings(arm)
+    assert settings == arm_settings(first) | items
+    config = TINY.replace(**settings)
+    assert {name: config.flat()[name] for name in items} == items
+    for name, value in items.items():
+        assert type(settings[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("dense+bta=0", "'bta=0' is no SETTING=VALUE (did you mean 'beta'?)"),
+        ("dense+beta", "'beta' is no SETTING=VALUE"),
+        ("dense+beta=", "'beta=' is no SETTING=VALUE"),
+        ("dense++beta=0", "'' is no SETTING=VALUE"),
+    ],
+)
+def test_wrong_settings_of_arms_are_named(arm: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"arm '{arm}': {message}")):
         arm_settings(arm)
 
 
@@ -139,7 +166,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run_and_probe(task: Task, console: Any = None) -> dict[str, Any]:
         ran.append(task.run_dir.name)
         if task.config.optim.lr > 1:
-            raise UserError(f"{task.run_dir}: 'loss' is not finite at step 0")
+            if task.config.optim.lr > 5:
+                raise UserError(f"{task.config.data}: no such file")
+            raise UserError(f"{task.run_dir}: 'kl' is not finite at step 7; start anew")
         if task.config.optim.lr > 0.5:
             raise KeyboardInterrupt
         probe = {"data": "scenes", "target": "count", "protocol": "logistic", "accuracy": 0.5}
@@ -170,12 +199,93 @@ def test_one_failing_run_does_not_cost_the_others(tmp_path: Path, fake: list[str
     results = tmp_path / "results.jsonl"
     tasks = [make_task(tmp_path, "lam=0", seed, lr=9.0 if seed == 0 else 1e-3) for seed in range(3)]
     console = Console(file=(tmp_path / "log").open("w"), width=200)
-    with pytest.raises(UserError, match=r"1 of 3 runs failed.*not finite"):
+    with pytest.raises(UserError, match=r"1 of 3 runs failed.*no such file"):
         run_tasks(tasks, results, jobs=1, console=console)
     console.file.close()
     assert [row["seed"] for row in read_rows(results)] == [1, 2]
     log = (tmp_path / "log").read_text()
     assert "lam=0-s0: failed" in log and "lam=0-s1: scenes: count 50.0 %" in log
+
+
+def test_a_run_that_is_not_finite_is_recorded_and_not_repeated(
+    tmp_path: Path, fake: list[str]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    tasks = [make_task(tmp_path, "lam=0", seed, lr=3.0 if seed == 0 else 1e-3) for seed in range(2)]
+    first, second = run_tasks(tasks, results, jobs=1)
+    assert first["failed"] == "kl is not finite at step 7" and first["probes"] == []
+    assert (first["key"], first["arm"], first["seed"]) == (tasks[0].key, "lam=0", 0)
+    assert first["settings"]["optim"]["lr"] == 3.0 and first["environment"]["code"]
+    assert second["failed"] is None
+    assert run_tasks(tasks, results, jobs=1) == [first, second] and len(fake) == 2
+    # Asked for, it is run again beside the first one, and the last line counts.
+    again = run_tasks(tasks, results, jobs=1, again=lambda row: row["failed"])
+    assert fake[2:] == ["lam=0-s0~2"] and again[1] == second
+    assert [row["key"] for row in read_rows(results)] == [first["key"], second["key"], first["key"]]
+    run_tasks(tasks, results, jobs=1, again=lambda row: row["failed"])
+    assert fake[3:] == ["lam=0-s0~3"]
+
+
+def test_a_sweep_leaves_failed_runs_out_and_says_so(tmp_path: Path, tiny_images: Path) -> None:
+    # Steps of W so large that it overflows; the dense arm has none.
+    config = TINY.replace(data=str(tiny_images), w_form="plain", w_lr_sum=1e9, group_weight=1e9)
+    result = run_sweep(config, seeds=1, jobs=1, out=tmp_path / "sweep")
+    assert [row["arm"] for row in result.rows] == ["dense"]
+    rows = read_rows(tmp_path / "sweep" / "results.jsonl")
+    assert [bool(row["failed"]) for row in rows] == [False, True]
+    assert result.verdict.remarks[-1] == f"lam=0, seed 0: failed, {rows[1]['failed']}."
+    assert "lam=0, seed 0: failed" in (tmp_path / "sweep" / "report.html").read_text()
+    with pytest.raises(UserError, match="all runs failed; dense, seed 0: failed"):
+        run_sweep(config.replace(lr=1e9), seeds=1, jobs=1, out=tmp_path / "other")
+
+
+def test_code_is_remembered_from_the_start_of_a_run(tmp_path: Path, fake: list[str]) -> None:
+    tasks = [make_task(tmp_path, seed=seed) for seed in range(3)]
+    for task, text in zip(tasks[1:], ('{"code": "0123abcd"}', '{"torch": "2"}'), strict=True):
+        task.run_dir.mkdir()
+        (task.run_dir / "environment.json").write_text(text)
+    rows = run_tasks(tasks, tmp_path / "results.jsonl", jobs=1)
+    now = code_version()
+    assert [row["environment"]["code"] for row in rows] == [
+        now,
+        f"0123abcd+{now}",
+        f"unknown+{now}",
+    ]
+
+
+@pytest.mark.parametrize("line", ['{"key": "a", "arm": "dense"}', "[1]", "17"])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, fake: list[str]) -> None:
+    results = tmp_path / "results.jsonl"
+    good = {"key": "a", "arm": "dense", "seed": 0, "probes": []}
+    results.write_text(json.dumps(good) + '\n{"torn\n' + line + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{results}, line 3: no line of results")):
+        run_tasks([make_task(tmp_path)], results, jobs=1)
+    assert not fake
+    results.write_text(json.dumps(good) + '\n{"torn\n')
+    assert read_results(results) == [good]
+
+
+@given(st.sampled_from(["dense", "lam=0.1", "density=0.25+vicreg=0.1,0.002"]), st.integers(0, 99))
+def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
+    config = TINY.replace(**arm_settings(arm), seed=seed)
+    task = Task(config, Path("x"), Probes(("scenes",), targets={"scenes": ("count",)}, limit=9))
+    row: dict[str, Any] = {
+        "key": "as written then", "settings": config.to_dict(),
+        "probed": dataclasses.asdict(task.probes),
+    }  # fmt: skip
+    row = json.loads(json.dumps(row))
+    assert row_key(row) == task.key
+    # As if these did not exist when the line was written; they have their defaults here.
+    for section, name in (("images", "corruption"), ("loss", "sigreg"), ("optim", "clip")):
+        del row["settings"][section][name]
+    del row["probed"]["measures"]
+    assert row_key(row) == task.key
+    # Another value is another run, and what cannot be read keeps its key.
+    row["settings"]["loss"]["sigreg"] = 0.5
+    assert row_key(row) not in (task.key, "as written then")
+    row["settings"]["loss"]["gone"] = 0.5
+    assert row_key(row) == "as written then"
+    assert row_key({"key": "old"}) == "old"
 
 
 def test_an_interruption_ends_the_sweep_and_keeps_the_lines(

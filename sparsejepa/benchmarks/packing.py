@@ -17,8 +17,6 @@ from typing import Any
 from sparsejepa.config import Config
 from sparsejepa.errors import UserError
 
-MOST = 8
-"""Processes are tried up to this number."""
 TOLERANCE = 0.03
 """Of the numbers of processes within this share of the best rate, the smallest is chosen."""
 
@@ -33,7 +31,7 @@ class Packing:
 
 
 def measure(config: Config, cores: int, seconds: float = 4.0) -> list[Packing]:
-    """Measure 1, 2, 4, ... processes, as many as cores and GPU memory allow.
+    """Measure 1, 2, 4, ... processes until it gets slower, or cores or GPU memory are used up.
 
     Args:
         config: of the runs; `config.run.device` is where they are.
@@ -44,11 +42,14 @@ def measure(config: Config, cores: int, seconds: float = 4.0) -> list[Packing]:
     """
     found: list[Packing] = []
     processes = 1
-    while processes <= min(MOST, cores):
+    while processes <= cores:
         results = _side_by_side(config, processes, cores // processes, seconds)
-        found.append(Packing(processes, cores // processes, sum(r["rate"] for r in results)))
+        rate = sum(result["rate"] for result in results)
+        best = max((packing.images_per_second for packing in found), default=0.0)
+        found.append(Packing(processes, cores // processes, rate))
         processes *= 2
-        if processes * max(r["bytes"] for r in results) > min(r["free"] for r in results):
+        full = processes * max(r["bytes"] for r in results) > min(r["free"] for r in results)
+        if full or rate < (1 - TOLERANCE) * best:
             break
     return found
 

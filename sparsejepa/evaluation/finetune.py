@@ -2,8 +2,8 @@
 
 The usual recipe for a pretrained ViT (He et al. 2022, appendix A.1: AdamW, layer-wise decay of the
 learning rate, cosine with warm-up, label smoothing), at a budget that suits small sets. One fixed
-recipe for all encoders, pretrained or not: nothing is tuned, so nothing is tuned on test. Images
-are cropped lightly and mirrored; labels that change then (left and right, how many) suffer from it.
+recipe for all encoders, pretrained or not: nothing is chosen per encoder. Images are cropped
+lightly and mirrored; labels that change then (left and right, how many) suffer from it.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class FineTune:
         if len(self.classes_) < 2:
             raise UserError("the labels name one class only; fine-tuning needs two or more")
         self.encoder_ = encoder = _copy(self.encoder)
-        self.head_ = nn.utils.skip_init(
-            nn.Linear, encoder.embed_dim, len(self.classes_), device=device
-        )
+        # By way of no device: the usual start would draw from torch's own generator.
+        head = nn.Linear(encoder.embed_dim, len(self.classes_), device="meta")
+        self.head_ = head.to_empty(device=device)
         nn.init.zeros_(self.head_.weight)
         nn.init.zeros_(self.head_.bias)
         model = encoder.model.train()

@@ -59,12 +59,17 @@ class Measured:
         return embed(self.encoder, self.test)
 
     def information(self) -> dict[str, Any]:
-        """Return total correlation in nats (copula, bias removed) and RankMe on test images."""
+        """Return total correlation in nats (copula, bias removed) and RankMe on test images.
+
+        Where the former is not defined (too few images, a dimension twice) ``note`` says why.
+        """
         twin = embed(self.untrained, self.test)
+        found = total_correlation(self.tested.x, resamples=0)
         return {
             "data": self.test.name,
             "scored_on": self.scored_on,
-            "total_correlation": total_correlation(self.tested.x, resamples=0).value,
+            "total_correlation": found.value,
+            "note": found.note,
             "rankme": rankme(self.tested.x),
             "n": len(self.test),
             "untrained_total_correlation": total_correlation(twin.x, resamples=0).value,

@@ -50,8 +50,9 @@ __all__ = [
 PROTOCOLS = ("logistic", "ridge", "knn", "finetune")
 """Ways to use an encoder; each also as NAME:PERCENT%, on a share of the labels."""
 
-FEW_LABELS_C = 1.0
-"""The logistic probe's C where there are fewer than two labels per class: none to choose on."""
+FEW_LABELS_PENALTY = 1.0
+"""lambda in the logistic probe's C = 1 / (n lambda) where there are fewer than two labels per
+class, so none to choose it on. With one image per class accuracy hardly depends on it."""
 
 _SHARE_STREAM = 0x1ABE1
 
@@ -66,7 +67,8 @@ class ProbeRow:
     `chance` is the largest class's share of the test images, `untrained` the same probe on the same
     architecture with random weights, `pixels` on the pixels themselves (at most 32 x 32). Intervals
     are 95 % Wilson intervals over the test images; they say nothing about other seeds. Floors that
-    were not asked for are None.
+    were not asked for are None, and so are the pixels for fine-tuning, which needs an encoder.
+    With images held out, "test" is those of them.
     """
 
     encoder: str
@@ -81,10 +83,11 @@ class ProbeRow:
     pixels: float | None
     pixels_interval: tuple[float, float] | None
     n_train: int
+    """Of the share of the labels, where the protocol names one."""
     n_test: int
     n_classes: int
     settings: dict[str, Any]
-    """Pooling, seed, image sizes (h, w), and what the probe chose, such as C."""
+    """Pooling, seed, image sizes (h, w), "scored_on" test or holdout, and what the probe chose."""
     seconds: float
     """Time to embed train and test and to fit; without the floors'."""
 
@@ -213,7 +216,7 @@ class _Frozen:
             probe = RidgeProbe(device=self.device)
         else:
             few = len(labels) < 2 * len(np.unique(labels))
-            C = FEW_LABELS_C / len(labels) if few else None
+            C = 1 / (len(labels) * FEW_LABELS_PENALTY) if few else None
             probe = LogisticProbe(C, random_state=self.seed, device=self.device)
         probe.fit(self.space if whole and kind != "knn" else self.train.x[part], labels)
         return probe.score(self.test.x, wanted), probe.settings_

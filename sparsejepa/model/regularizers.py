@@ -69,9 +69,11 @@ class Regularizers:
     def __call__(self, z: Tensor, draws: Draws) -> Tensor | None:
         """Return the weighted sum of the terms for z [B, D], None if there are none."""
         terms = []
-        if any(self.vicreg):
-            variance, covariance = self.vicreg
-            terms.append(variance * variance_hinge(z) + covariance * covariance_penalty(z))
+        variance, covariance = self.vicreg
+        if variance:
+            terms.append(variance * variance_hinge(z))
+        if covariance:
+            terms.append(covariance * covariance_penalty(z))
         if self.sigreg:
             assert draws.directions is not None
             terms.append(self.sigreg * sigreg(z, draws.directions))
@@ -100,8 +102,10 @@ def covariance_penalty(z: Tensor) -> Tensor:
     """
     z = full(z)
     with torch.autocast(z.device.type, enabled=False):
-        centred = z - z.mean(0)
-        cov = centred.T @ centred / (len(z) - 1)
+        # Scaled before the product: compiled together with the KL's covariance, which is the same
+        # product but for a factor, the other order had a wrong gradient (torch 2.15).
+        centred = (z - z.mean(0)) * (len(z) - 1) ** -0.5
+        cov = centred.T @ centred
         return (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
 
 

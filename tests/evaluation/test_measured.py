@@ -62,6 +62,10 @@ def test_information_is_of_the_images_held_out() -> None:
     _, aside = load_dataset("scenes:single", "train").split_off(120)
     assert found["n"] == 120 and found["scored_on"] == "holdout"
     assert found["rankme"] == rankme(embed(encoder, aside).x)
+    _, aside = load_dataset("scenes:single", "train").split_off(10)
+    few = measure(["information"], encoder, None, **{**DATA, "holdout": 10})["information"]
+    assert few["total_correlation"] is None and "10 points are too few" in few["note"]
+    assert few["rankme"] == rankme(embed(encoder, aside).x)
 
 
 def test_factors_by_latents_and_by_groups() -> None:
@@ -109,7 +113,7 @@ def test_every_measure_is_plain_values_and_unknown_ones_are_refused() -> None:
     assert list(found) == ["information", "factors", "kept"]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert measure([], make_encoder(), None, **DATA) == {}
-    with pytest.raises(UserError, match="measure 'factor'.*did you mean 'factors'"):
+    with pytest.raises(UserError, match=r"measure 'factor': .*did you mean 'factors'"):
         check_measures(["kept", "factor"])
 
 

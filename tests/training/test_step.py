@@ -19,6 +19,7 @@ from sparsejepa.training.build import build_model
 from sparsejepa.training.step import TERMS, TrainStep
 
 SIDE, BATCH = 32, 8
+REGULARIZERS = {"vicreg": (0.5, 0.02), "sigreg": 0.01, "activation_l1": 0.1, "rectified": 0.1}
 
 
 def small(**settings: Any) -> Config:
@@ -102,6 +103,8 @@ def on_fake_gpu(model: SparseJEPA) -> SparseJEPA:
         {"groups": "region", "predictor_pass": "union", "drop_path": 0.1},
         {"groups": "concept", "predictor_pass": "packed"},
         {"groups": "feature", "kl": "posterior", "w_form": "plain"},
+        {"predict": "pixels", "pattern": "random", "density": 0.5, **REGULARIZERS},
+        {"stem": "hierarchical", "target_layers": 3, "target_centering": True},
     ],
     ids=str,
 )
@@ -230,9 +233,18 @@ def test_compilation_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_compiled_is_eager() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stem": "hierarchical", "target_layers": 3, "target_centering": True, **REGULARIZERS},
+        {"predict": "pixels", "pattern": "random", "density": 0.5},
+    ],
+    ids=lambda s: "-".join(s) or "default",
+)
+def test_compiled_is_eager(settings: dict[str, Any]) -> None:
     """One compilation for all numbers of context and target patches, the same losses."""
-    config = small(groups="region", precision="fp32", context_counts=(3, 4, 5))
+    config = small(groups="region", precision="fp32", context_counts=(3, 4, 5), **settings)
     said: list[str] = []
     fast, plain = make(config.replace(compile=True), say=said.append), make(config)
     torch._dynamo.utils.counters.clear()

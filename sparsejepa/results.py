@@ -1,0 +1,53 @@
+"""Files of results: one JSON object a line, appended when a run is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsejepa.errors import UserError
+
+_ALWAYS = {"key", "arm", "seed", "probes"}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a missing one is empty, a line that a kill cut short is left out."""
+    return [row for _, row in _numbered(path)]
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read a file of results. Raises UserError for a line that is none, by its number."""
+    rows = []
+    for number, row in _numbered(path):
+        missing = _ALWAYS - set(row) if isinstance(row, dict) else _ALWAYS
+        if missing:
+            raise UserError(
+                f"{path}, line {number}: no line of results, it has no '{min(missing)}'; remove it "
+                "or name another file"
+            )
+        rows.append(row)
+    return rows
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    for number, line in enumerate(lines, 1):
+        with contextlib.suppress(json.JSONDecodeError):
+            yield number, json.loads(line)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one line and make it durable; a torn last line is closed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+            file.write(b"\n" if torn else b"")
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
