@@ -44,7 +44,8 @@ class DataConfig:
     corruption: Literal["none", "noise", "shuffle"] = "none"
     """Pretrain on something else: noise of the images' colours, or images with shuffled patches."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
+    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
+    not given."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     augment: Literal["none", "crop", "randaugment"] = "crop"

@@ -10,7 +10,7 @@ import torch
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
 from sparsejepa.explain.subject import Subject
-from sparsejepa.model.losses import normalize_targets
+from sparsejepa.model.jepa import make_targets
 from sparsejepa.model.masks import MaskSampler
 
 
@@ -20,10 +20,10 @@ def masked_r2(
 ) -> tuple[Estimate, list[Estimate]]:
     """Return R^2 of the groups' predictions of hidden patches: of all, and of each region's own.
 
-    As in training, the groups see the latents of the context alone and predict the normalised
-    tokens of the whole image; the EMA encoder serves as context and as target encoder. SST is
-    around the mean token of each *place*: to know where a patch lies scores 0. Intervals resample
-    images. The second list is empty unless groups are regions.
+    As in training, the groups see the latents of the context alone and predict the run's targets,
+    by default the normalised tokens of the whole image; the EMA encoder serves as context and as
+    target encoder. SST is around the mean token of each *place*: to know where a patch lies scores
+    0. Intervals resample images. The second list is empty unless groups are regions.
 
     Raises ValueError for a subject whose groups were fitted post hoc (see `Subject.fitted`).
     """
@@ -31,6 +31,7 @@ def masked_r2(
         raise ValueError("the groups were fitted post hoc and are scored there")
     encoder, device = subject.encoder, subject.encoder.device
     model: Any = encoder.model
+    loss = subject.config.loss
     groups = subject.groups.to(device)
     source = DeviceImages(images, device)
     sampler = MaskSampler(encoder.grid_size, **vars(subject.config.masks))
@@ -43,7 +44,13 @@ def masked_r2(
         hidden = torch.ones(len(index), N, device=device).scatter_(1, masks.context, 0)
         query = hidden.argsort(dim=1, descending=True, stable=True)
         query = query[:, : N - masks.context.shape[1]]
-        target = normalize_targets(model(pixels))
+        target = make_targets(
+            model,
+            pixels,
+            predict=loss.predict,
+            layers=loss.target_layers,
+            centering=loss.target_centering,
+        )
         wanted = target.gather(1, query[..., None].expand(-1, -1, target.shape[-1]))
         predicted = groups(model(pixels, masks.context), masks.context, query)
         error = (predicted - wanted).square().sum(-1)

@@ -63,7 +63,8 @@ class Explain(Verb):
     out: Path | None = None
     """Folder for the report; the run directory if not given, runs/explain-NAME for timm:NAME."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
+    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
+    not given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -28,7 +28,8 @@ class Probe(Verb):
     data: str = ""
     """Data sets with labels, separated by commas."""
     protocol: str = "logistic"
-    """logistic, ridge, knn, or several separated by commas."""
+    """logistic, ridge, knn or finetune, each also on a share of the labels (logistic:10%); several
+    separated by commas."""
     targets: str = ""
     """Only these targets of the data, separated by commas; all of them if not given."""
     limit: int | None = None
@@ -42,7 +43,8 @@ class Probe(Verb):
     seed: int = 0
     """Seed of the images that --limit takes, of the validation part and of the untrained floor."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
+    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
+    not given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -112,7 +114,8 @@ class Embed(Verb):
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
+    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
+    not given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -222,7 +225,8 @@ class Data(Verb):
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     data_root: Path | None = None
-    """Folder with local copies in the hub's own layout; SPARSEJEPA_DATA if not given."""
+    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
+    not given."""
 
 
 def data(args: Data, console: Console) -> dict[str, Any]:
