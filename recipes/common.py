@@ -22,8 +22,13 @@ from sparsejepa.runs import Probes, Task
 from sparsejepa.workers import terminable
 
 HERE = Path(__file__).resolve().parent
-SMOKE = {"limit": 256, "steps": 4, "batch_size": 32, "img_size": 32}
-"""Settings of a run of seconds that shows that everything works."""
+SMOKE = {"limit": 128, "steps": 4, "batch_size": 16, "img_size": 32, "holdout": 128}
+"""Settings of a run of seconds that shows that it can be built, trained and probed."""
+
+
+def smoke_probes(probes: Probes) -> Probes:
+    """Return the cheapest of the probes: logistic, on images set aside from the first data set."""
+    return Probes(probes.data[:1], targets=probes.targets, limit=SMOKE["limit"])
 
 _ABOUT = {"about", "command", "hardware", "minutes", "expected", "settings"}
 _PROBES = {"probe": "data", "probe_limit": "limit"}  # others have the names that Probes gives them

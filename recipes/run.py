@@ -32,6 +32,7 @@ from common import (
     jobs_for,
     place,
     read_recipe,
+    smoke_probes,
     stop_after,
 )
 from rich.console import Console
@@ -246,6 +247,7 @@ def _entry(run: Row, args: argparse.Namespace) -> Entry:
     config, probes = read_recipe(args.queue.parent, run["recipe"])
     if args.scale == "smoke":
         config = config.replace(**SMOKE)
+        probes = smoke_probes(probes)
     config = config.replace(device=args.device, data_root=args.data_root)
     tasks = []
     for seed in run["seeds"]:

@@ -368,6 +368,9 @@ def test_real_runs_resume_and_are_skipped(
     assert weights.stat().st_mtime_ns == stamp
 
 
+ARMS = ["dense", "lam=0.1"]
+
+
 def finished(row: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on interruptions."""
     numbers = ("key", "arm", "seed", "steps", "knn", "rankme", "density", "nonzero_elements")
@@ -380,28 +383,25 @@ def finished(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_runner_that_is_killed_again_and_again_ends_with_the_same_numbers(
     tmp_path: Path, tiny_images: Path, jobs: str
 ) -> None:
-    queue = write_queue(tmp_path, str(tiny_images), arms=["dense", "lam=0.1"], seeds=[0], steps=40)
+    queue = write_queue(tmp_path, str(tiny_images), arms=ARMS, seeds=[0], steps=40)
     script = [sys.executable, str(RECIPES / "run.py"), "--queue", str(queue), "--device", "cpu"]
     undisturbed, results = tmp_path / "undisturbed.jsonl", tmp_path / "results.jsonl"
     there = ["--results", str(undisturbed), "--runs", str(tmp_path / "undisturbed")]
     subprocess.run([*script, "--jobs", "1", *there], check=True)
     here = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--jobs", jobs]
 
+    logs = [tmp_path / "runs" / "tiny" / f"{arm}-s0" / "metrics.jsonl" for arm in ARMS]
+
+    def progress() -> int:
+        return sum(log.stat().st_size for log in logs if log.exists())
+
     draw, kills = random.Random(0), 0
-    while len(read_rows(results)) < 2:
+    while len(read_rows(results)) < len(ARMS):
+        begun = progress()
         process = subprocess.Popen([*script, *here], start_new_session=True)
-        logs = [tmp_path / "runs" / "tiny" / f"{arm}-s0" for arm in ("dense", "lam=0.1")]
-        size = sum((log / "metrics.jsonl").stat().st_size for log in logs if log.exists())
-        # Some progress in each round, or it might never end.
-        while process.poll() is None and size == sum(
-            (log / "metrics.jsonl").stat().st_size
-            for log in logs
-            if (log / "metrics.jsonl").exists()
-        ):
+        while process.poll() is None and progress() == begun:  # starting takes longest
             time.sleep(0.05)
-        children = (
-            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        )
+        children = psutil.Process(process.pid).children(recursive=True)
         time.sleep(draw.uniform(0, 3))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
