@@ -5,8 +5,8 @@ from __future__ import annotations
 import _thread
 import argparse
 import contextlib
+import functools
 import json
-import platform
 import signal
 import sys
 import threading
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsejepa.benchmarks.packing import choose, measure
+from sparsejepa.benchmarks.packing import Packing, choose, measure
 from sparsejepa.config import Config, load_toml, preset
-from sparsejepa.environment import cores
+from sparsejepa.environment import cores, environment, resolve_device
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.runs import Probes, Task
 from sparsejepa.workers import terminable
@@ -29,6 +29,7 @@ SMOKE = {"limit": 128, "steps": 4, "batch_size": 16, "img_size": 32, "holdout": 
 def smoke_probes(probes: Probes) -> Probes:
     """Return the cheapest of the probes: logistic, on images set aside from the first data set."""
     return Probes(probes.data[:1], targets=probes.targets, limit=SMOKE["limit"])
+
 
 _ABOUT = {"about", "command", "hardware", "minutes", "expected", "settings"}
 _PROBES = {"probe": "data", "probe_limit": "limit"}  # others have the names that Probes gives them
@@ -119,28 +120,58 @@ def check_entries(
 
 
 def jobs_for(args: argparse.Namespace, tasks: Sequence[Task]) -> int | None:
-    """Return how many runs to do at a time; with --jobs auto it is measured once per recipe.
-
-    What was measured is kept beside the runs, for each machine and device.
-    """
+    """Return how many runs to do at a time; with --jobs auto see `measured_rates`."""
     if args.jobs != "auto":
         return args.jobs
     if len(tasks) < 2:
         return 1
-    from sparsejepa.files import read_json, write_text  # here, as it brings torch
+    rates = measured_rates(args, tasks[0].config)
+    return choose([Packing(count, 1, rate) for count, rate in rates.items()]).processes
 
-    path, task = args.runs / "packing.json", tasks[0]
-    name = f"{task.recipe} on {platform.node()}, {args.device}"
+
+def kept_rates(args: argparse.Namespace, config: Config) -> dict[int, float]:
+    """Return images/s of 1, 2, 4, ... runs at a time, together; empty if never measured here.
+
+    They are kept beside the runs, for each encoder, batch size, data set and device.
+    """
+    path = args.runs / "packing.json"
+    if not path.exists():
+        return {}
+    from sparsejepa.files import read_json  # here, as it brings torch
+
+    rates = read_json(path).get(_alike(args, config), {})
+    return {int(count): rate for count, rate in rates.items()}
+
+
+def measured_rates(args: argparse.Namespace, config: Config) -> dict[int, float]:
+    """Return `kept_rates`, which are measured if there are none yet."""
+    rates = kept_rates(args, config)
+    if rates:
+        return rates
+    from sparsejepa.files import read_json, write_text
+
+    found = measure(config, cores())
+    rates = {packing.processes: round(packing.images_per_second, 1) for packing in found}
+    path, name = args.runs / "packing.json", _alike(args, config)
     kept = read_json(path) if path.exists() else {}
-    if name not in kept:
-        found = measure(task.config, cores())
-        rates = {packing.processes: round(packing.images_per_second) for packing in found}
-        kept[name] = {"jobs": choose(found).processes, "images_per_second": rates}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(kept, indent=1))
-        said = ", ".join(f"{rate} images/s with --jobs {count}" for count, rate in rates.items())
-        print(f"{task.recipe}: {said}; {kept[name]['jobs']} at a time", flush=True)
-    return kept[name]["jobs"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**kept, name: rates}, indent=1))
+    said = ", ".join(f"{rate:.0f} images/s with --jobs {count}" for count, rate in rates.items())
+    print(f"{name}: {said}", flush=True)
+    return rates
+
+
+def _alike(args: argparse.Namespace, config: Config) -> str:
+    """Return what runs have in common that are packed alike."""
+    model, compiled = config.model, ", compiled" * config.run.compile
+    network = f"{config.data}, {model.encoder}/{model.patch_size}{compiled}"
+    return f"{network}, batch {config.optim.batch_size} on {_hardware(args.device)}"
+
+
+@functools.cache
+def _hardware(device: str) -> str:
+    here, (kind, _, index) = environment(), resolve_device(device).partition(":")
+    return here["gpus"][int(index or 0)] if kind == "cuda" else f"{cores()} x {here['cpu']}"
 
 
 def _jobs(word: str) -> int | str:
@@ -159,9 +190,16 @@ def add_arguments(parser: argparse.ArgumentParser, results: str, runs: str) -> N
     )
     parser.add_argument("--runs", type=Path, help=f"run directories; default: {runs}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--data-root", type=Path, help="local copies of data sets")
     parser.add_argument("--scale", choices=("full", "smoke"), default="full")
     parser.add_argument("--dry-run", action="store_true", help="only list the runs to do")
+
+
+def here(args: argparse.Namespace, config: Config) -> Config:
+    """Return settings as the command line wants them on this machine; they change no number."""
+    config = config.replace(device=args.device, data_root=args.data_root)
+    return config.replace(compile=True) if args.compile else config
 
 
 def place(args: argparse.Namespace, runs: str, results: str) -> None:

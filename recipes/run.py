@@ -2,22 +2,22 @@
 
     python recipes/run.py --budget-minutes 60
 
-Runs with a line in --results are skipped; one that the budget, Ctrl-C, SIGTERM or a kill ended goes
-on from its checkpoint next time. Runs that fit the minutes left go first, in the queue's order;
-then others are begun, to go on next time. A run whose loss is not finite gets a line that says so
-and is not tried again, unless --retry-failed is given. Small runs are packed: --jobs auto measures
-how many side by side make the most images per second.
+Runs with a line in --results, or in another *.jsonl beside it, are skipped; one that the budget,
+Ctrl-C, SIGTERM or a kill ended goes on from its checkpoint next time. Runs that fit the minutes
+left are done, in the queue's order; with --partial others are begun then, to go on next time. A run
+whose loss is not finite gets a line that says so and is not tried again, unless --retry-failed is
+given. Small runs are packed: --jobs auto measures how many images per second several make side by
+side, and takes the number by which most of an entry's runs end in time.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,9 @@ from common import (
     add_arguments,
     check_entries,
     guarded,
+    here,
     jobs_for,
+    kept_rates,
     place,
     read_recipe,
     smoke_probes,
@@ -38,9 +40,10 @@ from common import (
 from rich.console import Console
 
 from sparsejepa.config import load_toml
-from sparsejepa.environment import code_version
+from sparsejepa.environment import code_version, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.runs import Task, read_results, row_key, run_tasks
+from sparsejepa.results import read_beside, read_results
+from sparsejepa.runs import Task, row_key, run_tasks
 from sparsejepa.sweep import arm_settings
 
 Row = Mapping[str, Any]
@@ -55,6 +58,11 @@ class Entry:
     hardware: str
     tables: Sequence[int]
 
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether the runs are meant for a GPU."""
+        return "gpu" in self.hardware.lower()
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if all went well, 1 if a run failed, 2 for a mistake, 130 for Ctrl-C, SIGTERM."""
@@ -63,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(args: argparse.Namespace) -> int:
-    """Run what --results has no line of, as long as the budget lasts; say what is left."""
+    """Run what has no line of results yet, as long as the budget lasts; say what is left."""
+    if not (args.hardware or args.dry_run or args.scale == "smoke"):
+        args.hardware = "gpu" if resolve_device(args.device).startswith("cuda") else "cpu"
     entries, ledger = read_queue(args), Ledger(args)
     if args.dry_run:
         ledger.show(entries, each=True)
@@ -71,32 +81,47 @@ def work(args: argparse.Namespace) -> int:
     ledger.check_budget(entries)
     console, status, tried = Console(highlight=False), 0, set[str]()
     end = time.monotonic() + 60 * args.budget_minutes
-    with stop_after(args.budget_minutes):
-        for fitting, entry in itertools.product((True, False), entries):
-            tasks = [task for task in ledger.left(entry) if task.key not in tried]
-            if not tasks:
-                continue
-            try:
+
+    def proceed(entry: Entry, partial: bool) -> bool:
+        """Do those of an entry's runs that fit, or all; return whether there were any."""
+        nonlocal status, ledger
+        tasks = [task for task in ledger.left(entry) if task.key not in tried]
+        try:
+            if partial:
                 jobs = jobs_for(args, tasks)
-                if fitting:
-                    minutes = (end - time.monotonic()) / 60
-                    tasks = ledger.fitting(entry, tasks, minutes, jobs or 1)
-                tried.update(task.key for task in tasks)
-                run_tasks(tasks, args.results, jobs=jobs, again=ledger.again, console=console)
-            except UserError as error:
-                print(f"failed: {error}", flush=True)
-                tried.update(task.key for task in tasks)
-                status = 1
-    Ledger(args).show(entries, each=False)
+            else:
+                tasks, jobs = ledger.choose(entry, tasks, end)
+            before, again = ledger.elsewhere, ledger.again
+            if tasks:
+                run_tasks(
+                    tasks, args.results, jobs=jobs, before=before, again=again, console=console
+                )
+        except UserError as error:
+            print(f"failed: {error}", flush=True)
+            status = 1
+        if tasks:
+            tried.update(task.key for task in tasks)
+            ledger = Ledger(args)
+        return bool(tasks)
+
+    with stop_after(args.budget_minutes):
+        for partial in (False, True) if args.partial else (False,):
+            while any(proceed(entry, partial) for entry in entries):
+                pass  # from the top again: what was left may fit, now that more is measured
+    Ledger(args).show(entries, each=False)  # read anew: the budget's end is anywhere
     return status
 
 
 class Ledger:
-    """What --results says: which runs are done, how they ended and how long they took."""
+    """What results say: which runs are done, how they ended and how long they took.
+
+    `elsewhere` are the lines of the files beside --results.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._rows = read_results(args.results)
+        self.elsewhere = read_beside(args.results)
+        self._rows = [*self.elsewhere, *read_results(args.results)]
         self._last = {row_key(row): row for row in self._rows}
 
     def again(self, row: Row) -> bool:
@@ -110,46 +135,88 @@ class Ledger:
         return [task for task, row in rows if row is None or self.again(row)]
 
     def minutes(self, entry: Entry, task: Task) -> float | None:
-        """Return what a run is going to take: as measured if there is a run like it, or estimated.
+        """Return what a run takes alone: as measured if there is a run like it, or estimated.
 
         Like it are runs of its recipe on its kind of hardware, of its arm or, where arms change
         neither network nor length, of any such arm.
         """
-        kind = "gpu" in entry.hardware.lower()
         like = [
             row
             for row in self._rows
             if row.get("recipe") == task.recipe
             and not row.get("failed")
-            and bool(row.get("gpu_seconds")) == kind
+            and bool(row.get("gpu_seconds")) == entry.on_gpu
         ]
         same = [row for row in like if row["arm"] == task.arm]
         if not same and "+" not in task.arm:
             same = [row for row in like if "+" not in row["arm"]]
         if same:
-            return median(row["seconds"] + row["probe_seconds"] for row in same) / 60
+            return (
+                median(
+                    (row["seconds"] + row["probe_seconds"])
+                    / self._slower(entry, task, row.get("jobs", 1))
+                    for row in same
+                )
+                / 60
+            )
         return entry.minutes
 
-    def fitting(self, entry: Entry, tasks: Sequence[Task], minutes: float, jobs: int) -> list[Task]:
-        """Return the tasks that should end within `minutes`, `jobs` at a time."""
-        chosen, total = [], 0.0
+    def choose(
+        self, entry: Entry, tasks: Sequence[Task], end: float
+    ) -> tuple[list[Task], int | None]:
+        """Return the tasks that should end by `end` (monotonic, s) and how many to do at a time.
+
+        That is the number by which most of them end, the faster one of equals. It is measured only
+        if there is a run that fits.
+        """
+
+        def fitting(jobs: int) -> list[Task]:
+            return self._fitting(entry, tasks, (end - time.monotonic()) / 60, jobs)
+
+        alone = fitting(1)
+        if not alone or self._args.jobs is None:
+            return alone, self._args.jobs
+        best = jobs_for(self._args, tasks) or 1
+        counts = [best]
+        if self._args.jobs == "auto":
+            rates = kept_rates(self._args, tasks[0].config)
+            counts = sorted({1, best, *(count for count in rates if count < best)})
+        chosen = {count: fitting(count) for count in counts}
+        jobs = max(counts, key=lambda count: (len(chosen[count]), count))
+        return chosen[jobs], jobs
+
+    def _fitting(
+        self, entry: Entry, tasks: Sequence[Task], minutes: float, jobs: int
+    ) -> list[Task]:
+        """Return the tasks that should end within `minutes`, begun in order, `jobs` at a time."""
+        chosen, taken = [], [0.0] * jobs
         for task in tasks:
-            cost = self._cost(entry, task)
-            if cost <= minutes and total + cost <= minutes * jobs:
+            first = taken.index(min(taken))
+            over = taken[first] + self._cost(entry, task) * self._slower(entry, task, jobs)
+            if over <= minutes:
                 chosen.append(task)
-                total += cost
+                taken[first] = over
         return chosen
 
+    def _slower(self, entry: Entry, task: Task, jobs: int) -> float:
+        """Return how much longer a run takes when `jobs` share the GPU than alone.
+
+        On the CPU each run has cores of its own.
+        """
+        rates = kept_rates(self._args, task.config) if entry.on_gpu and jobs > 1 else {}
+        return jobs * rates[1] / rates[jobs] if {1, jobs} <= set(rates) else 1.0
+
     def check_budget(self, entries: Sequence[Entry]) -> None:
-        """Raise UserError if the budget is too small for any run left, none being begun."""
+        """Raise UserError if no run left fits the budget; with --partial, if it is no minute."""
         pairs = [(entry, task) for entry in entries for task in self.left(entry)]
-        costs = {task.run_dir: self._cost(entry, task) for entry, task in pairs}
-        shortest = min(costs, key=lambda run: costs[run], default=None)
+        costs = [(self._cost(entry, task), _name(task)) for entry, task in pairs]
+        shortest, name = min(costs, default=(0.0, ""))
         budget = self._args.budget_minutes
-        if shortest is not None and costs[shortest] > budget:
+        if budget < (min(shortest, 1.0) if self._args.partial else shortest):
+            way = "" if self._args.partial else ", or --partial to begin it"
             raise UserError(
-                f"--budget-minutes {budget:g}: the shortest run left, {self._name(shortest)}, "
-                f"takes {_about(costs[shortest])}; give it at least that"
+                f"--budget-minutes {budget:g}: the shortest run left, {name}, "
+                f"takes {_about(shortest)}; give it at least that{way}"
             )
 
     def show(self, entries: Sequence[Entry], *, each: bool) -> None:
@@ -164,7 +231,7 @@ class Ledger:
                 tables = f", tables {', '.join(map(str, entry.tables))}" if entry.tables else ""
                 for task, cost in zip(tasks, costs, strict=True):
                     where = f"{_about(cost)} on {entry.hardware}{tables}"
-                    print(f"{word}: {self._name(task.run_dir)}, {where}")
+                    print(f"{word}: {_name(task)}, {where}")
             elif tasks:
                 arms = ", ".join(dict.fromkeys(task.arm for task in tasks))
                 count = f"{len(tasks)} of {_runs(len(entry.tasks))} of {tasks[0].recipe} ({arms})"
@@ -197,11 +264,12 @@ class Ledger:
         begun = task.key not in self._last and (task.run_dir / "config.toml").exists()
         return 0.0 if begun else self.minutes(entry, task) or 0.0
 
-    def _name(self, run_dir: Path) -> Path:
-        return run_dir.relative_to(self._args.runs)
-
     def _other_code(self, row: Row) -> bool:
         return row.get("environment", {}).get("code") != code_version()
+
+
+def _name(task: Task) -> str:
+    return f"{task.recipe}/{task.arm}-s{task.config.run.seed}"
 
 
 def _about(minutes: float | None) -> str:
@@ -227,14 +295,17 @@ def read_queue(args: argparse.Namespace) -> list[Entry]:
             entries.append(_entry(run, args))
         except UserError as error:
             raise UserError(f"{args.queue}, run {number}: {error}") from None
-    chosen = [
-        entry
-        for entry in entries
-        if entry.tasks and (args.hardware or "") in entry.hardware.lower()
-    ]
-    if not chosen:
+    named = [entry for entry in entries if entry.tasks]
+    if not named:
         raise UserError(f"{args.queue}: no run is called {' or '.join(args.only)}")
-    return chosen
+    wanted = args.hardware if args.hardware in ("cpu", "gpu") else ""
+    meant = [entry for entry in named if wanted in entry.hardware.lower()]
+    if not meant:
+        raise UserError(
+            f"{args.queue}: no run called {' or '.join(args.only)} is meant for the {wanted} here; "
+            f"they are for {named[0].hardware}; --hardware all takes them all the same"
+        )
+    return meant
 
 
 def _entry(run: Row, args: argparse.Namespace) -> Entry:
@@ -248,7 +319,7 @@ def _entry(run: Row, args: argparse.Namespace) -> Entry:
     if args.scale == "smoke":
         config = config.replace(**SMOKE)
         probes = smoke_probes(probes)
-    config = config.replace(device=args.device, data_root=args.data_root)
+    config = here(args, config)
     tasks = []
     for seed in run["seeds"]:
         for arm in run["arms"]:
@@ -256,8 +327,10 @@ def _entry(run: Row, args: argparse.Namespace) -> Entry:
             one = config.replace(**arm_settings(arm), seed=seed).check()
             if any(fnmatch(name, glob) or fnmatch(name, f"{glob}/*") for glob in args.only):
                 command = shlex.join(["python", "recipes/run.py", "--only", name])
-                tasks.append(Task(one, args.runs / name, probes, command, arm, run["recipe"]))
-    hardware = run.get("hardware", "hardware that is not named")
+                task = Task(one, args.runs, probes, command, arm, run["recipe"])
+                # An edited recipe makes another run, whatever is left of the one before.
+                tasks.append(replace(task, run_dir=args.runs / f"{name}-{task.key[:8]}"))
+    hardware = run.get("hardware", "CPU or GPU")
     minutes = None if args.scale == "smoke" else run.get("minutes")
     return Entry(tasks, minutes, hardware, run.get("tables", ()))
 
@@ -269,7 +342,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", help="glob over RECIPE/ARM-sSEED; may be repeated"
     )
-    parser.add_argument("--hardware", choices=("cpu", "gpu"), help="only runs meant for it")
+    parser.add_argument(
+        "--hardware",
+        choices=("cpu", "gpu", "all"),
+        help="only runs meant for it; default: that of --device (all for --dry-run)",
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="then begin runs that will not end in time"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="also runs that failed before")
     parser.add_argument(
         "--redo-other-code", action="store_true", help="also runs that other code has done"

@@ -25,8 +25,8 @@ from typing import Annotated, Any, Union, get_type_hints
 import tyro
 
 from sparsejepa import __version__
-from sparsejepa.config import Config, flag, load_toml, preset
-from sparsejepa.errors import UserError, nearest
+from sparsejepa.config import Config, load_toml, preset
+from sparsejepa.errors import UserError, flag, nearest
 from sparsejepa.verbs import VERBS
 from sparsejepa.verbs.training import Settings
 

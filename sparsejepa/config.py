@@ -13,8 +13,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from sparsejepa.checks import check_image, check_settings
 from sparsejepa.errors import UserError, nearest
 
 # Width, depth and heads of the standard ViTs (Dosovitskiy et al. 2021; tiny: Touvron et al. 2021).
@@ -185,9 +186,12 @@ class OptimConfig:
     clip: float = 1.0
     """Largest norm of the network's gradient; 0 switches clipping off."""
     ema: float | None = None
-    """EMA rate of the target encoder at the start; 0.992 scaled to the steps if not given."""
+    """EMA rate of the target encoder at the start; from --ema-reference if not given."""
     ema_final: float | None = None
-    """EMA rate at the end; 0.9999 scaled to the steps if not given."""
+    """EMA rate at the end; from --ema-reference if not given."""
+    ema_reference: tuple[float, float] = (0.992, 0.9999)
+    """Both rates for a run of 29,000 steps, carried over to the steps of this one: what suits a
+    short run so suits a long one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware has it."""
 
@@ -283,127 +287,13 @@ class Config:
 
     def check(self) -> Config:
         """Return self. Raises UserError for the first setting that cannot work on any data."""
-        flat = self.flat()
-        for name, options in _choices().items():
-            if flat[name] not in options:
-                hint = nearest(str(flat[name]), options)
-                known = ", ".join(options)
-                raise UserError(f"{flag(name)} {flat[name]}: unknown{hint}; there are {known}")
-        for name, (low, high) in _RANGES.items():
-            values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
-            for value in values:
-                if value is not None and not (low <= value <= high):
-                    bound = f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
-                    raise UserError(f"{flag(name)} {value:g}: must be {bound}")
-        for name in ("crop_scale", "target_scale", "target_aspect_ratio", "context_scale"):
-            if flat[name][0] > flat[name][1]:
-                raise UserError(f"{flag(name)}: the smaller number comes first, got {flat[name]}")
-        if len(self.images.img_size) > 2:
-            raise UserError("--img-size takes one number or height and width")
-        if self.groups.groups != "none":
-            width, count = self.encoder_shape[0], self.groups.num_groups
-            if count > width:
-                raise UserError(
-                    f"--num-groups {count} is more than the {width} latents of --encoder "
-                    f"{self.model.encoder}; use at most {width}"
-                )
-            if self.groups.groups == "feature" and width % count:
-                raise UserError(
-                    f"--num-groups {count} does not divide the width {width} of --encoder "
-                    f"{self.model.encoder}, which --groups feature needs; use e.g. "
-                    f"{max(g for g in range(1, count) if width % g == 0)}"
-                )
-            if self.groups.density is not None and self.groups.density < 1 / count:
-                raise UserError(
-                    f"--density {self.groups.density:g} is below 1/{count}: each latent keeps at "
-                    f"least one of the --num-groups {count}"
-                )
-        if self.model.predictor_pass == "packed" and self.model.predictor == "mlp":
-            raise UserError("--predictor-pass packed: only for --predictor transformer")
-        if self.model.predictor_dim % 4:
-            raise UserError(f"--predictor-dim {self.model.predictor_dim}: must be a multiple of 4")
-        self._check_objective()
+        check_settings(self, self.flat(), _hints())
         return self
-
-    def _check_objective(self) -> None:
-        """Refuse combinations of stem, targets, pattern and regularisers that cannot work."""
-        if self.model.stem == "hierarchical" and self.model.patch_size < 2:
-            raise UserError("--stem hierarchical needs a --patch-size of at least 2")
-        if self.groups.pattern == "random":
-            if self.groups.groups == "none":
-                raise UserError("--pattern random: with --groups none there is no pattern")
-            if self.groups.density is None:
-                raise UserError("--pattern random needs --density, the share of columns to keep")
-        if len(self.loss.vicreg) != 2:
-            raise UserError("--vicreg takes two weights, of variance and covariance")
-        depth, layers = self.encoder_shape[1], self.loss.target_layers
-        if layers > depth:
-            raise UserError(
-                f"--target-layers {layers} is more than the {depth} blocks of --encoder "
-                f"{self.model.encoder}; use at most {depth}"
-            )
-        if self.loss.predict == "pixels":
-            if self.groups.groups == "feature":
-                raise UserError(
-                    "--predict pixels: --groups feature shares out the dimensions of embeddings; "
-                    "use region or concept"
-                )
-            if layers > 1 or self.loss.target_centering:
-                raise UserError(
-                    "--predict pixels: --target-layers and --target-centering are of embeddings; "
-                    "leave them out"
-                )
 
     def check_image(self, size: tuple[int, int]) -> Config:
         """Return self. Raises UserError if `size` (h, w) does not fit patches, masks or groups."""
-        patch = self.model.patch_size
-        for side in size:
-            if side % patch:
-                fits = [
-                    str(p)
-                    for p in range(2, min(size) + 1)
-                    if not (size[0] % p or size[1] % p)
-                    and size[0] * size[1] >= _FEWEST_PATCHES * p * p
-                ]
-                remedy = f"use one of {', '.join(fits)} or set" if fits else "set"
-                raise UserError(
-                    f"--patch-size {patch} does not divide the image, {size[0]}x{size[1]} pixels; "
-                    f"{remedy} --img-size to a multiple of {patch}"
-                )
-        patches = (size[0] // patch) * (size[1] // patch)
-        if patches < _FEWEST_PATCHES:
-            raise UserError(
-                f"--patch-size {patch} leaves {patches} patches of an image of {size[0]}x{size[1]} "
-                "pixels, too few for masks; use a smaller --patch-size or a larger --img-size"
-            )
-        if self.groups.groups == "region" and self.groups.num_groups > patches:
-            raise UserError(
-                f"--num-groups {self.groups.num_groups} is more than the {patches} patches that "
-                f"--groups region shares out; use at most {patches}"
-            )
+        check_image(self, size)
         return self
-
-
-_FEWEST_PATCHES = 9
-_BIG = 1e9
-_RANGES: dict[str, tuple[float, float]] = {
-    "img_size": (4, 4096), "limit": (2, _BIG), "holdout": (0, _BIG),
-    "crop_scale": (0.01, 1), "randaugment": (0, 30),
-    "patch_size": (1, 256), "drop_path": (0, 0.9), "predictor_dim": (4, _BIG),
-    "predictor_depth": (1, 64), "num_targets": (1, 64), "target_scale": (0.001, 0.99),
-    "target_aspect_ratio": (0.05, 20), "context_scale": (0.01, 1), "context_counts": (1, _BIG),
-    "num_groups": (1, _BIG), "group_dim": (1, _BIG), "lam": (0, _BIG), "density": (0, 1),
-    "group_weight": (0, _BIG), "group_detach": (0, 1), "balance": (0, _BIG), "ridge": (0, _BIG),
-    "debias": (0, 1), "w_lr_sum": (0, _BIG), "beta": (0, _BIG), "kl_marginal": (0, _BIG),
-    "kl_correlation": (0, _BIG), "target_layers": (1, 64), "vicreg": (0, _BIG),
-    "sigreg": (0, _BIG), "activation_l1": (0, _BIG), "rectified": (0, _BIG),
-    "rectified_share": (0.01, 0.99),
-    "epochs": (1, _BIG), "steps": (1, _BIG), "batch_size": (2, _BIG),
-    "lr": (0, _BIG), "lr_final": (0, _BIG), "warmup": (0, 1), "weight_decay": (0, _BIG),
-    "adam_beta2": (0, 0.99999), "clip": (0, _BIG), "ema": (0, 1), "ema_final": (0, 1),
-    "threads": (1, 4096), "log_every": (1, _BIG), "eval_every": (1, _BIG),
-    "checkpoint_every": (1, _BIG),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -455,6 +345,7 @@ def preset(name: str) -> Config:
     return Config(preset=name).replace(**PRESETS[name].settings)
 
 
+@functools.cache
 def flat_fields() -> dict[str, str]:
     """Return {flat field name: section}, section "" for the top level."""
     names: dict[str, str] = {}
@@ -468,16 +359,13 @@ def flat_fields() -> dict[str, str]:
 
 
 @functools.cache
-def _choices() -> dict[str, tuple[str, ...]]:
-    """Return {flat field name: allowed values} of the settings that are one of a few words."""
+def _hints() -> dict[str, Any]:
+    """Return {flat field name: type}."""
     sections = [f.default_factory for f in dataclasses.fields(Config)]
-    hints = [get_type_hints(s) for s in sections if dataclasses.is_dataclass(s)]
-    return {
-        name: get_args(hint)
-        for section in hints
-        for name, hint in section.items()
-        if get_origin(hint) is Literal
-    }
+    hints = {name: str for name, section in flat_fields().items() if not section}
+    for section in sections:
+        hints |= get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+    return hints
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -490,18 +378,20 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML ({error})") from None
 
 
-def flag(name: str) -> str:
-    """Return the command-line flag of a setting."""
-    return "--" + name.replace("_", "-")
-
-
 def _coerce(name: str, value: Any) -> Any:
-    """Bring a keyword or TOML value to the field's type: lists to tuples, paths, one image size."""
+    """Bring a keyword or TOML value to the field's type.
+
+    Lists become tuples, text a path, one image size a tuple, and 0 becomes 0.0 where a number need
+    not be whole, so that equal settings are written and hashed alike.
+    """
     if name == "img_size" and isinstance(value, int):
         return (value,)
     if name == "data_root" and isinstance(value, str):
         return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+    values = value if isinstance(value, list | tuple) else [value]
+    if "float" in str(_hints().get(name)):
+        values = [float(x) if type(x) is int else x for x in values]
+    return tuple(values) if isinstance(value, list | tuple) else values[0]
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from sparsejepa.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 # What the numbers of a run depend on; the sizes and defaults of `config` count with it.
-_CODE = ("model", "data", "interop.py", "evaluation", "training")
+_CODE = ("rng.py", "model", "data", "interop.py", "evaluation", "training")
 
 
 def environment(begun: str = "") -> dict[str, Any]:
@@ -102,10 +102,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this file lies in, None for an installed package."""
+    """Return the commit of the checkout that this file lies in, None for an installed package.
+
+    A copy of a checkout without its history takes it from SPARSEJEPA_COMMIT.
+    """
     root = _PACKAGE.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("SPARSEJEPA_COMMIT")
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)

@@ -33,6 +33,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_beside(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of results in the other JSON-lines files of a file's folder."""
+    others = sorted(other for other in path.parent.glob("*.jsonl") if other.name != path.name)
+    rows = [row for other in others for row in read_rows(other)]
+    return [row for row in rows if isinstance(row, dict) and set(row) >= _ALWAYS]
+
+
 def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
     for number, line in enumerate(lines, 1):

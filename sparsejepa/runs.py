@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -64,7 +65,8 @@ class Task:
     """One run and the probes on it; `command` is what repeats it.
 
     `arm` is the run's name among its twins, by default that of `training.build.arm_name`; `recipe`
-    the one that it belongs to, if any; `trial` what a search has to say about it.
+    the one that it belongs to, if any; `trial` what a search has to say about it; `jobs` how many
+    runs share the machine meanwhile.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Task:
     arm: str = ""
     recipe: str = ""
     trial: Mapping[str, Any] | None = None
+    jobs: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -107,6 +110,7 @@ def run_tasks(
     results: Path,
     *,
     jobs: int | None = None,
+    before: Sequence[dict[str, Any]] = (),
     again: Callable[[Mapping[str, Any]], object] = lambda row: False,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
@@ -116,17 +120,19 @@ def run_tasks(
         results: JSON-lines file; one line is appended per finished run, and per run that ended
             because a loss was not finite: its "failed" says so.
         jobs: runs at a time; on the CPU one per core, four at most, on a GPU one if not given.
+        before: lines of other files, which count as those of `results` do.
         again: says of a line whether its run is to be done again, from the start; the second one
             lies in RUN_DIR~2 and the last line counts.
         console: where progress and finished runs are shown; silent if not given.
 
     Ctrl-C and SIGTERM stop every run after a checkpoint. Raises UserError before any work for data
-    or run directories that do not fit, and after the other runs if one of them failed.
+    or run directories that do not fit, and after the other runs if one of them failed, whatever
+    the reason.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in read_results(results):
+    for row in [*before, *read_results(results)]:
         found.setdefault(row_key(row), []).append(row)
     todo = []
     for task in tasks:
@@ -152,15 +158,24 @@ def run_tasks(
 
 
 def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
-    """Return the line of a run, also of one that ended because a loss was not finite."""
+    """Return the line of a run, also of one that ended because a loss was not finite.
+
+    Raises UserError for whatever else ends it, memory that is not enough for instance.
+    """
     from sparsejepa.environment import environment
     from sparsejepa.training.build import arm_name
+    from sparsejepa.training.loop import code_of
 
-    begun = _code_of(task.run_dir)
+    begun = code_of(task.run_dir)
     try:
         row = {**run_and_probe(task, console), "failed": None}
-    except UserError as error:
-        found = re.search(r"'(\w+)' (is not finite at step \d+)", str(error))
+    except Exception as error:
+        if not isinstance(error, UserError):
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{where.filename}, line {where.lineno}"
+            raise UserError(f"{task.run_dir}: {what} ({at})") from None
+        found = re.search(r"(finetune: loss|(?<=')\w+)'? (is not finite at step \d+)", str(error))
         if not found:
             raise
         row = {
@@ -171,6 +186,7 @@ def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
             "data": task.config.data,
             "failed": f"{found[1]} {found[2]}",
             "probes": [],
+            "jobs": task.jobs,
             "command": task.command,
             "settings": task.config.replace(data_root=None).to_dict(),
             "probed": asdict(task.probes),
@@ -183,16 +199,12 @@ def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
     return json.loads(json.dumps(row))  # as it will be read back
 
 
-def _code_of(run_dir: Path) -> str:
-    """Return the code that a run was begun with, as `environment` names it; empty for a new one."""
-    from sparsejepa.files import read_json
-
-    path = run_dir / "environment.json"
-    return read_json(path).get("code", "unknown") if path.exists() else ""
-
-
 def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
-    """Train (or go on with, or read) one run, probe it and return its line of results."""
+    """Train (or go on with, or read) one run, probe it and return its line of results.
+
+    "seconds" and "probe_seconds" are wall time; "gpu_seconds" is their sum divided by "jobs", the
+    runs that shared the GPU, and 0 on the CPU.
+    """
     from sparsejepa.environment import environment, resolve_device
     from sparsejepa.training.loop import pretrain
 
@@ -220,7 +232,8 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
         "steps": run.summary["steps"],
         "seconds": round(seconds, 1),
         "probe_seconds": round(probe_seconds, 1),
-        "gpu_seconds": round(seconds + probe_seconds, 1) if on_gpu else 0,
+        "jobs": task.jobs,
+        "gpu_seconds": round((seconds + probe_seconds) / task.jobs, 1) if on_gpu else 0,
         "images_per_second": round(run.summary["images_per_second"], 1),
         "command": task.command,
         "settings": task.config.replace(data_root=None).to_dict(),
@@ -238,14 +251,16 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
     run directories.
     """
-    from sparsejepa.environment import resolve_device
+    from sparsejepa.environment import code_version, resolve_device
+    from sparsejepa.evaluation.probe import FLOOR_VERSION
     from sparsejepa.files import write_text
     from sparsejepa.interop import load
 
     encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
     if seed:
-        key = _hash([asdict(task.probes), encoder.architecture, _fingerprints(task)])
+        about = [encoder.architecture, encoder.precision, _fingerprints(task)]
+        key = _hash([asdict(task.probes), *about, FLOOR_VERSION, code_version()])
         path = _floors(task) / f"untrained-s{seed}-{key}.json"
         if not path.exists():
             twin = _evaluate(task, encoder.untrained(seed), floors=False)
@@ -401,9 +416,10 @@ def _outcomes(
         # Done by a worker, so that this process needs no torch, most of a small run's memory.
         steps, on_cpu = submit(_check, tasks).result()
         processes = processes if on_cpu or jobs else 1
-        if on_cpu and tasks[0].config.run.threads is None:
+        if tasks[0].config.run.threads is None:
             threads = max(1, cores() // processes)
             tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
+        tasks = [replace(task, jobs=processes) for task in tasks]
         # The raw-pixel floor, which all need, goes first; a run that ends finds it done.
         waiting = deque([(_pixel_floor, tasks[0]), *((_attempt, task) for task in tasks)])
         running: dict[Future[Any], tuple[Any, Task]] = {}
@@ -428,4 +444,5 @@ def _outcomes(
 
 
 def _pixel_floor(task: Task) -> None:
-    _evaluate(task)
+    with contextlib.suppress(Exception):  # the runs meet it again, and say so
+        _evaluate(task)

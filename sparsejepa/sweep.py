@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsejepa.config import Config, flag, preset
-from sparsejepa.errors import UserError, nearest
+from sparsejepa.config import Config, preset
+from sparsejepa.errors import UserError, flag, nearest
 from sparsejepa.results import read_rows
 from sparsejepa.runs import Probes, Task, load_w, run_tasks
 
@@ -165,6 +165,9 @@ def sweep_arms(config: Config, lams: Sequence[float], densities: Sequence[float]
     ]
 
 
+_NOT_AN_ARMS = {"seed", "subset_seed", "holdout", "preset", "device", "threads", "data_root"}
+
+
 def arm_settings(arm: str) -> dict[str, Any]:
     """Return the settings that make an arm, such as ``dense`` or ``density=0.25+beta=0``.
 
@@ -192,6 +195,8 @@ def arm_settings(arm: str) -> dict[str, Any]:
         name, equals, text = item.partition("=")
         if name not in defaults or not (equals and text):
             raise UserError(f"arm '{arm}': '{item}' is no SETTING=VALUE{nearest(name, defaults)}")
+        if name in _NOT_AN_ARMS:
+            raise UserError(f"arm '{arm}': '{name}' is not an arm's to set")
         values = [_value(word) for word in text.split(",")]
         several = len(values) > 1 or isinstance(defaults[name], tuple)
         settings[name] = tuple(values) if several else values[0]

@@ -47,7 +47,8 @@ def version(folder: Path, source: str, room: str = "model") -> str:
     path = folder / room / "box.py"
     path.parent.mkdir(parents=True)
     path.write_text(source, encoding="utf-8")
-    (folder / "interop.py").touch()
+    for alone in ("interop.py", "rng.py"):
+        (folder / alone).touch()
     code_version.cache_clear()
     return code_version(folder)
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from sparsejepa import environment
 from sparsejepa.config import Config
 from sparsejepa.data import catalog
 from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
 from sparsejepa.interop import load
-from sparsejepa.runs import Probes, Task, row_key, run_and_probe
+from sparsejepa.runs import Probes, Task, _attempt, row_key, run_and_probe
+from sparsejepa.training import loop
 
 SETTINGS: dict[str, Any] = {
     "encoder": "nano", "patch_size": 8, "img_size": (32,), "predictor_dim": 32,
@@ -100,6 +102,35 @@ def test_held_out_images_replace_the_test_split_of_the_run_only(
     mine = [p for p in row["probes"] if p["data"] == "scenes"]
     assert [p["untrained"] for p in mine] == [p.accuracy for p in again]
     assert [p["pixels"] is None for p in mine] == [False, True]
+
+
+def test_a_line_names_every_code_that_took_part_and_floors_are_of_one(
+    tmp_path: Path, splits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(make_task(tmp_path, "none"), probes=Probes(("scenes",), limit=200), jobs=2)
+
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt  # after the last checkpoint
+
+    monkeypatch.setattr(environment, "code_version", lambda: "AAAA")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_finish", stopped)
+        for code in ("AAAA", "BBBB", "BBBB"):
+            monkeypatch.setattr(environment, "code_version", lambda code=code: code)
+            with pytest.raises(KeyboardInterrupt):
+                loop.pretrain(task.config, out=task.run_dir, resume=True)
+    row = _attempt(task)
+    assert row["environment"]["code"] == "AAAA+BBBB" and row["jobs"] == 2
+
+    def floors() -> int:
+        return len(list((tmp_path / "floors").glob("untrained-s1-*.json")))
+
+    assert floors() == 1
+    monkeypatch.setattr(environment, "code_version", lambda: "CCCC")
+    assert _attempt(task)["environment"]["code"] == "AAAA+BBBB+CCCC" and floors() == 2
+    monkeypatch.setattr(probe, "FLOOR_VERSION", -1)
+    _attempt(task)
+    assert floors() == 3
 
 
 def test_the_key_knows_measures_and_lines_from_before_there_were_any(tmp_path: Path) -> None:

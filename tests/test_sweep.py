@@ -95,6 +95,33 @@ def test_an_arm_goes_on_with_settings(first: str, items: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
+        ("dense+lr=fast", "--lr fast: must be a number"),
+        ("dense+beta=true", "--beta True: must be a number"),
+        ("dense+vicreg=0.1", "--vicreg 0.1: must be 2 numbers"),
+        ("dense+crop_scale=a,b", "--crop-scale a b: must be 2 numbers"),
+        ("dense+epochs=1.5", "--epochs 1.5: must be a whole number"),
+        ("dense+randaugment=2", "--randaugment 2: must be 2 whole numbers"),
+        ("dense+img_size=32.5", "--img-size 32.5: must be whole numbers"),
+        ("dense+flip=1", "--flip 1: must be true or false"),
+        ("dense+stem=conv", "--stem conv: unknown"),
+        ("lam=nan", "--lam nan: must be at least 0"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_named(arm: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        TINY.replace(**arm_settings(arm)).check()
+
+
+def test_whole_numbers_stand_for_numbers() -> None:
+    one, two = (
+        TINY.replace(**arm_settings(f"dense+beta={x}+vicreg={x},{x}")) for x in ("0", "0.0")
+    )
+    assert one == two and json.dumps(one.to_dict()) == json.dumps(two.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
         ("dense+bta=0", "'bta=0' is no SETTING=VALUE (did you mean 'beta'?)"),
         ("dense+beta", "'beta' is no SETTING=VALUE"),
         ("dense+beta=", "'beta=' is no SETTING=VALUE"),

@@ -20,6 +20,9 @@ from sparsejepa.errors import UserError
 TOLERANCE = 0.03
 """Of the numbers of processes within this share of the best rate, the smallest is chosen."""
 
+MOST = 8
+"""Processes at most: more rarely gain anything, and take long to start."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -31,7 +34,7 @@ class Packing:
 
 
 def measure(config: Config, cores: int, seconds: float = 4.0) -> list[Packing]:
-    """Measure 1, 2, 4, ... processes until it gets slower, or cores or GPU memory are used up.
+    """Measure 1, 2, 4, 8 processes until it gets slower, or cores or GPU memory are used up.
 
     Args:
         config: of the runs; `config.run.device` is where they are.
@@ -42,7 +45,7 @@ def measure(config: Config, cores: int, seconds: float = 4.0) -> list[Packing]:
     """
     found: list[Packing] = []
     processes = 1
-    while processes <= cores:
+    while processes <= min(cores, MOST):
         results = _side_by_side(config, processes, cores // processes, seconds)
         rate = sum(result["rate"] for result in results)
         best = max((packing.images_per_second for packing in found), default=0.0)

@@ -72,7 +72,7 @@ class FineTune:
     def fit(self, images: ImageSet, y: np.ndarray, rows: np.ndarray | None = None) -> FineTune:
         """Train on the `rows` [n] of images, all if None, with labels y [n].
 
-        Raises UserError for a single class, or if training ends in NaN.
+        Raises UserError for a single class, or if a loss is not finite.
         """
         recipe, seed, device = self.recipe, self.random_state, self.encoder.device
         self.classes_, index = np.unique(y, return_inverse=True)
@@ -96,6 +96,7 @@ class FineTune:
         labels = torch.from_numpy(index.astype(np.int64))
         total, batch = recipe.steps(len(y)), min(recipe.batch_size, len(y))
         bf16 = torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(str(device)))
+        losses = torch.zeros(total, device=device)
         rise = max(1, round(recipe.warmup * total))
         schedule = torch.optim.lr_scheduler.SequentialLR(
             optimizer,
@@ -121,9 +122,13 @@ class FineTune:
                 )
                 optimizer.zero_grad()
                 loss.backward()
+                losses[step] = loss.detach()
                 nn.utils.clip_grad_norm_(trained, recipe.clip)
                 optimizer.step()
                 schedule.step()
+        bad = losses.isfinite().logical_not().nonzero()  # once, as it waits for the device
+        if len(bad):
+            raise UserError(f"finetune: loss is not finite at step {int(bad[0])}")
         model.eval()
         self.settings_ = {"lr": recipe.lr, "steps": total, "batch_size": batch, "pool": "mean"}
         return self

@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsejepa.config import Config, flag, load_toml, preset
+from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.environment import environment, resolve_device
-from sparsejepa.errors import UserError
+from sparsejepa.errors import UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
 from sparsejepa.model.jepa import SparseJEPA
@@ -99,7 +99,7 @@ def pretrain(
     for partial in partial_files(run_dir):
         partial.unlink(missing_ok=True)
     write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
-    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    write_text(run_dir / "environment.json", json.dumps(environment(code_of(run_dir)), indent=1))
     with _stop_on_signal() as stop:
         summary = _train(run_dir, config, image_set, model, total, stop, console)
     return Run(run_dir, config, summary)
@@ -255,6 +255,14 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
     if (run_dir / "summary.json").exists():
         return Run(run_dir, config, read_json(run_dir / "summary.json"))
     return None
+
+
+def code_of(run_dir: Path) -> str:
+    """Return the code that a run was trained with so far, as `environment` names it."""
+    if not any((run_dir / name).exists() for name in (CHECKPOINT, "summary.json")):
+        return ""
+    path = run_dir / "environment.json"
+    return read_json(path).get("code", "unknown") if path.exists() else "unknown"
 
 
 def read_config(run_dir: Path) -> Config:

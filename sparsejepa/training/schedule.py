@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sparsejepa.config import Config
 
-# The EMA rates 0.992 -> 0.9999 belong to a run of this many steps (300 epochs of 50,000 at 512).
+# `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
 _EMA_REFERENCE_STEPS = 29_000
 
 
@@ -52,8 +52,9 @@ class Schedule:
     def ema(self, step: int) -> float:
         """EMA rate of the target encoder after this step (I-JEPA: linear)."""
         optim = self.config.optim
-        start = scaled_ema(0.992, self.total) if optim.ema is None else optim.ema
-        final = scaled_ema(0.9999, self.total) if optim.ema_final is None else optim.ema_final
+        start, final = (scaled_ema(decay, self.total) for decay in optim.ema_reference)
+        start = start if optim.ema is None else optim.ema
+        final = final if optim.ema_final is None else optim.ema_final
         return linear(step, self.total, start, final)
 
     @property

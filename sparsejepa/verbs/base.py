@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from tyro.conf import FlagCreatePairsOff
 
-from sparsejepa.config import Config, flag
-from sparsejepa.errors import UserError
+from sparsejepa.config import Config
+from sparsejepa.errors import UserError, flag
 
 DATA = "a name (sparsejepa data list), hub:OWNER/NAME or a folder of images"
 

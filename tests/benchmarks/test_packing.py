@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -70,8 +72,14 @@ def test_mistakes_reach_the_caller(tiny_images: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_dies_ends_the_measurement(tiny_images: Path) -> None:
-    broken = config(tiny_images).replace(predictor_depth="deep")  # what no check is asked about
+class Dies:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_a_process_that_dies_ends_the_measurement() -> None:
     with pytest.raises(UserError, match="--jobs auto: one of 1 processes ended too early"):
-        measure(broken, cores=2, seconds=0.1)
+        measure(cast(Config, Dies()), cores=2, seconds=0.1)
     assert not multiprocessing.active_children()

@@ -50,6 +50,12 @@ def test_labels_of_any_kind_and_the_encoder_that_was_given() -> None:
     assert not tuned.encoder_.model.training
 
 
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    train, wild = lamps(64, 0), Recipe(lr=1e30, least_steps=8, passes=1, warmup=0.5)
+    with pytest.raises(UserError, match=r"^finetune: loss is not finite at step [1-7]$"):
+        FineTune(make_encoder(), recipe=wild).fit(train, labels(train))
+
+
 def test_equal_seeds_are_equal_to_the_bit_and_state_outside_plays_no_part() -> None:
     train = lamps(64, 0)
     found = []
