@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from judges import (
-    FAILS,
-    HOLDS,
-    PART,
-    UNTESTED,
     Judge,
     best_of,
-    combine,
     differ,
     efficient,
     explained,
     gain,
     group_counts,
     grows,
+    lambdas,
     measured,
     nearer,
     new_domains,
@@ -30,11 +27,10 @@ from judges import (
     unstable,
 )
 from layouts import CIFAR100, CORRELATION, DCI, GROUPS, SPARSE, TASKS
+from rules import FEW_ARMS, FEW_SEEDS, PART, RANK, VERDICTS, combine
 from study import Study
 
 from sparsejepa.report.summary import ENOUGH_SEEDS
-
-VERDICTS = (HOLDS, PART, FAILS, UNTESTED)
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,8 @@ class Claim:
     text: str
     judge: Judge
     table: int = 0
-    scaled: bool = True
-    """Whether it is judged at both scales."""
+    scales: Sequence[str] = ("small", "full")
+    """Where it is judged; "any" for what has no scale."""
 
 
 FLOORS = ("untrained", "PCA", "random zeros", "k-means", "places")
@@ -77,7 +73,7 @@ CLAIMS = (
             "test_chain_rule_for_tables", "test_chain_rule_for_gaussians",
             "test_strict_exactly_where_a_group_depends_inside",
             "test_dependence_across_groups_alone_never_makes_it_strict",
-        ), scaled=False,
+        ), scales=("any",),
     ),
     Claim(
         "The two propositions", "Groups tell at least as much about a variable as the latents",
@@ -86,7 +82,7 @@ CLAIMS = (
             "latents, as W is, can lose and never gains.",
             "test_a_partition_is_a_relabelling_and_keeps_the_information",
             "test_a_lossy_map_never_adds_information", "test_where_a_lossy_map_loses_and_where_not",
-        ), scaled=False,
+        ), scales=("any",),
     ),
     Claim(
         "Mechanism 1: related features share latents",
@@ -124,7 +120,7 @@ CLAIMS = (
         theory(
             PART, "True of independent latents; disjoint groups of correlated latents still share.",
             "test_overlap_of_two_groups", "test_disjoint_groups_of_correlated_latents_still_share",
-        ), scaled=False,
+        ), scales=("any",),
     ),
     Claim(
         "Mechanism 2: sparse groups lower multi-information",
@@ -172,7 +168,7 @@ CLAIMS = (
     Claim(
         "Suggested experiments",
         "Lambda on 5,000 images: sparser with lambda, and a gain somewhere",
-        lambda study, gpu: [*structure(study, gpu), *best_of(3)(study, gpu)], 3,
+        lambdas, 3, ("small",),
     ),
     Claim(
         "Suggested experiments", "What activates a group: its activations tell an object's colour, "
@@ -183,11 +179,11 @@ CLAIMS = (
     Claim("Open questions", "Do groups follow objects? (FG-ARI)", explained("FG-ARI", FLOORS)),
     Claim(
         "Open questions", "Do the gains hold for ViT-B and ViT-L on ImageNet?",
-        none("ImageNet was not at hand; ViT-Base on CIFAR-100 is in table 5"), 5, scaled=False,
+        none("ImageNet was not at hand; ViT-Base on CIFAR-100 is in table 5"), 5, ("any",),
     ),
     Claim(
         "Open questions", "Can interpretability be measured apart from accuracy?",
-        measured, scaled=False,
+        measured, 3,
     ),
 )  # fmt: skip
 
@@ -200,9 +196,8 @@ def ledger(study: Study) -> tuple[str, dict[str, dict[str, int]]]:
         lines = [f"## {section}", "", "| claim | scale | verdict | evidence |", "|---|---|---|---|"]
         for claim in (c for c in CLAIMS if c.section == section):
             shown = claim.text
-            for gpu in (False, True) if claim.scaled else (False,):
-                where = ("full" if gpu else "small") if claim.scaled else "any"
-                signs = claim.judge(study, gpu)
+            for where in claim.scales:
+                signs = claim.judge(study, where == "full")
                 verdict = combine(signs)
                 tally = counts.setdefault(where, dict.fromkeys(VERDICTS, 0))
                 tally[verdict] += 1
@@ -226,16 +221,28 @@ missing at the small scale says nothing of the paper's numbers: that is the othe
 How a verdict comes about, by rule and not by hand:
 
 - A claim says that a difference has a sign. **Holds**: the 95 % interval lies on that side of 0,
-  with at least {ENOUGH_SEEDS} paired seeds. **Holds in part**: the same with fewer seeds, or one
-  of several such differences. **Does not hold**: the interval lies on the other side, or includes
-  0 with {ENOUGH_SEEDS} seeds or more, so that no difference is shown at this scale. **Not
-  tested**: nothing was run, or an interval of fewer seeds includes 0 and decides nothing.
+  with at least {ENOUGH_SEEDS} paired seeds. **Holds in part**: the same with fewer seeds, or shown
+  for some of the differences while the others are open. **Does not hold**: the interval lies on
+  the other side, or includes 0 with {ENOUGH_SEEDS} seeds or more, so that no difference is shown
+  at this scale. **Not tested**: nothing was run, or an interval of fewer seeds includes 0 and
+  decides nothing.
+- A claim that needs several things needs all of them: where one does not hold, it does not hold.
+- "No loss" and "nothing changes" are shown by an interval, not by the want of a difference: all of
+  it must lie above -1 point ("no loss") or within 1 point of 0 ("nothing changes").
 - The sparse arm of a pair is `{SPARSE}`, fixed before any run; where the best of several is
-  taken, the interval is widened for that (Bonferroni). A gain must show against dense, the
-  paper's own comparison, and against `lam=0`, without which it is not the penalty's. Where the
-  dense arm does not beat an untrained encoder nothing is judged.
+  taken, it is one of those with the most seeds and the interval is widened for the choice
+  (Bonferroni). A gain must show against dense, the paper's own comparison, and against `lam=0`,
+  without which it is not the penalty's. Where the dense arm does not beat an untrained encoder
+  nothing is judged.
+- "No better than untrained": a clear gain refutes it, a clear loss shows it, and no difference
+  over {ENOUGH_SEEDS} seeds shows it in part.
+- Instability counts for a penalised run that fails or raises the alarm where `lam=0` with the same
+  EMA and seed does not; in fewer than {ENOUGH_SEEDS} seeds it is shown in part.
+- DCI and accuracy are apart when the interval of their rank correlation over the arms
+  (at least {FEW_ARMS}, of {FEW_SEEDS} seeds) lies within ±{RANK}; from ±{RANK} on they are not.
 - Measures of explained runs (`results/explain.jsonl`, [explain.md](explain.md)) are judged by
   whether their interval clears those of all floors (holds), of some (in part), or lies below one
-  (does not hold). These intervals resample images and know nothing of other seeds.
+  (does not hold); without a floor they hold in part at most. These intervals resample images and
+  know nothing of other seeds.
 - Propositions are judged by tests; [theory.md](theory.md) has the argument. Without the test
   there is no verdict."""

@@ -148,10 +148,24 @@ def _by_measure(spec: Spec, block: Block) -> Report:
         line += [block.cell(arm, measure) for arm in arms]
         line += [block.versus(arm, control, measure) for arm, control in pairs]
         line += [floor_text(measure, block.floor(measure, w), w) for w in floored]
-        rows.append([measure.title, *line])
+        rows.append([measure.title + labelled(block, measure) * (spec.number == 8), *line])
     seeds = ["*seeds*", *["", ""][: len(paper)], *(block.done(arm) for arm in arms)]
     rows.append(seeds + [""] * (len(header) - len(seeds)))
     return Report(scale(block), header, rows, [best(block), block.apart])
+
+
+def labelled(block: Block, measure: Measure) -> str:
+    """Return how many labelled images a probe learned from, as " (100 images, one a class)"."""
+    found = {
+        (count, classes)
+        for row in block.all_rows
+        if (count := measure.read(row, "n_train")) and (classes := measure.read(row, "n_classes"))
+    }
+    if not found:
+        return ""
+    count, classes = max(found)
+    each = "one" if count == classes else f"{count / classes:.3g}"
+    return f" ({count:,} images, {each} a class)"
 
 
 def by_size(spec: Spec, blocks: Sequence[Block]) -> list[Report]:
@@ -296,27 +310,29 @@ def alarms(block: Block, arm: str) -> str:
 
 
 def pick(block: Block) -> tuple[str, int]:
-    """Return the penalised arm with the highest mean accuracy and among how many; "" if none."""
-    means = {
-        arm: mean_sd(values)[0]
-        for arm in block.matching(PENALISED)
-        if (values := block.values(arm, CIFAR100))
-    }
+    """Return the penalised arm with the highest mean accuracy and among how many; "" if none.
+
+    Only arms with the most seeds compete: the mean of a single seed wins too easily.
+    """
+    found = {arm: block.values(arm, CIFAR100) for arm in block.matching(PENALISED)}
+    most = max(map(len, found.values()), default=0)
+    means = {arm: mean_sd(v)[0] for arm, v in found.items() if v and len(v) == most}
     return (max(means, key=lambda arm: means[arm]) if means else ""), len(means)
 
 
 def best(block: Block) -> str:
-    """Say what the best penalised arm gains, its intervals widened for the choice."""
+    """Say what the best penalised arm gains, its intervals widened for k arms x 2 controls."""
     arm, count = pick(block)
     if not arm or len(block.values(arm, CIFAR100)) < 2:
         return ""
     parts = []
     for control in ("lam=0", "dense"):
-        interval = block.difference(arm, control, CIFAR100, 1 - (1 - LEVEL) / count)
+        interval = block.difference(arm, control, CIFAR100, 1 - (1 - LEVEL) / (2 * count))
         if interval is not None:
             parts.append(f"{CIFAR100.difference(interval)} against {control}: {outcome(interval)}")
     chosen = f"The best of {count} penalised arms is `{arm}`" if count > 1 else f"`{arm}`"
-    return f"{chosen}, CIFAR-100: {'; '.join(parts)}."
+    widened = f"intervals widened for {2 * count} comparisons"
+    return f"{chosen}, CIFAR-100, {widened}: {'; '.join(parts)}."
 
 
 def collapse(block: Block) -> str:

@@ -1,7 +1,8 @@
 """The study: what is planned, what was found, and what may be averaged together.
 
-Rows are averaged and paired only within a batch: rows of one recipe, computed by the same code and
-with the same settings but for those that the arm and the seed set.
+Rows are averaged and paired only within a batch: rows of one recipe, computed by the same code on
+the same kind of device, with one torch version (major.minor), and with the same settings but for
+those that the arm and the seed set.
 """
 
 from __future__ import annotations
@@ -118,6 +119,11 @@ class Block:
     def gpu(self) -> bool:
         """Whether it is planned for a GPU: the full scale."""
         return "GPU" in self.hardware
+
+    @property
+    def made_by(self) -> tuple[str, str]:
+        """Code and device of the rows, see `batch`; empty without rows."""
+        return next(((code_of(row), device_of(row)) for row in self.all_rows), ("", ""))
 
     @cached_property
     def all_rows(self) -> list[Row]:
@@ -272,7 +278,7 @@ def choose(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]],
     The batch is the one that covers most (arm, seed) pairs, of equals the newest; of two rows of
     one pair the newer counts.
     """
-    batches: dict[tuple[str, str], dict[tuple[str, int], Row]] = {}
+    batches: dict[tuple[str, str, str], dict[tuple[str, int], Row]] = {}
     rows = sorted(rows, key=lambda row: row.get("finished", ""))
     for row in rows:
         batches.setdefault(batch(row, recipe), {})[row["arm"], row["seed"]] = row
@@ -285,7 +291,8 @@ def choose(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]],
     parts = []
     for key, found in batches.items():
         if key != best:
-            reason = "with other settings" if key[0] == best[0] else "of other code"
+            named = ("of other code", f"on {key[1]}", "with other settings")
+            reason = ", ".join(n for n, a, b in zip(named, key, best, strict=True) if a != b)
             commits = ", ".join(sorted({str(r["environment"]["commit"]) for r in found.values()}))
             parts.append(f"{len(found)} run{'s'[: len(found) > 1]} {reason} (commit {commits})")
     repeats = len(rows) - sum(len(found) for found in batches.values())
@@ -293,18 +300,32 @@ def choose(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]],
     return chosen, f"Kept apart, never averaged with these: {'; '.join(parts)}." if parts else ""
 
 
-def batch(row: Row, recipe: Row) -> tuple[str, str]:
-    """Return code and settings that a row must share with others: all but arm and seed."""
+def code_of(row: Row) -> str:
+    """Return the version of the code that a row was made by: its hash, or the commit."""
     about = row["environment"]
-    code = about.get("code") or f"commit {about.get('commit')}"
+    return about.get("code") or f"commit {about.get('commit')}"
+
+
+def device_of(row: Row) -> str:
+    """Return the kind of device and torch's major.minor, as "cuda with torch 2.8"."""
+    about = row["environment"]
+    asked = row["settings"].get("run", {}).get("device", "auto")
+    kind = "cuda" if about.get("gpus") and asked != "cpu" else "cpu"
+    version = ".".join(about.get("torch", "?").partition("+")[0].split(".")[:2])
+    return f"{kind} with torch {version}"
+
+
+def batch(row: Row, recipe: Row) -> tuple[str, str, str]:
+    """Return code, device and settings (all but arm and seed) that a row must share with others."""
+    made = code_of(row), device_of(row)
     try:
         base = recipe_config(recipe).flat()
         own = {name: base[name] for name in arm_settings(row["arm"])}
         settings = Config.from_dict(row["settings"], "results").replace(**own, seed=0).to_dict()
     except UserError:  # a setting that is no more
-        return code, row["key"]
+        return *made, row["key"]
     limit = (row.get("probed") or {}).get("limit")
-    return code, row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
+    return *made, row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
 
 
 def recipe_config(recipe: Row) -> Config:
