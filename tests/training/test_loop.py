@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from sparsejepa.config import Config, preset
@@ -30,19 +29,6 @@ TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
     "threads": 1, "log_every": 4, "device": "cpu",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 40 images of 16x16 pixels that differ in brightness."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for label, shift in (("dark", 0), ("light", 100)):
-        (root / label).mkdir()
-        for i in range(40):
-            pixels = rng.integers(0, 120, (16, 16, 3)) + shift
-            Image.fromarray(pixels.astype(np.uint8)).save(root / label / f"{i}.png")
-    return root
 
 
 @pytest.fixture(autouse=True)

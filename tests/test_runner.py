@@ -1,0 +1,407 @@
+"""The runner of the queue skips, resumes, packs, stops in time and names mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import pytest
+import run as runner
+
+from sparsejepa import runs
+from sparsejepa.benchmarks.packing import Packing
+from sparsejepa.environment import code_version
+from sparsejepa.errors import UserError
+from sparsejepa.results import append_row, read_rows
+from sparsejepa.runs import Task
+from sparsejepa.training.build import arm_name
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def write_queue(
+    folder: Path, images: str = "scenes", steps: int = 6, checkpoint_every: int = 2, **changes: Any
+) -> Path:
+    settings = {
+        "data": images, "preset": "nano", "steps": steps, "batch_size": 16, "predictor_depth": 1,
+        "threads": 1, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    lines = "\n".join(f"{k} = {json.dumps(v)}" for k, v in settings.items())
+    (folder / "tiny.toml").write_text(f"[settings]\n{lines}\n")
+    run = {"recipe": "tiny", "arms": ["dense", "lam=0.1"], "seeds": [0, 1], "minutes": 0.01}
+    run |= {"hardware": "1 CPU core", "tables": [1, 2]} | changes
+    lines = "\n".join(f"{k} = {json.dumps(v)}" for k, v in run.items())
+    queue = folder / "queue.toml"
+    queue.write_text(f"[[run]]\n{lines}\n")
+    return queue
+
+
+def words(queue: Path, *more: str) -> list[str]:
+    folder = queue.parent
+    return [
+        "--queue", str(queue), "--results", str(folder / "results.jsonl"), "--runs",
+        str(folder / "runs"), "--device", "cpu", "--jobs", "1", *more,
+    ]  # fmt: skip
+
+
+class Timer:
+    """A timer that runs out when it is told to."""
+
+    def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+        self.run_out, self.daemon = function, False
+
+    def start(self) -> None:
+        Timer.last = self
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace training and probing, seed 1 by a wait for the budget's end; it lists what ran."""
+    ran: list[str] = []
+    monkeypatch.setattr(common.threading, "Timer", Timer)
+
+    def run_and_probe(task: Task, console: Any = None) -> dict[str, Any]:
+        ran.append(re.sub(r"-[0-9a-f]{8}(?=~|$)", "", task.run_dir.name))
+        if task.config.optim.lr == 3:
+            raise UserError(f"{task.run_dir}: 'kl' is not finite at step 7; start anew")
+        if task.config.optim.lr == 4:
+            raise UserError("images: no such file")
+        if task.config.optim.lr == 5:
+            raise RuntimeError("CUDA out of memory.\nTried a lot")
+        if task.config.optim.lr == 6:
+            raise UserError("scenes, target 'count': finetune: loss is not finite at step 3")
+        if task.config.run.seed == 1:
+            Timer.last.run_out()
+            time.sleep(60)
+        probe = {"data": "scenes", "target": "count", "protocol": "logistic", "accuracy": 0.5}
+        return {
+            "key": task.key, "recipe": task.recipe, "arm": arm_name(task.config),
+            "seed": task.config.run.seed, "probes": [probe], "groups_per_latent": None,
+            "seconds": 90.0, "probe_seconds": 30.0, "alarms": [],
+        }  # fmt: skip
+
+    monkeypatch.setattr(runs, "run_and_probe", run_and_probe)
+    monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), True))
+    return ran
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def begin(queue: Path, name: str) -> None:
+    """Leave the folder of a run that was begun."""
+    (entry,) = runner.read_queue(runner.parse(words(queue, "--only", name)))
+    (task,) = entry.tasks
+    task.run_dir.mkdir(parents=True)
+    (task.run_dir / "config.toml").touch()
+
+
+def test_the_budget_stops_the_queue_and_says_what_is_left(
+    tmp_path: Path, fake: list[str], capsys: Capture
+) -> None:
+    queue = write_queue(tmp_path)
+    assert runner.main(words(queue, "--budget-minutes", "1")) == 0
+    assert fake == ["dense-s0", "lam=0.1-s0", "dense-s1"]  # the last one was cut off
+    assert [(r["arm"], r["seed"]) for r in read_rows(tmp_path / "results.jsonl")] == [
+        ("dense", 0), ("lam=0.1", 0)
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "used up" in said and "left: 2 of 4 runs of tiny (dense, lam=0.1)" in said
+    # By now there are measured runs: 90 s and 30 s of probes each.
+    assert "2 runs left, about 4 minutes (4 on 1 CPU core)" in said
+    begin(queue, "tiny/lam=0.1-s1")
+    runner.main(words(queue, "--budget-minutes", "0.02", "--only", "tiny/lam=*"))
+    assert fake[3:] == ["lam=0.1-s1"]
+
+
+def test_a_budget_too_small_for_any_run_is_refused(
+    tmp_path: Path, fake: list[str], capsys: Capture
+) -> None:
+    queue = write_queue(tmp_path, minutes=3)
+    assert runner.main(words(queue, "--budget-minutes", "1")) == 2
+    said = capsys.readouterr().err
+    assert "--budget-minutes 1: the shortest run left, tiny/dense-s0, takes about 3 minutes" in said
+    assert said.count("\n") == 1 and not fake
+    # A run that was begun may be nearly done.
+    begin(queue, "tiny/dense-s0")
+    assert runner.main(words(queue, "--budget-minutes", "1", "--only", "*-s0")) == 0
+    assert fake == ["dense-s0"]
+
+
+def test_runs_that_will_not_end_in_time_are_begun_when_asked(
+    tmp_path: Path, fake: list[str], capsys: Capture
+) -> None:
+    queue = write_queue(tmp_path, minutes=3, seeds=[0])
+    assert runner.main(words(queue, "--budget-minutes", "0.9", "--partial")) == 2
+    assert "takes about 3 minutes; give it at least that\n" in capsys.readouterr().err
+    assert runner.main(words(queue, "--budget-minutes", "1", "--partial")) == 0
+    assert fake == ["dense-s0", "lam=0.1-s0"]
+
+
+def test_only_runs_that_fit_the_budget_are_begun(tmp_path: Path, fake: list[str]) -> None:
+    queue = write_queue(tmp_path, arms=["dense+lr=0.1"], seeds=[0], minutes=5)
+    longer = queue.read_text()
+    write_queue(tmp_path, arms=["lam=0.1", "lam=0.2"], seeds=[0], minutes=2)
+    queue.write_text(longer + queue.read_text())
+    assert runner.main(words(queue, "--budget-minutes", "3")) == 0
+    assert fake == ["lam=0.1-s0", "lam=0.2-s0"]
+    assert runner.main(words(queue, "--budget-minutes", "3", "--partial")) == 0
+    assert fake[2:] == ["dense+lr=0.1-s0"]
+
+
+def test_dry_run_only_lists(tmp_path: Path, fake: list[str], capsys: Capture) -> None:
+    queue = write_queue(tmp_path, minutes=3)
+    assert runner.main(words(queue, "--dry-run", "--only", "tiny")) == 0
+    said = capsys.readouterr().out
+    assert "to do: tiny/dense-s0, about 3 minutes on 1 CPU core, tables 1, 2\n" in said
+    assert "4 runs to do, about 12 minutes (12 on 1 CPU core)" in said
+    assert not fake and not (tmp_path / "runs").exists()
+
+
+def test_runs_are_chosen_by_names_and_hardware(tmp_path: Path, capsys: Capture) -> None:
+    queue = write_queue(tmp_path)
+    cpu = queue.read_text()
+    write_queue(tmp_path, arms=["density=0.25"], hardware="1 GPU", minutes=2)
+    queue.write_text(cpu + queue.read_text())
+
+    def listed(*more: str) -> list[str]:
+        assert runner.main(words(queue, "--dry-run", *more)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line.split()[2].strip(",") for line in lines if line.startswith("to do")]
+
+    assert listed("--only", "*/dense-s0", "--only", "*s1") == [
+        "tiny/dense-s0", "tiny/dense-s1", "tiny/lam=0.1-s1", "tiny/density=0.25-s1",
+    ]  # fmt: skip
+    assert len(listed()) == len(listed("--hardware", "all")) == 6
+    assert listed("--hardware", "gpu") == ["tiny/density=0.25-s0", "tiny/density=0.25-s1"]
+    assert "tiny/dense-s0" in listed("--hardware", "cpu") and len(listed("--hardware", "cpu")) == 4
+    assert runner.main(words(queue, "--only", "tinny/*")) == 2
+    assert "no run is called tinny/*" in capsys.readouterr().err
+    assert runner.main(words(queue, "--only", "*/density*")) == 2  # --device cpu
+    assert "meant for the cpu here; they are for 1 GPU" in capsys.readouterr().err
+
+
+def test_estimates_are_medians_of_measured_runs(tmp_path: Path, capsys: Capture) -> None:
+    arms = ["dense", "lam=0.1", "lam=0.2", "dense+lr=0.1", "lam=0.1+lr=0.1"]
+    queue = write_queue(tmp_path, arms=arms, seeds=[9], minutes=7)
+    for arm, minutes, more in (
+        ("dense", 1, {}), ("dense", 2, {}), ("dense", 30, {}), ("lam=0.1", 4, {}),
+        ("dense+lr=0.1", 5, {}), ("dense", 99, {"gpu_seconds": 9}), ("dense", 99, {"failed": "kl"}),
+        ("dense", 99, {"recipe": "other"}),
+    ):  # fmt: skip
+        row = {"key": "-", "recipe": "tiny", "arm": arm, "seed": 0, "probes": []}
+        row |= {"seconds": 60 * minutes - 9, "probe_seconds": 9}
+        append_row(tmp_path / "results.jsonl", row | more)
+    assert runner.main(words(queue, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    for arm, minutes in zip(arms, (2, 4, 3, 5, 7), strict=True):
+        assert f"tiny/{arm}-s9, about {minutes} minutes" in said
+
+
+def test_a_failed_run_is_recorded_and_retried_when_asked(
+    tmp_path: Path, fake: list[str], capsys: Capture
+) -> None:
+    queue = write_queue(tmp_path, arms=["dense+lr=6"], seeds=[0])
+    assert runner.main(words(queue)) == 0
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["failed"] == "finetune: loss is not finite at step 3"
+    (tmp_path / "results.jsonl").unlink()
+    fake.clear()
+    queue = write_queue(tmp_path, arms=["dense+lr=3", "dense"], seeds=[0])
+    assert runner.main(words(queue)) == 0
+    row, other = read_rows(tmp_path / "results.jsonl")
+    assert row["failed"] == "kl is not finite at step 7" and row["arm"] == "dense+lr=3"
+    assert other["failed"] is None and row["recipe"] == "tiny"
+    assert "1 run failed and recorded so; --retry-failed" in capsys.readouterr().out
+    assert runner.main(words(queue)) == 0 and fake == ["dense+lr=3-s0", "dense-s0"]
+    assert runner.main(words(queue, "--retry-failed")) == 0
+    assert fake[2:] == ["dense+lr=3-s0~2"] and len(read_rows(tmp_path / "results.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("dense+lr=4", "images: no such file"),
+        ("dense+lr=5", "RuntimeError: CUDA out of memory. Tried a lot ("),
+    ],
+)
+def test_other_failures_are_status_1_and_cost_no_other_run(
+    tmp_path: Path, fake: list[str], capsys: Capture, arm: str, said: str
+) -> None:
+    queue = write_queue(tmp_path, arms=[arm, "dense"], seeds=[0])
+    assert runner.main(words(queue)) == 1
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("failed:")]
+    assert "1 of 2 runs failed" in line and said in line
+    assert [row["arm"] for row in read_rows(tmp_path / "results.jsonl")] == ["dense"]
+    assert fake == [f"{arm}-s0", "dense-s0"]  # tried once
+
+
+def test_lines_of_the_files_beside_count(tmp_path: Path, fake: list[str], capsys: Capture) -> None:
+    queue = write_queue(tmp_path, seeds=[0])
+    assert runner.main(words(queue)) == 0
+    results, beside = tmp_path / "results.jsonl", tmp_path / "before.jsonl"
+    results.rename(beside)
+    (tmp_path / "bench.jsonl").write_text('{"verb": "bench"}\n[1]\n')
+    old = beside.read_text().replace(code_version(), "01234567", 1)
+    beside.write_text(old)
+    assert runner.main(words(queue)) == 0 and len(fake) == 2 and not results.exists()
+    assert runner.main(words(queue, "--redo-other-code")) == 0
+    assert fake[2:] == ["dense-s0~2"] and len(read_rows(results)) == 1
+    assert beside.read_text() == old
+    assert runner.main(words(queue, "--redo-other-code")) == 0 and len(fake) == 3
+
+
+def test_an_edited_recipe_has_folders_of_its_own(tmp_path: Path) -> None:
+    def folders(steps: int) -> set[Path]:
+        queue = write_queue(tmp_path, steps=steps)
+        entries = runner.read_queue(runner.parse(words(queue)))
+        return {task.run_dir for entry in entries for task in entry.tasks}
+
+    assert len(folders(6)) == 4 and folders(6) == folders(6)
+    assert not folders(6) & folders(7)
+
+
+def test_compiling_changes_no_key(tmp_path: Path) -> None:
+    queue = write_queue(tmp_path)
+    (plain,), (compiled,) = (
+        runner.read_queue(runner.parse(words(queue, *more))) for more in ((), ("--compile",))
+    )
+    assert [task.key for task in plain.tasks] == [task.key for task in compiled.tasks]
+    assert all(task.config.run.compile for task in compiled.tasks)
+    assert not any(task.config.run.compile for task in plain.tasks)
+
+
+def test_runs_of_other_code_count_until_they_are_to_be_redone(
+    tmp_path: Path, fake: list[str], capsys: Capture
+) -> None:
+    queue = write_queue(tmp_path, seeds=[0])
+    assert runner.main(words(queue)) == 0
+    assert "other code" not in capsys.readouterr().out
+    results = tmp_path / "results.jsonl"
+    old = results.read_text().replace(code_version(), "01234567", 1)
+    results.write_text(old)
+    assert runner.main(words(queue)) == 0 and len(fake) == 2
+    assert f"1 run done by other code than {code_version()}" in capsys.readouterr().out
+    assert runner.main(words(queue, "--redo-other-code")) == 0
+    assert fake[2:] == ["dense-s0~2"] and results.read_text().startswith(old)
+    assert runner.main(words(queue, "--redo-other-code")) == 0 and len(fake) == 3
+    assert "other code" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("budget", "runs", "jobs"),
+    [
+        # Alone 4 minutes each, in twos 5, in fours 8.
+        ("10", 4, 4),
+        ("7", 2, 2),
+        ("4.5", 1, 1),
+        ("15.5", 6, 2),  # six in three rounds of 5 minutes
+        ("3", 0, None),
+    ],
+)
+def test_as_many_are_packed_as_end_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, runs: int, jobs: int | None
+) -> None:
+    measured, began = [], []
+
+    def measure(config: Any, cores: int) -> list[Packing]:
+        measured.append(config)
+        return [Packing(1, 4, 100.0), Packing(2, 2, 160.0), Packing(4, 1, 200.0)]
+
+    monkeypatch.setattr(common, "measure", measure)
+    monkeypatch.setattr(
+        runner, "run_tasks", lambda tasks, *args, **more: began.append((len(tasks), more["jobs"]))
+    )
+    queue = write_queue(tmp_path, arms=["dense"], seeds=list(range(6)), hardware="GPU", minutes=4)
+    more = ["--hardware", "all", "--jobs", "auto", "--budget-minutes", budget]
+    assert runner.main(words(queue, *more)) == (0 if runs else 2)
+    assert began[:1] == ([(runs, jobs)] if runs else [])
+    assert len(measured) == bool(runs)
+
+
+def test_jobs_are_measured_once_for_an_encoder(
+    tmp_path: Path, fake: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    measured, jobs = [], []
+
+    def measure(config: Any, cores: int) -> list[Packing]:
+        measured.append((config.data, config.run.device))
+        return [Packing(1, 2, 100.0), Packing(2, 1, 150.0), Packing(4, 1, 154.0)]
+
+    monkeypatch.setattr(common, "measure", measure)
+    monkeypatch.setattr(runner, "run_tasks", lambda *args, **more: jobs.append(more["jobs"]))
+    queue = write_queue(tmp_path)
+    queue.write_text(queue.read_text() + queue.read_text().replace("[0, 1]", "[2, 3]"))
+    auto = [*words(queue)[:-2], "--jobs", "auto"]
+    assert runner.main(auto) == 0 and runner.main(auto) == 0
+    assert measured == [("scenes", "cpu")] and jobs[:2] == [2, 2]
+    said = capsys.readouterr().out
+    assert "scenes, nano/4, batch 16 on " in said
+    assert ": 100 images/s with --jobs 1, 150 images/s with --jobs 2, 154" in said
+    assert runner.main(words(queue)) == 0 and jobs[-1] == 1
+    with pytest.raises(SystemExit):
+        runner.main([*words(queue), "--jobs", "none"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "tinny"}, "unknown recipe 'tinny' (did you mean 'tiny'?)"),
+        ({"arms": ["dense", "lamb=1"]}, "unknown arm 'lamb=1'"),
+        ({"arms": ["lam=-1"]}, "--lam -1"),
+        ({"arms": ["dense+bta=1"]}, "'bta=1' is no SETTING=VALUE (did you mean 'beta'?)"),
+        ({"seeds": 3}, "'seeds' must be a list"),
+        ({"minuts": 3}, "unknown entry 'minuts' (did you mean 'minutes'?)"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    tmp_path: Path, fake: list[str], capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    assert runner.main(words(write_queue(tmp_path, **changes))) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not fake
+    assert f"{tmp_path / 'queue.toml'}, run 1: " in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[run]]\narms = ["dense"]\nseeds = [0]\n', "'recipe' is missing"),
+        ("[[run]\n", "not valid TOML"),
+        ("", "'run' is missing"),
+    ],
+)
+def test_a_broken_queue_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    queue = tmp_path / "queue.toml"
+    queue.write_text(text)
+    assert runner.main(words(queue)) == 2
+    said = capsys.readouterr().err
+    assert message in said and str(queue) in said
+
+
+def test_unknown_presets_and_settings_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = write_queue(tmp_path)
+    recipe = tmp_path / "tiny.toml"
+    good = recipe.read_text()
+    recipe.write_text(good.replace('"nano"', '"nanno"'))
+    assert runner.main(words(queue)) == 2
+    assert "--preset nanno" in capsys.readouterr().err
+    recipe.write_text(good.replace("steps", "stepps"))
+    assert runner.main(words(queue)) == 2
+    assert "unknown setting 'stepps'" in capsys.readouterr().err
+    recipe.write_text('probes = ["scenes"]\n' + good)
+    assert runner.main(words(queue)) == 2
+    assert "unknown entry 'probes' (did you mean 'probe'?)" in capsys.readouterr().err
