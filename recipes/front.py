@@ -23,9 +23,12 @@ def readme_block(study: Study, counts: Mapping[str, Mapping[str, int]]) -> str:
     for block in study.blocks(1):
         if block.config.data == "cifar100" and SPARSE in block.planned:
             parts.append(render([pair(block) if block.all_rows else queued(block)]))
-    for name in shown(study):
-        if name == "results-lambda.png":
-            parts.append(f"![{FIGURES[name][3]}](docs/images/{name})")
+            if not block.gpu and "results-lambda.png" in shown(study):
+                text = FIGURES["results-lambda.png"][3]
+                parts.append(
+                    f"![{text}](docs/images/results-lambda.png)\n*{text}, small runs: table 3 of "
+                    "docs/results.md names their recipes.*"
+                )
     parts += [verdicts(counts), found_text(study), explained_text(study)]
     parts += [folder_text(study), speed_text(study)]
     return "\n\n".join(part for part in parts if part)

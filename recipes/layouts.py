@@ -134,7 +134,7 @@ def _by_measure(spec: Spec, block: Block) -> Report:
     sparse = [arm for arm in arms if arm not in ("dense", "lam=0")]
     controls = ("lam=0", "dense") if len(sparse) == 1 else ("lam=0",)
     pairs = [(arm, c) for arm in sparse for c in controls if block.rows]
-    header = ["task", *["paper: JEPA", "SparseJEPA"][: len(paper)], *arms]
+    header = ["task", *["paper: JEPA", "paper: SparseJEPA"][: len(paper)], *arms]
     header += [f"{arm} minus {control}" for arm, control in pairs]
     floored = ["untrained", "pixels"] if block.rows else []
     header += [f"*{name}*" for name in floored]
@@ -369,7 +369,9 @@ def scale(block: Block) -> str:
     machines = sorted({_machine(row) for row in rows})
     head += f"{' or '.join(f'{n:,}' for n in steps)} steps of {config.optim.batch_size} images. "
     head += f"{len(rows)} of {planned} runs done, {seconds / 3600:.1f} h of work (training and "
-    return f"{head}probes, summed over runs) on {'; '.join(machines)}."
+    commits = sorted({row["environment"].get("commit") or "unknown" for row in rows})
+    head += f"probes, summed over runs) on {'; '.join(machines)}, commit "
+    return f"{head}{', '.join(commits)}."
 
 
 def _machine(row: Row) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError
 from sparsejepa.report.summary import LEVEL, BySeed, Interval, compare, mean_sd
-from sparsejepa.runs import read_rows, row_key
+from sparsejepa.results import read_checked
+from sparsejepa.runs import row_key
 from sparsejepa.sweep import arm_settings
 
 Row = Mapping[str, Any]
@@ -352,10 +353,11 @@ def read_study(root: Path) -> Study:
     rows: list[Row] = []
     trials: dict[str, Sequence[Row]] = {}
     for path in sorted((root / "results").glob("*.jsonl")):
-        found = [row for row in read_rows(path) if {"arm", "seed", "environment"} <= set(row)]
+        found = [row for row in read_checked(path) if {"arm", "seed", "environment"} <= set(row)]
         if path.stem.startswith("search"):
             trials[path.name] = found
         else:
             rows += [{**row, "recipe": row.get("recipe") or path.stem} for row in found]
-    explain, bench = (read_rows(root / "results" / f"{n}.jsonl") for n in ("explain", "bench"))
+    more = [root / "results" / f"{name}.jsonl" for name in ("explain", "bench")]
+    explain, bench = (read_checked(path) if path.exists() else [] for path in more)
     return Study(root, queue, recipes, rows, trials, explain, bench)

@@ -33,6 +33,33 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_checked(path: Path) -> list[Any]:
+    """Read a JSON-lines file of which every line counts.
+
+    Raises UserError, by its number, for a line that is no JSON object, and for a probe whose
+    accuracy is no share.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file (UTF-8)") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: no JSON object (cut short?); remove the line")
+        for probe in row.get("probes", ()):
+            share = probe.get("accuracy")
+            if not isinstance(share, float | int) or not 0 <= share <= 1:
+                raise UserError(f"{where}: accuracy {share} is no share from 0 to 1")
+        rows.append(row)
+    return rows
+
+
 def read_beside(path: Path) -> list[dict[str, Any]]:
     """Read the lines of results in the other JSON-lines files of a file's folder."""
     others = sorted(other for other in path.parent.glob("*.jsonl") if other.name != path.name)

@@ -1,0 +1,48 @@
+"""Files of results: what counts as a line, and what is named as broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sparsejepa.errors import UserError
+from sparsejepa.results import append_row, read_checked, read_rows
+
+ROW = {"key": "a", "arm": "dense", "seed": 0, "probes": [{"accuracy": 0.25}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('"key": "a", "arm', "no JSON object (cut short?)"),
+        ("42", "no JSON object"),
+        ("[1, 2]", "no JSON object"),
+        (json.dumps(ROW | {"probes": [{"accuracy": 13.7}]}), "accuracy 13.7 is no share"),
+        (json.dumps(ROW | {"probes": [{"accuracy": "0.15"}]}), "accuracy 0.15 is no share"),
+        (json.dumps(ROW | {"probes": [{}]}), "accuracy None is no share"),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_row(path, ROW)
+    assert read_checked(path) == [ROW]
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}, line 2: {re.escape(message)}"):
+        read_checked(path)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="not a text file"):
+        read_checked(path)
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"key": "a"')
+    append_row(path, ROW)
+    assert read_rows(path) == [ROW]
