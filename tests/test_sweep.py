@@ -33,6 +33,7 @@ from sparsejepa.results import append_row, read_results, read_rows
 from sparsejepa.runs import Probes, Task, row_key, run_tasks
 from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
 from sparsejepa.training.build import arm_name
+from sparsejepa.training.checkpoint import CHECKPOINT
 
 TINY = preset("nano").replace(
     data="scenes", steps=4, batch_size=32, predictor_depth=1, device="cpu", threads=1
@@ -267,16 +268,20 @@ def test_a_sweep_leaves_failed_runs_out_and_says_so(tmp_path: Path, tiny_images:
 
 
 def test_code_is_remembered_from_the_start_of_a_run(tmp_path: Path, fake: list[str]) -> None:
-    tasks = [make_task(tmp_path, seed=seed) for seed in range(3)]
-    for task, text in zip(tasks[1:], ('{"code": "0123abcd"}', '{"torch": "2"}'), strict=True):
+    tasks = [make_task(tmp_path, seed=seed) for seed in range(4)]
+    texts = ('{"code": "0123abcd"}', '{"torch": "2"}', '{"code": "0123abcd"}')
+    for task, text in zip(tasks[1:], texts, strict=True):
         task.run_dir.mkdir()
         (task.run_dir / "environment.json").write_text(text)
+    for task in tasks[1:3]:  # the last one took no step that was kept
+        (task.run_dir / CHECKPOINT).touch()
     rows = run_tasks(tasks, tmp_path / "results.jsonl", jobs=1)
     now = code_version()
     assert [row["environment"]["code"] for row in rows] == [
         now,
         f"0123abcd+{now}",
         f"unknown+{now}",
+        now,
     ]
 
 
