@@ -183,7 +183,6 @@ class SparseJEPA(nn.Module):
         zero = prediction.new_zeros(())
         total, group, penalty, balance = prediction, zero, zero, zero
         kl = marginal = correlation = zero
-        kl = marginal = correlation = zero
         latent = context
         pooled = full(context).mean(1)  # [B, D], before any normalisation
         if weights.kl == "aggregate" and weights.beta:

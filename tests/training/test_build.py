@@ -30,11 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def config_of(folder: Path, **settings: Any) -> Config:
     tiny: dict[str, Any] = {
         "batch_size": 8, "steps": 4, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,

@@ -31,11 +31,6 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def config_of(folder: Path, **settings: Any) -> Config:
     return preset("nano").replace(data=str(folder), **{**TINY, **settings})
 
