@@ -31,7 +31,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "adam_beta2": (0, 0.99999), "clip": (0, _BIG), "ema": (0, 1), "ema_final": (0, 1),
     "ema_reference": (0, 1),
     "threads": (1, 4096), "log_every": (1, _BIG), "eval_every": (1, _BIG),
-    "checkpoint_every": (1, _BIG),
+    "checkpoint_every": (1, _BIG), "keep_checkpoints": (1, 1000), "workers": (0, 1024),
+    "accumulate": (1, _BIG), "max_unreadable": (0, 1),
 }  # fmt: skip
 
 

@@ -49,6 +49,11 @@ class DataConfig:
     not given."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
+    stream: bool = False
+    """Read and decode images while training instead of all of them beforehand: for more data than
+    the disk can hold decoded. Tar shards are always read so."""
+    max_unreadable: float = 0.5
+    """Largest share of images that may be left out because they cannot be read (0 to 1)."""
     augment: Literal["none", "crop", "randaugment"] = "crop"
     """crop: random resized crop and flip; randaugment: RandAugment on top of it."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -192,8 +197,11 @@ class OptimConfig:
     ema_reference: tuple[float, float] = (0.992, 0.9999)
     """Both rates for a run of 29,000 steps, carried over to the steps of this one: what suits a
     short run so suits a long one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the hardware has it."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """auto: bf16 where the hardware has it; fp64: for checking."""
+    accumulate: int = 1
+    """Parts in which each process takes its images of a step, to save memory. The KL and the
+    normalisation before W see one part (of all processes) at a time."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +222,16 @@ class RunConfig:
     """Steps between online evaluations (k-NN, RankMe); ten a run if not given."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; twenty a run if not given."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    workers: int | None = None
+    """Processes that decode a stream's images; one per CPU core if not given."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each has the whole model (ddp), or its share of weights, gradients
+    and optimiser state (fsdp), for encoders that do not fit otherwise."""
+    checkpoint_activations: bool = False
+    """Compute the blocks of the context encoder a second time instead of keeping their
+    activations: less memory, slower."""
 
 
 @dataclass(frozen=True)

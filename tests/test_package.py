@@ -21,7 +21,7 @@ PACKAGE = ROOT / "sparsejepa"
 # From the ground up; a module imports from its own floor or one below it.
 FLOORS = [
     ["errors"],
-    ["config", "checks", "files", "results", "rng", "environment"],
+    ["config", "checks", "files", "results", "rng", "environment", "distributed"],
     ["model"],
     ["data"],
     ["interop"],

@@ -47,7 +47,10 @@ from sparsejepa.training.schedule import Schedule
 from sparsejepa.training.step import TERMS, TrainStep
 
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
-_FREE_ON_RESUME = {"data_root", "device", "threads", "compile", "checkpoint_every", "preset"}
+_FREE_ON_RESUME = {
+    "data_root", "device", "threads", "compile", "checkpoint_every", "preset",
+    "keep_checkpoints", "workers", "parallel", "checkpoint_activations",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
