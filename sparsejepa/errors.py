@@ -5,12 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000
+
 
 class UserError(ValueError):
     """Bad input: one line that names the flag or file at fault and the remedy.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. It stays one line, and
+    one that fits a screen, also where it quotes what a file holds.
     """
+
+    def __init__(self, line: str) -> None:
+        line = " ".join(line.splitlines())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

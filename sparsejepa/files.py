@@ -27,12 +27,13 @@ FORMAT = 1
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path to write to; on success it becomes `path`, on failure it is removed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A folder from elsewhere may hold a link of this name, which writing would follow.
+    beside.unlink(missing_ok=True)
     try:
         yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(beside)
         beside.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -54,7 +55,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
 
 
@@ -73,10 +74,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a checkpoint of this program or damaged ({reason})") from None
-    if metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(
             f"{path}: format {metadata.get('format')}, this version reads {FORMAT}; "
             "use the version of sparsejepa that wrote it"
@@ -84,7 +85,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(path: Path) -> int:
+    """Make the content of a file durable; return its size in bytes."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def sync_folder(folder: Path) -> None:
     """Make a rename durable where the system lets a folder be opened."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Frozen encoders in and out: run directories, timm models, and the same ones untrained."""
+"""Frozen encoders in and out: run directories, timm models, I-JEPA's files; all untrained too."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ from sparsejepa.environment import has_bf16
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.files import load_tensors, save_tensors, write_text
 from sparsejepa.model.encoder import ViT
+from sparsejepa.model.foreign import ENDINGS, read_checkpoint
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.rng import derive_seed
 
 FORMAT = 1
 WEIGHTS, CONFIG, GROUPS = "encoder.safetensors", "config.json", "groups.safetensors"
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of the pixels that foreign checkpoints were trained on."""
+LARGEST_SIDE = 4096
+"""Of an image, in pixels; a file that says more would only exhaust memory."""
 RGB = tuple[float, float, float]
 Precision = Literal["fp32", "bf16"]
 
@@ -211,6 +216,8 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         return None
     tensors, about = load_tensors(path)
     try:
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise ValueError("an empty tensor")  # whose other sides could be of any length
         num_groups, group_dim, embed_dim = tensors["W"].shape
         _, own, hidden = tensors["networks.B"].shape
         groups = GroupMap(
@@ -236,8 +243,9 @@ def load(
     """Load a frozen encoder.
 
     Args:
-        ref: a run directory; ``timm:NAME`` for a public model with its pretrained weights; or
-            ``timm:NAME?untrained`` for the same model with random ones.
+        ref: a run directory; ``timm:NAME`` for a public model with its pretrained weights;
+            ``timm:NAME?untrained`` for the same model with random ones; or a checkpoint of I-JEPA
+            (.pth.tar, .pth), of which the target encoder is taken.
 
     Raises UserError, one line with the path and the remedy, if there is no encoder to be had.
     """
@@ -251,7 +259,8 @@ def load(
         encoder = Encoder(model, name=str(ref), mean=model.mean, std=model.std, precision=precision)
     else:
         path = Path(ref)
-        model, mean, std = _load_run(path)
+        foreign = path.name.endswith(ENDINGS) and not path.is_dir()
+        model, mean, std = (read_checkpoint(path), *IMAGENET) if foreign else _load_run(path)
         encoder = Encoder(model, name=str(path), mean=mean, std=std, precision=precision)
     return encoder.to(device)
 
@@ -294,30 +303,35 @@ def _load_run(path: Path) -> tuple[ViT, RGB, RGB]:
         raise UserError(f"{path}: {what}; {remedy}")
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
-            if (path / "checkpoint.safetensors").exists():
+            if (path / "checkpoints").is_dir():
                 raise UserError(f"{path}: {file} is missing, the run is unfinished; --resume it")
             raise UserError(f"{path}: not a run directory ({file} is missing); {remedy}")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         format_, writer = config["format"], config["sparsejepa"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path / CONFIG}: not an encoder's configuration; {remedy}") from None
     if format_ != FORMAT or config.get("kind") != "vit":
         raise UserError(
             f"{path / CONFIG}: format {format_} of kind {config.get('kind')!r}, this version reads "
             f"format {FORMAT} of kind 'vit'; use sparsejepa {writer}, which wrote it"
         )
+    tensors, _ = load_tensors(path / WEIGHTS)
     try:
         tuples = ("img_size", "patch_size")
         arch: dict[str, Any] = {
             k: tuple(v) if k in tuples else v for k, v in config["arch"].items()
         }
-        vit, mean, std = ViT(**arch), _rgb(config["mean"]), _rgb(config["std"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path / CONFIG}: damaged ({error!r}); train or copy it again") from None
-    tensors, _ = load_tensors(path / WEIGHTS)
+        if not (0 < arch["depth"] <= len(tensors) and max(arch["img_size"]) <= LARGEST_SIDE):
+            raise ValueError("sizes that no encoder has")
+        with torch.device("meta"):  # takes no memory before the sizes are known to fit
+            vit = ViT(**arch)
+        mean, std = _rgb(config["mean"]), _rgb(config["std"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
+        raise UserError(f"{path / CONFIG}: damaged ({e!r}); train or copy it again") from None
     try:
-        vit.load_state_dict(tensors)
+        vit.load_state_dict(tensors, assign=True)
+        vit.float()
     except RuntimeError as error:
         detail = str(error).splitlines()[-1].strip()
         raise UserError(f"{path / WEIGHTS}: does not fit {CONFIG} ({detail})") from None
@@ -364,6 +378,10 @@ def _create_timm(name: str, pretrained: bool) -> nn.Module:
     elif about.hf_hub_id and not _hub_reachable():
         raise _no_weights(name, "the hub cannot be reached")
     try:
+        if cached is not None and not cached.endswith(".safetensors"):
+            # Older versions of timm would unpickle whatever the file holds.
+            weights = torch.load(cached, map_location="cpu", weights_only=True)
+            settings["pretrained_cfg_overlay"] = {"state_dict": weights, "custom_load": False}
         return timm.create_model(name, **settings)
     except Exception as error:  # whatever hub client, network and file readers raise
         reason = str(error).strip().splitlines() or [""]

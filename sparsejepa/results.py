@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _numbered(path)]
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read a file of results. Raises UserError for a line that is none, by its number."""
+def read_results(
+    path: Path, say: Callable[[str], object] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Read a file of results; `say` gets a line about each one that a kill cut short.
+
+    Raises UserError for a line that is none, by its number.
+    """
     rows = []
-    for number, row in _numbered(path):
+    for number, row in _numbered(path, say):
         missing = _ALWAYS - set(row) if isinstance(row, dict) else _ALWAYS
         if missing:
             raise UserError(
@@ -40,19 +44,18 @@ def read_checked(path: Path) -> list[Any]:
     accuracy is no share.
     """
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file (UTF-8)") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{where}: no JSON object (cut short?); remove the line")
-        for probe in row.get("probes", ()):
+        probes = row.get("probes", [])
+        if not isinstance(probes, list) or not all(isinstance(probe, dict) for probe in probes):
+            raise UserError(f"{where}: its probes are no list of objects; remove the line")
+        for probe in probes:
             share = probe.get("accuracy")
             if not isinstance(share, float | int) or not 0 <= share <= 1:
                 raise UserError(f"{where}: accuracy {share} is no share from 0 to 1")
@@ -67,11 +70,23 @@ def read_beside(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and set(row) >= _ALWAYS]
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    for number, line in enumerate(lines, 1):
-        with contextlib.suppress(json.JSONDecodeError):
-            yield number, json.loads(line)
+def _numbered(
+    path: Path, say: Callable[[str], object] = lambda line: None
+) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_lines(path) if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            say(f"{path}, line {number}: cut short and passed over; its run is done again")
+        else:
+            yield number, row
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file (UTF-8)") from None
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

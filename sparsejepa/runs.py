@@ -91,11 +91,11 @@ def row_key(row: Mapping[str, Any]) -> str:
     outlives new settings. A line that cannot be read so keeps the key that it was written with.
     """
     if "probed" not in row:
-        return row["key"]
+        return str(row["key"])
     try:
         return _key(Config.from_dict(row["settings"], "results"), row["probed"])
-    except UserError:
-        return row["key"]
+    except (ValueError, LookupError, TypeError, AttributeError):  # UserError is a ValueError
+        return str(row["key"])
 
 
 def _key(config: Config, probes: Mapping[str, Any]) -> str:
@@ -118,7 +118,7 @@ def run_tasks(
 
     Args:
         results: JSON-lines file; one line is appended per finished run, and per run that ended
-            because a loss was not finite: its "failed" says so.
+            because a loss was not finite or exploded: its "failed" says so.
         jobs: runs at a time; on the CPU one per core, four at most, on a GPU one if not given.
         before: lines of other files, which count as those of `results` do.
         again: says of a line whether its run is to be done again, from the start; the second one
@@ -132,7 +132,8 @@ def run_tasks(
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in [*before, *read_results(results)]:
+    say = console.print if console else lambda line: None
+    for row in [*before, *read_results(results, say)]:
         found.setdefault(row_key(row), []).append(row)
     todo = []
     for task in tasks:
@@ -158,7 +159,7 @@ def run_tasks(
 
 
 def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
-    """Return the line of a run, also of one that ended because a loss was not finite.
+    """Return the line of a run, also of one that ended because a loss was not finite or exploded.
 
     Raises UserError for whatever else ends it, memory that is not enough for instance.
     """
@@ -175,7 +176,8 @@ def _attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
             where = traceback.extract_tb(error.__traceback__)[-1]
             at = f"{where.filename}, line {where.lineno}"
             raise UserError(f"{task.run_dir}: {what} ({at})") from None
-        found = re.search(r"(finetune: loss|(?<=')\w+)'? (is not finite at step \d+)", str(error))
+        failure = r"(finetune: loss|(?<=')\w+)'? ((?:is not finite|exploded) at step \d+)"
+        found = re.search(failure, str(error))
         if not found:
             raise
         row = {

@@ -106,7 +106,7 @@ def run_sweep(
     loss was not finite are left out, and the verdict's remarks name them. Raises UserError as
     `runs.run_tasks` does, and if all runs failed.
     """
-    from sparsejepa.report.summary import summarise, verdict
+    from sparsejepa.report.summary import summarise, usable, verdict
 
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
@@ -139,6 +139,12 @@ def run_sweep(
     remarks = [f"{row['arm']}, seed {row['seed']}: failed, {row['failed']}." for row in failed]
     if not rows:
         raise UserError(f"{out}: all runs failed; {remarks[0]} Try a lower --lr in a new folder")
+    for row in rows:
+        if not usable(row):
+            raise UserError(
+                f"{out / RESULTS}: the line of {row['arm']}, seed {row['seed']}, is damaged; "
+                "remove it and run the same command again"
+            )
     summary = summarise(rows)
     found = verdict(summary)
     found = replace(found, remarks=(*found.remarks, *remarks))
@@ -300,7 +306,9 @@ def _write_report(result: SweepResult, arms: Sequence[str], config: Config, titl
 
 def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[Picture]:
     import numpy as np
+    import torch
 
+    from sparsejepa.data.stream import open_images
     from sparsejepa.model.masks import MaskSampler
     from sparsejepa.report.page import samples_picture, sweep_pictures
     from sparsejepa.training.build import load_images
@@ -309,7 +317,10 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
     masks = MaskSampler(grid, **vars(config.masks)).sample(SAMPLES, seed=seed, step=0)
-    samples = samples_picture(np.asarray(image_set.images[:SAMPLES]), masks, grid)
+    opened = open_images(image_set, "cpu", 0)  # a stream has no array of all
+    first = opened.take(torch.arange(SAMPLES)).numpy()
+    opened.close()
+    samples = samples_picture(first, masks, grid)
     runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
     curves = {arm: read_rows(run / "metrics.jsonl") for arm, run in runs.items()}
     shown = result.verdict.arm or arms[-1]

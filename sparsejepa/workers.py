@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from sparsejepa.errors import UserError
@@ -26,22 +27,33 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
     """Give a function ``submit(step, *args, threads=None)`` over `count` fresh processes.
 
     Ctrl-C reaches this process alone. When the block is left by an exception, every worker at work
-    gets one SIGINT and is waited for. `threads` bounds the threads of a step. Raises UserError when
-    a worker was killed from outside.
+    gets one SIGINT and is waited for. `threads` bounds the threads of a step. Raises UserError with
+    the cause when a worker died: the signal that killed it, or its exit status.
     """
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
+    others, crew = set(multiprocessing.active_children()), set[BaseProcess]()
 
     def submit(step: Callable[..., Any], *args: Any, threads: int | None = None) -> Future[Any]:
+        return hand_over(_work, step, args, threads)
+
+    def hand_over(step: Callable[..., Any], *args: Any) -> Future[Any]:
         # Inherited by a new worker: until a step begins, there is nothing to be saved.
         with _handled(signal.SIGINT, signal.SIG_IGN):
-            return pool.submit(_work, step, args, threads)
+            future = pool.submit(step, *args)
+        crew.update({*multiprocessing.active_children()} - others)
+        return future
 
     try:
+        # The pool starts a worker when it is given something to do, and watches it from the next
+        # thing on: of the last ones, death would go unnoticed for as long as others are at work.
+        while len(crew) < count:
+            hand_over(int)
         yield submit
     except BrokenProcessPool:
+        pool.shutdown(wait=True, cancel_futures=True)
         raise UserError(
-            "a worker process was killed, perhaps for want of memory: use fewer --jobs, then run "
-            "the same command again; it goes on from the checkpoints"
+            f"a worker process {_cause([process.exitcode for process in crew])}; run the same "
+            "command again, it goes on from the checkpoints"
         ) from None
     except BaseException:
         for child in multiprocessing.active_children():
@@ -50,6 +62,20 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cause(codes: Sequence[int | None]) -> str:
+    """Return how the first worker to die ended, of the exit codes of all.
+
+    The pool itself ends the others by SIGTERM, on which some save and end with a status.
+    """
+    ended = -signal.SIGTERM
+    code = min((code for code in codes if code not in (None, 0, ended)), default=ended)
+    if code > 0:
+        return f"ended with exit status {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    memory = ", perhaps for want of memory: use fewer --jobs" if code == -signal.SIGKILL else ""
+    return f"was killed by {name}{memory}"
 
 
 def terminable() -> contextlib.AbstractContextManager[None]:

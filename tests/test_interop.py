@@ -148,7 +148,8 @@ def test_errors_of_a_run_directory_are_one_line_that_names_it(tmp_path: Path) ->
     run.mkdir()
     refused("not a run directory", "config.json")
     run = fresh("unfinished")
-    (run / "encoder.safetensors").rename(run / "checkpoint.safetensors")
+    (run / "encoder.safetensors").unlink()
+    (run / "checkpoints").mkdir()
     refused("unfinished", "--resume")
     run = fresh("no_weights")
     (run / "encoder.safetensors").unlink()
@@ -330,3 +331,97 @@ def test_timm_weights_come_from_the_cache_or_the_error_says_how(
     monkeypatch.setattr(timm, "create_model", broken)
     with pytest.raises(UserError, match=r"RuntimeError: no luck\)"):
         load(f"timm:{NAME}")
+
+
+# Checkpoints of I-JEPA
+
+
+def ijepa(path: Path, vit: ViT, **changes) -> Path:
+    """Write a checkpoint as I-JEPA does: several models of DistributedDataParallel and the rest."""
+    state = {f"module.{name}": tensor for name, tensor in vit.state_dict().items()}
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    parts = {
+        "encoder": other, "predictor": {"module.x": torch.ones(3)}, "target_encoder": state,
+        "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
+        "scaler": None, "epoch": 300, "loss": 0.2, "batch_size": 128, "world_size": 16, "lr": 1e-3,
+    }  # fmt: skip
+    torch.save({**parts, **changes}, path)
+    return path
+
+
+FOREIGN = {"img_size": (24, 24), "patch_size": (8, 8), "embed_dim": 192, "depth": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"class_token": True, "pos_embed": "learned"}])
+def test_ijepas_target_encoder_is_loaded(tmp_path: Path, changes: dict) -> None:
+    vit = small_vit(**FOREIGN, **changes).eval()
+    encoder = load(ijepa(tmp_path / "IN1K-vit.h.14-300e.pth.tar", vit))
+    images = random_images(3, 24, 24)
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in interop.IMAGENET)
+    expected = vit((pixels - mean) / std)
+    torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
+    for name, tensor in encoder.model.state_dict().items():
+        assert torch.equal(tensor, vit.state_dict()[name])
+    assert encoder.architecture["num_heads"] == 3 and encoder.depth == 2
+    assert encoder.untrained().fingerprint() != encoder.fingerprint()
+    # What pretraining saved in half precision is computed in full.
+    half = {name: tensor.bfloat16() for name, tensor in vit.state_dict().items()}
+    torch.save({"model": {**half, "head.weight": torch.ones(2)}}, tmp_path / "half.pth")
+    found = load(tmp_path / "half.pth").model.state_dict()
+    assert all(torch.equal(tensor, half[name].float()) for name, tensor in found.items())
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    vit, path = small_vit(**FOREIGN), tmp_path / "x.pth.tar"
+    state = vit.state_dict()
+
+    def refused(match: str) -> None:
+        with pytest.raises(UserError, match=match) as caught:
+            load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    refused("no such file")
+    path.write_bytes(b"no archive")
+    refused("damaged, or not")
+    torch.save([1, 2], path)
+    refused("patch_embed.proj.weight is missing")
+    ijepa(path, vit, target_encoder={k: v for k, v in state.items() if k != "pos_embed"})
+    refused("pos_embed is missing")
+    ijepa(path, vit, target_encoder={k: v for k, v in state.items() if k != "norm.bias"})
+    refused(r"Missing key.*norm\.bias")
+    ijepa(path, vit, target_encoder={**state, "blocks.0.ls1.gamma": torch.ones(192)})
+    refused(r"Unexpected key.*ls1\.gamma")
+    ijepa(path, vit, target_encoder={**state, "pos_embed": torch.zeros(1, 8, 192)})
+    refused("8 patches, no square")
+    ijepa(path, small_vit())
+    refused("width 24; known widths are 96, 192, 384")
+    ijepa(path, vit, target_encoder={**state, "norm.bias": torch.ones(192).to_sparse()})
+    refused("not the encoder")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("damaged, or not")
+
+
+def test_sizes_in_a_checkpoint_take_no_memory(tmp_path: Path) -> None:
+    state = small_vit(**FOREIGN).state_dict()
+    # A million by a million patches: one number in the file, seen through strides of zero.
+    state["pos_embed"] = torch.zeros(1).as_strided((1, 10**12, 192), (0, 0, 0))
+    torch.save({"target_encoder": state}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="larger than what the file holds"):
+        load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"depth": 10**9}, {"img_size": [10**7, 10**7]}, {"embed_dim": 10**9}, {"mlp_ratio": 1e12},
+     {"depth": 0}, {"num_heads": 0}, {"patch_size": [0, 0]}, {"patch_size": [-4, -4]},
+     {"img_size": []}, {"embed_dim": "24"}, {"unknown": 1}, {"in_chans": 10**9}],
+)  # fmt: skip
+def test_sizes_in_a_run_take_no_memory(tmp_path: Path, changes: dict) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["arch"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json"):
+        load(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsejepa.errors import UserError
-from sparsejepa.results import append_row, read_checked, read_rows
+from sparsejepa.results import append_row, read_checked, read_results, read_rows
 
 ROW = {"key": "a", "arm": "dense", "seed": 0, "probes": [{"accuracy": 0.25}]}
 
@@ -46,3 +46,11 @@ def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
     path.write_text('{"key": "a"')
     append_row(path, ROW)
     assert read_rows(path) == [ROW]
+
+
+def test_a_torn_line_is_said_by_file_and_number(tmp_path: Path) -> None:
+    path, said = tmp_path / "rows.jsonl", list[str]()
+    path.write_text('{"key": "a"')
+    append_row(path, ROW)
+    assert read_results(path, said.append) == [ROW]
+    assert said == [f"{path}, line 1: cut short and passed over; its run is done again"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def compare_runs(
             ],
             tables=[*_tables(rows, names), _matches(matched, sides, names)],
             pictures=_pictures(matched, sides, names),
-            command=command or f"sparsejepa compare {first} {second}",
+            command=command or shlex.join(["sparsejepa", "compare", str(first), str(second)]),
             environment={
                 "commit": about["commit"] or "not a source checkout",
                 "first": a.metrics["command"],
@@ -103,14 +104,43 @@ class _Side:
         self.folder = folder
         self.metrics = read_json(folder / METRICS)
         tensors, _ = load_tensors(folder / ACTIVATIONS)
+        if not _whole(self.metrics, tensors):
+            raise UserError(f"{folder}: a damaged report; run sparsejepa explain again")
         self.activations = tensors["activations"].float().numpy()  # [n, N, G]
-        self.norms = tensors["block_norms"].numpy()
+        self.norms = tensors["block_norms"].float().numpy()
         self.name = short_name(self.metrics["run"])
         self.names = read_names(folder, len(self.norms))
 
     def label(self, group: int) -> str:
         """Return a group's number, with its name if it has one."""
         return f"{group} {self.names[group]}" if group in self.names else str(group)
+
+
+def _whole(metrics: Any, tensors: dict[str, Any]) -> bool:
+    """Return whether the files of a report have what is read of them, which others may send."""
+    try:
+        activations, norms = tensors["activations"], tensors["block_norms"]
+        texts = [metrics[key] for key in ("run", "data", "fingerprint", "command")]
+        texts += [row[key] for row in metrics["measures"] for key in ("section", "name")]
+        ends = [
+            estimate[key]
+            for row in metrics["measures"]
+            for estimate in row["values"].values()
+            for key in ("value", "low", "high")
+        ]
+        tomli_w.dumps(without_none(metrics["options"]))
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(end is None or type(end) in (int, float) for end in ends)
+            and isinstance(metrics["images"]["test"], int)
+            and isinstance(metrics["environment"]["commit"], str | None)
+            and (activations.ndim, norms.ndim) == (3, 2)
+            and activations.shape[2] == len(norms)
+            and bool(activations.numel() and norms.numel())
+            and bool(activations.isfinite().all() and norms.isfinite().all())
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
 
 
 def _flat(activations: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ from sparsejepa.files import save_tensors, write_text
 from sparsejepa.interop import Precision
 from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
 from sparsejepa.report.page import Picture, sweep_pictures
-from sparsejepa.report.summary import summarise
+from sparsejepa.report.summary import summarise, usable
 from sparsejepa.runs import read_rows
 from sparsejepa.sweep import RESULTS
 
@@ -373,7 +373,8 @@ def _settings(subject: Subject, options: Options) -> str:
 
 def _sweep_pictures(ref: str) -> list[Picture]:
     """Return the Pareto plots of the sweep that a run belongs to, if it belongs to one."""
-    rows = [] if ref.startswith("timm:") else read_rows(Path(ref).resolve().parent / RESULTS)
+    found = [] if ref.startswith("timm:") else read_rows(Path(ref).resolve().parent / RESULTS)
+    rows = [row for row in found if usable(row)]
     if not rows:
         return []
     pictures = sweep_pictures(summarise(rows), {}, None)

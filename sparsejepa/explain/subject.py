@@ -148,9 +148,10 @@ def _tokens(encoder: Encoder, images: ImageSet, limit: int) -> Tensor:
 
 def run_folder(ref: str) -> Path:
     """Return where the report of an encoder goes if no folder is named: the run directory."""
-    if not ref.startswith("timm:"):
+    if not ref.startswith("timm:") and not Path(ref).is_file():
         return Path(ref)
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in ref.removeprefix("timm:"))
+    name = ref.removeprefix("timm:") if ref.startswith("timm:") else Path(ref).name
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return Path("runs") / f"explain-{name}"
 
 

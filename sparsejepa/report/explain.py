@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.files import write_text
-from sparsejepa.report.figures import SPARSE, STYLE
+from sparsejepa.report.figures import SPARSE, STYLE, points
 from sparsejepa.report.page import Picture, drawn, render, resource
 
 
@@ -153,7 +153,7 @@ def write_explain_page(path: Path, page: ExplainPage) -> Path:
         rows=sort_map(np.asarray(page.block_norms, float))[0],
         label_top=max((v for g in page.groups for _, _, v, _ in g.labels), default=1.0) or 1.0,
         curves=drawn(curve_pictures(page.curves), "c"),
-        alarms=[row["alarm"] for row in page.curves if "alarm" in row],
+        alarms=[row["alarm"] for row in page.curves if isinstance(row, dict) and "alarm" in row],
         pictures=drawn(page.pictures, "p"),
         number=_number,
     )
@@ -207,10 +207,10 @@ def curve_pictures(rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """Return one small figure per column of metrics.jsonl, without those that are always zero."""
     pictures = []
     for key, label in CURVES.items():
-        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-        if not any(value for _, value in points):
+        found = points(rows, key)
+        if not any(value for _, value in found):
             continue
-        x, y = np.array(points, float).T
+        x, y = np.array(found, float).T
         thin = np.unique(np.linspace(0, len(x) - 1, min(len(x), 300)).astype(int))
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(3.6, 2.1), layout="constrained")

@@ -43,6 +43,9 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#8a8f96",
     "grid.alpha": 0.25,
     "svg.fonttype": "path",
+    # Names come from data: a dollar sign in one is no formula, and none of them reaches LaTeX.
+    "text.parse_math": False,
+    "text.usetex": False,
     "svg.hashsalt": "sparsejepa",  # the same figure gives the same file
 }
 
@@ -126,17 +129,18 @@ def curves_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         ("rankme", "RankMe (effective rank)", 1),
         ("groups_per_latent", "groups per latent", 1),
     )
-    wanted = [p for p in panels if any(p[0] in row for rows in curves.values() for row in rows)]
+    wanted = [p for p in panels if any(points(rows, p[0]) for rows in curves.values())]
     styles = ("-", "--", "-.", ":")
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(max(1, len(wanted)))
         for ax, (key, label, scale) in zip(axes, wanted, strict=False):
             for i, (arm, rows) in enumerate(curves.items()):
-                points = [(r["step"], scale * r[key]) for r in rows if r.get(key) is not None]
-                if points:
+                found = points(rows, key)
+                if found:
+                    steps, values = np.array(found, float).T
                     ax.plot(
-                        *zip(*points, strict=True), styles[i % 4], label=arm, lw=1.8,
-                        color=_arm_colour(arm, i), marker="o" if len(points) < 25 else "", ms=4,
+                        steps, scale * values, styles[i % 4], label=arm, lw=1.8,
+                        color=_arm_colour(arm, i), marker="o" if len(found) < 25 else "", ms=4,
                     )  # fmt: skip
             ax.set(title=label)
             ax.grid(True)
@@ -144,6 +148,16 @@ def curves_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes[-1].set_xlabel("step")
         _legend(axes[0])
     return figure
+
+
+def points(rows: Sequence[Any], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of the rows of a metrics.jsonl that have both as drawable numbers."""
+    found: list[Any] = [(r.get("step"), r.get(key)) for r in rows if isinstance(r, Mapping)]
+    return [(float(x), float(y)) for x, y in found if _drawable(x) and _drawable(y)]
+
+
+def _drawable(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e100  # NaN is not below it either
 
 
 def group_map_figure(norms: np.ndarray) -> Figure:

@@ -197,6 +197,32 @@ STRUCTURE = {
 """Measures of structure in a row, and how tables and figures call them."""
 
 
+def usable(row: Any) -> bool:
+    """Return whether a line of results has what `summarise` and a sweep's page read of it."""
+    try:
+        settings, about, probes = row["settings"], row["environment"], row["probes"]
+        groups = settings["groups"]
+        texts = [row[key] for key in ("arm", "command", "finished")]
+        texts += [about[key] for key in ("sparsejepa", "torch", "python")]
+        texts += [groups["groups"], settings["model"]["encoder"], *about["gpus"]]
+        texts += [probe[key] for probe in probes for key in ("data", "target", "protocol")]
+        counts = [row["seed"], settings["optim"]["batch_size"], *(p["n_test"] for p in probes)]
+        numbers = [row[key] for key in ("steps", "seconds", "probe_seconds")] + [groups["lam"]]
+        shares = [probe["accuracy"] for probe in probes]
+        floors = [share for p in probes for share in (p.get("untrained"), p.get("pixels"))]
+        shares += [share for share in floors if share is not None]
+        numbers += [n for n in (groups.get("density"), *map(row.get, STRUCTURE)) if n is not None]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        and all(type(n) in (int, float) and abs(n) < 1e100 for n in (*numbers, *shares))
+        and all(0 <= share <= 1 for share in shares)
+        and all(probe["n_test"] for probe in probes)
+    )
+
+
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Return header and cells (text) of the sweep's table, the floors as its last two rows.
 
@@ -266,6 +292,10 @@ def verdict(summary: Summary) -> Verdict:
             "encoder by more than the interval. Train longer, or probe an easier target."
         )
         return Verdict(None, None, {}, text, tuple(remarks))
+    sparse = [a for a in sparse if a.accuracy.get(measure)]
+    if not sparse:
+        text = f"No verdict: no arm with a penalty was probed on {measure}."
+        return Verdict(None, measure, {}, text, tuple(remarks))
     best = max(sparse, key=lambda a: mean_sd(a.accuracy[measure])[0])
     count = len(sparse)
     outcomes: dict[str, str] = {}

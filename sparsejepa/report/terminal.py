@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# Control characters but tab and newline, separators of lines, changes of direction, and halves of
+# characters, as names of files that are not text have.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: what is not is written as an escape."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def open_console(stream: TextIO, **options: Any) -> Console:
+    """Return a console for people: no markup, and every text of the data made `printable`.
+
+    `options` are rich's, such as width and quiet.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return PlainConsole(file=stream, highlight=False, markup=False, emoji=False, **options)
 
 
 def show_facts(console: Console, facts: Mapping[str, Any], title: str) -> None:
@@ -59,4 +86,4 @@ def _text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, list | tuple) and value:
         return ", ".join("x".join(map(str, v)) if isinstance(v, list) else _text(v) for v in value)
-    return "-" if value in (None, "", [], ()) else str(value)
+    return "-" if value in (None, "", [], ()) else str(value).replace("\n", "\\n")

@@ -16,7 +16,7 @@ from sparsejepa import cli
 from sparsejepa.errors import UserError
 from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, _independent, run_explain
-from sparsejepa.explain.subject import PostHoc
+from sparsejepa.explain.subject import PostHoc, run_folder
 from sparsejepa.files import load_tensors, save_tensors
 
 
@@ -217,3 +217,10 @@ def test_factors_that_follow_from_another_are_left_out_and_named() -> None:
     kept, left_out = _independent(targets)
     assert list(kept) == ["fine", "other"]
     assert len(left_out) == 1 and "'coarse' follows from 'fine'" in left_out[0]
+
+
+def test_the_report_of_a_foreign_checkpoint_does_not_go_into_it(tmp_path: Path) -> None:
+    path = tmp_path / "IN1K-vit.h.14-300e.pth.tar"
+    path.write_bytes(b"")
+    assert run_folder(str(path)) == Path("runs/explain-IN1K-vit.h.14-300e.pth.tar")
+    assert run_folder(str(tmp_path)) == tmp_path

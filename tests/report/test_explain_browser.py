@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsejepa.report.explain import ExplainPage, sort_map
+from sparsejepa.report.explain import ExplainPage, sort_map, write_explain_page
+from sparsejepa.report.page import Page, Table, write_page
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +176,48 @@ def test_a_reason_appears_on_focus(browser: Any, path: Path) -> None:
         assert tip.is_visible() and "no latents" in tip.inner_text()
         box = tip.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+
+
+def test_hostile_texts_run_nothing(browser: Any, tmp_path: Path, page: ExplainPage) -> None:
+    tag = (
+        "</title></script></style><img src=x onerror=alert(1)><script>alert(2)</script>"
+        "\" onfocus=alert(3) ' <!-- --> \u2028 javascript:alert(4)"
+    )
+    texts = dict.fromkeys(
+        ("title", "subtitle", "verdict", "command", "settings", "names_file"), tag
+    )
+    hostile = replace(
+        page,
+        **texts,
+        remarks=[tag],
+        image_labels=[tag] * len(page.images),
+        environment={tag: tag},
+        groups=[replace(page.groups[0], name=tag), *page.groups[1:]],
+    )
+    explained = write_explain_page(tmp_path / "explain.html", hostile)
+    plain = write_page(
+        tmp_path / "sweep.html",
+        Page(tag, tag, tag, [tag], [Table(tag, [tag], [[tag]], tag)], page.pictures, tag,
+             {tag: tag}, tag),
+    )  # fmt: skip
+    with opened(browser, explained) as tab:
+        tab.on("dialog", lambda dialog: pytest.fail(dialog.message))
+        tab.locator("#chips .chip").first.click()
+        tab.wait_for_timeout(200)
+        assert tab.locator("img").count() == 0 and tab.locator("script").count() == 2
+    tab = browser.new_page()
+    problems: list[str] = []
+    tab.on("dialog", lambda dialog: problems.append(dialog.message))
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("request", lambda r: r.url.startswith(("file:", "data:")) or problems.append(r.url))
+    tab.goto(plain.as_uri())
+    tab.wait_for_timeout(200)
+    assert problems == [] and tab.locator("img, script").count() == 0
+    assert tab.locator("h1").inner_text().startswith("</title></script>")
+    # What the page's policy is for: were a script to come in after all, it would not run.
+    tab.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), "
+        "{textContent: 'document.title = 1'}))"
+    )
+    assert tab.title() != "1" and any("Content Security Policy" in text for text in problems)
+    tab.close()

@@ -1,0 +1,39 @@
+"""Worker processes that die are reported with their cause."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from sparsejepa.errors import UserError
+from sparsejepa.workers import workers
+
+
+def end(how: int) -> None:
+    """Die: by a signal if `how` is negative, else with that exit status."""
+    if how < 0:
+        os.kill(os.getpid(), -how)
+        time.sleep(60)
+    os._exit(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            -signal.SIGKILL,
+            "was killed by SIGKILL, perhaps for want of memory: use fewer --jobs; run",
+        ),
+        (-signal.SIGSEGV, "was killed by SIGSEGV; run the same command again"),
+        (-signal.SIGTERM, "was killed by SIGTERM; run"),
+        (3, "ended with exit status 3; run"),
+    ],
+)
+def test_a_worker_that_dies_is_reported_with_its_cause(how: int, said: str) -> None:
+    """Also while another one is at work, which the pool then ends."""
+    with pytest.raises(UserError, match=f"^a worker process {said}"), workers(2) as submit:
+        submit(time.sleep, 30)
+        submit(end, how).result()
