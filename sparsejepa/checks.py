@@ -56,7 +56,8 @@ def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, 
         values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
         for value in values:
             if value is not None and not (low <= value <= high):
-                bound = f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
+                least = high == _BIG and not value > high
+                bound = f"at least {low:g}" if least else f"between {low:g} and {high:g}"
                 raise UserError(f"{flag(name)} {value:g}: must be {bound}")
     for name in ("crop_scale", "target_scale", "target_aspect_ratio", "context_scale"):
         if flat[name][0] > flat[name][1]:

@@ -17,8 +17,9 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_type_hints
 
@@ -26,12 +27,16 @@ import tyro
 
 from sparsejepa import __version__
 from sparsejepa.config import Config, load_toml, preset
+from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.errors import UserError, flag, nearest
+from sparsejepa.report.terminal import printable
 from sparsejepa.verbs import VERBS
 from sparsejepa.verbs.training import Settings
 
 PROGRAM = "sparsejepa"
 _ABOUT = "Self-supervised image pretraining with a group-sparse map from latents to groups."
+_TOGETHER = ("pretrain", "probe", "embed")
+"""The verbs that several processes work on together."""
 _STYLE = (
     tyro.conf.OmitArgPrefixes,
     tyro.conf.DisallowNone,
@@ -48,15 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     0: done; 2: a mistake that one line on standard error names; 130: Ctrl-C; 141: the reader of
-    standard output went away.
+    standard output went away. Of several processes the main one speaks for all.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    world = World()
     # A warning is a line for the user, not a place in this code.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
-        _run(words)
+        world = World.from_environment()
+        _run(words, world)
         sys.stdout.flush()
     except KeyboardInterrupt:
+        if not world.main:
+            return _leave(130)
         again = _continuation(words)
         said = f"interrupted; continue with: {again}" if again else "interrupted"
         return _fail(said, 130, kind="")
@@ -65,10 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        speaker = speaks_for(world, error)
+        if speaker is None:
+            return _leave(2)
         line = _explain(error, words)
         if line is None:
             raise
-        return _fail(line, 2)
+        return _fail(speaker + line, 2)
     return 0
 
 
@@ -104,21 +116,45 @@ def parse(words: Sequence[str]) -> Any:
     return parsed
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str], world: World) -> None:
     if words == ["--version"]:
         print(f"{PROGRAM} {__version__}")
         return
     args = parse(words)
-    from rich.console import Console
+    from sparsejepa.report.terminal import open_console
 
+    if world.size > 1 and words[0] not in _TOGETHER:
+        raise UserError(
+            f"{words[0]} is for one process and {world.size} were started; start it without "
+            f"torchrun or srun (several work together on {', '.join(_TOGETHER)})"
+        )
     # With --json standard output belongs to the object; people read standard error then.
     stream = sys.stderr if args.json else sys.stdout
     piped = not stream.isatty() and "COLUMNS" not in os.environ
     width = 120 if piped else None
-    console = Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
-    found = VERBS[words[0]][1](args, console)
-    if args.json:
+    console = open_console(stream, width=width, quiet=not world.main)
+    with _together(words[0], args, world):
+        found = VERBS[words[0]][1](args, console)
+    if args.json and world.main:
         print(json.dumps(_plain(found), allow_nan=False))
+
+
+@contextlib.contextmanager
+def _together(name: str, args: Any, world: World) -> Iterator[None]:
+    """Connect the processes for the verbs that only read; `pretrain` does so by itself."""
+    if world.size == 1 or name not in ("probe", "embed"):
+        yield
+        return
+    from sparsejepa.environment import resolve_device
+
+    with joined(world, world.place(resolve_device(args.device))):
+        yield
+
+
+def _leave(status: int) -> int:
+    """Return `status` after the main process had time to say why: its launcher ends all at once."""
+    time.sleep(1)
+    return status
 
 
 def _continuation(words: list[str]) -> str | None:
@@ -147,7 +183,8 @@ def _explain(error: Exception, words: list[str]) -> str | None:
 
 def _fail(line: str, status: int, kind: str = "error: ") -> int:
     with contextlib.suppress(BrokenPipeError):
-        print(f"{PROGRAM}: {kind}{' '.join(line.split())}", file=sys.stderr, flush=True)
+        said = printable(" ".join(line.split()))
+        print(f"{PROGRAM}: {kind}{said}", file=sys.stderr, flush=True)
     return status
 
 

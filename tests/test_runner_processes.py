@@ -102,7 +102,7 @@ def test_sigterm_ends_the_runner_quietly(tmp_path: Path, tiny_images: Path, jobs
     script = [sys.executable, str(RECIPES / "run.py"), *words(queue)[:-1], jobs]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "runs" / "tiny"
-    while not list(folder.glob("dense-s0-*/checkpoint.safetensors")):
+    while not list(folder.glob("dense-s0-*/checkpoints/step-*")):
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()

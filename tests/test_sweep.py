@@ -33,7 +33,7 @@ from sparsejepa.results import append_row, read_results, read_rows
 from sparsejepa.runs import Probes, Task, row_key, run_tasks
 from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
 from sparsejepa.training.build import arm_name
-from sparsejepa.training.checkpoint import CHECKPOINT
+from sparsejepa.training.checkpoint import has_checkpoint
 
 TINY = preset("nano").replace(
     data="scenes", steps=4, batch_size=32, predictor_depth=1, device="cpu", threads=1
@@ -274,7 +274,7 @@ def test_code_is_remembered_from_the_start_of_a_run(tmp_path: Path, fake: list[s
         task.run_dir.mkdir()
         (task.run_dir / "environment.json").write_text(text)
     for task in tasks[1:3]:  # the last one took no step that was kept
-        (task.run_dir / CHECKPOINT).touch()
+        (task.run_dir / "checkpoints" / f"step-{1:09d}").mkdir(parents=True)
     rows = run_tasks(tasks, tmp_path / "results.jsonl", jobs=1)
     now = code_version()
     assert [row["environment"]["code"] for row in rows] == [
@@ -434,8 +434,7 @@ def test_workers_stop_with_a_checkpoint_and_go_on(
     os.killpg(process.pid, kill)  # as a terminal does; workers have groups of their own
     process.wait()
     assert not psutil.wait_procs(children, timeout=120)[1]  # not even orphans stay
-    checkpoints = [log.with_name("checkpoint.safetensors") for log in logs]
-    assert all(path.exists() for path in checkpoints)
+    assert all(has_checkpoint(log.parent) for log in logs)
     assert not any(log.with_name("summary.json").exists() for log in logs)
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,8 @@ from sparsejepa.benchmarks.products import yardstick_dtype
 from sparsejepa.benchmarks.settings import BenchSettings, Section, available_memory
 from sparsejepa.benchmarks.timing import interleave
 from sparsejepa.config import Config
-from sparsejepa.model.costs import costs, peak_memory, total
+from sparsejepa.model.costs import costs, total
+from sparsejepa.model.memory import peak_memory
 from sparsejepa.training.step import TrainStep
 
 

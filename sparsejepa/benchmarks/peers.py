@@ -37,8 +37,9 @@ from sparsejepa.benchmarks.timing import entries, interleave, ratios, spread
 from sparsejepa.config import ENCODER_SIZES
 from sparsejepa.data.augment import normalize
 from sparsejepa.environment import has_bf16
-from sparsejepa.model.costs import FP32, parameters, peak_memory
+from sparsejepa.model.costs import FP32, parameters
 from sparsejepa.model.encoder import ViT
+from sparsejepa.model.memory import peak_memory
 
 NUM_TARGETS = 4
 MOMENTUM = 0.996

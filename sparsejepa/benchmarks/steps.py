@@ -18,7 +18,8 @@ from sparsejepa.benchmarks.products import all_products, bandwidth, yardstick_dt
 from sparsejepa.benchmarks.reference import ReferenceStep
 from sparsejepa.benchmarks.settings import BenchSettings, Section, available_memory
 from sparsejepa.benchmarks.timing import Contender, Timing, entries, interleave, ratios, spread
-from sparsejepa.model.costs import FP32, Sizes, costs, parameters, peak_memory, products, total
+from sparsejepa.model.costs import FP32, Sizes, costs, parameters, products, total
+from sparsejepa.model.memory import peak_memory
 from sparsejepa.training.step import TrainStep
 
 RECIPE = (128, 192)

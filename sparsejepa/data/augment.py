@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsejepa.distributed import Share
+
 CROP_TRIES = 10
 """Crop shapes drawn per image; the first that fits is taken (torchvision's number of tries)."""
 
@@ -56,21 +58,27 @@ class Augment:
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
         self.flip, self.randaugment = flip, randaugment
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, share: Share | None = None
+    ) -> Tensor:
         """Map images [B, H, W, 3] uint8 to [B, 3, h, w] float32, normalised.
 
         All random numbers come from `generator`; when it lives on the images' device nothing here
-        waits for the device.
+        waits for the device. They are drawn for the global batch of which the images are a `share`.
         """
-        batch, height, width, _ = images.shape
+        count, height, width, _ = images.shape
+        share = share or Share()
+        batch = count * share.count
+        rows = share.rows(batch)
         box = random_crops(
             batch, (height, width), self.crop_scale, self.crop_ratio, generator, images.device
         )
-        flip = _uniform((batch,), generator, images.device) < 0.5 if self.flip else None
-        pixels = crop_and_resize(images, box, self.img_size, flip)
+        flip = _uniform((batch,), generator, images.device)[rows] < 0.5 if self.flip else None
+        pixels = crop_and_resize(images, box[rows], self.img_size, flip)
         if self.randaugment is not None:
             num_ops, magnitude = self.randaugment
-            pixels = rand_augment(pixels.round_().clamp_(0, 255), num_ops, magnitude, generator)
+            pixels = pixels.round_().clamp_(0, 255)
+            pixels = rand_augment(pixels, num_ops, magnitude, generator, share)
         return _standardize(pixels, self.mean, self.std)
 
 
@@ -164,15 +172,21 @@ def crop_and_resize(
 
 
 def rand_augment(
-    pixels: Tensor, num_ops: int, magnitude: int, generator: torch.Generator
+    pixels: Tensor,
+    num_ops: int,
+    magnitude: int,
+    generator: torch.Generator,
+    share: Share | None = None,
 ) -> Tensor:
     """RandAugment (Cubuk et al. 2020) with its own operations and signs for every image.
 
     pixels: [B, 3, h, w] float32, whole numbers in [0, 255]; returns the same kind. `num_ops` of
-    `OPERATIONS` one after the other, drawn with replacement; magnitude 0 to 30.
+    `OPERATIONS` one after the other, drawn with replacement; magnitude 0 to 30. Drawn for the
+    global batch of which the pixels are a `share`.
     """
-    batch, device = len(pixels), pixels.device
-    draw = _uniform((num_ops, 2, batch), generator, device)
+    share = share or Share()
+    batch = len(pixels) * share.count
+    draw = _uniform((num_ops, 2, batch), generator, pixels.device)[..., share.rows(batch)]
     for choice, sign in draw.unbind(0):
         operation = (choice * len(OPERATIONS)).long().clamp_(max=len(OPERATIONS) - 1)
         pixels = apply_operations(pixels, operation, magnitude, sign < 0.5)

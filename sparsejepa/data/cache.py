@@ -16,18 +16,18 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from sparsejepa.data.decode import Block
+from sparsejepa.data.decode import Block, check_readable
 from sparsejepa.data.store import ChannelMoments, ImageSet, Target, triple
 from sparsejepa.errors import UserError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Part of a cache's key: raise it when the same source would decode to something else."""
 
 _CHUNK = 2**24  # bytes per checksum
@@ -46,10 +46,18 @@ class Source:
     """(img_size, upscale) -> decoded blocks, and targets of all items, readable or not."""
     masks: Callable[[ImageSet], np.ndarray | None] | None = None
     """The decoded split -> object masks [N, H, W], if any; they are not cached."""
+    origin: str = ""
+    """Names the data in errors."""
+    unusable: int = 0
+    """How many entries are left out before decoding, for another reason than being unreadable."""
 
 
 def load(
-    source: Source, cache_dir: Path, img_size: tuple[int, int] | None, upscale: bool
+    source: Source,
+    cache_dir: Path,
+    img_size: tuple[int, int] | None,
+    upscale: bool,
+    max_unreadable: float = 0.5,
 ) -> ImageSet:
     """Return the decoded split from the cache; decode it into the cache first if need be.
 
@@ -57,7 +65,8 @@ def load(
     processes may race. A damaged one is decoded again, with a warning. Mean and standard deviation
     are those of this split.
 
-    Raises UserError when the cache folder cannot be written, or from decoding.
+    Raises UserError when the cache folder cannot be written, from decoding, and when more than the
+    share `max_unreadable` of the images cannot be read.
     """
     text = json.dumps([CACHE_FORMAT, source.split, source.stamp, img_size, upscale])
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -65,16 +74,20 @@ def load(
     path = cache_dir / f"{slug}-{source.split}-{key}"
     if path.exists():
         try:
-            return _open(path, source)
+            images = _open(path, source)
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"{path}: damaged cache ({error}); decoding again", stacklevel=2)
+        else:
+            _check(source, len(images), images.skipped, max_unreadable)
+            return images
     blocks, targets = source.read(img_size, upscale)
     partial = cache_dir / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         partial.mkdir()
-        _write(partial, source, blocks, targets)
+        kept, skipped = _write(partial, source, blocks, targets)
+        _check(source, kept, skipped, max_unreadable)
         return _publish(partial, path, source)
     except OSError as error:  # reading the source raises UserError: this is the cache's disk
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -88,9 +101,17 @@ def load(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check(
+    source: Source, kept: int, skipped: Sequence[tuple[str, str]], max_unreadable: float
+) -> None:
+    unreadable = skipped[source.unusable :]
+    check_readable(source.origin, unreadable, kept + len(unreadable), max_unreadable)
+
+
 def _write(
     folder: Path, source: Source, blocks: Iterable[Block], targets: dict[str, Target]
-) -> None:
+) -> tuple[int, list[tuple[str, str]]]:
+    """Write a cache; return how many images it has and what was left out."""
     moments, positions, files, skipped = ChannelMoments(), [], [], []
     shape: tuple[int, ...] = (0,)
     with (folder / "images.npy").open("wb") as file:
@@ -129,6 +150,7 @@ def _write(
     with (folder / "meta.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps({**meta, "digest": _digest(meta)}))
         _sync(file)
+    return len(positions), skipped
 
 
 def _open(folder: Path, source: Source) -> ImageSet:

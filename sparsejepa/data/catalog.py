@@ -3,36 +3,43 @@
 scenes, scenes:single        made on the spot
 cifar100, cifar10, svhn      from the data root, or fetched from the hub
 clevr-count                  likewise, or the official files in the data root
-inaturalist2018, places365   the official files in the data root
+inaturalist2018, places365,
+imagenet                     the official files in the data root
 hub:OWNER/NAME[/CONFIG]      any data set of the hub whose files are parquet
-PATH                         any folder of images, or of a hub data set's parquet files; also a
-                             folder's name inside the data root
+PATH                         any folder of images, of tar shards (also FILE.tar, x-{000..012}.tar),
+                             or of a hub data set's parquet files; also a folder's name inside the
+                             data root
 
 A name above comes before a folder of the same name: write ./cifar100 for the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from sparsejepa.data import cache, scenes, shapes
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import EXTENSIONS, Block
 from sparsejepa.data.factors import chosen
 from sparsejepa.data.folders import find_table, read_folder, split_folders
-from sparsejepa.data.hub import fetch, find_copy, local_shards, read_hub
+from sparsejepa.data.hub import fetch, find_copy, list_hub, local_shards, read_hub
 from sparsejepa.data.official import CLEVR_REPO, OFFICIAL, count_objects, read_official
-from sparsejepa.data.sources import choose_splits
+from sparsejepa.data.sources import Listing, as_source, choose_splits
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.data.stream import ImageStream, open_images, open_stream
+from sparsejepa.data.tars import is_tars, list_tars, tar_splits
 from sparsejepa.errors import UserError, nearest
 
 SCENES = {
@@ -70,6 +77,7 @@ def load_dataset(
     upscale: bool = False,
     truth: bool = False,
     factors: Sequence[str] = (),
+    max_unreadable: float = 0.5,
 ) -> ImageSet:
     """Return one split of a data set, decoded, with labels.
 
@@ -89,18 +97,18 @@ def load_dataset(
             look like labels. Any column of numbers or text will do, and lists of one length;
             numbers with many values are cut into bins (`Target.note`). Which images are train and
             which are test does not depend on it.
+        max_unreadable: largest share of images that may be left out because they cannot be read.
 
     Raises UserError: unknown name, missing or empty folder, data that is neither local nor to be
-    had from the hub, images of several sizes or too small, no space for the cache; a factor that is
-    unknown, incomplete or constant; masks that do not fit their images.
+    had from the hub, images of several sizes or too small, too many unreadable ones, no space for
+    the cache; a factor that is unknown, incomplete or constant; masks that do not fit their images.
     """
-    if split not in SCENE_COUNTS:
-        raise UserError(f"split '{split}': there are train and test{nearest(split, SCENE_COUNTS)}")
+    _check_split(split)
     sources = find_sources(str(name), data_root, img_size, factors)
     folder = cache_folder(cache_dir)
-    train = images = cache.load(sources["train"], folder, img_size, upscale)
+    train = images = cache.load(sources["train"], folder, img_size, upscale, max_unreadable)
     if split == "test":
-        images = cache.load(sources["test"], folder, img_size, upscale)
+        images = cache.load(sources["test"], folder, img_size, upscale, max_unreadable)
         if images.img_size != train.img_size:
             train_size, test_size = ("x".join(map(str, s.img_size)) for s in (train, images))
             raise UserError(
@@ -115,6 +123,34 @@ def load_dataset(
     return replace(images, masks=read_masks(images)) if truth and read_masks else images
 
 
+def stream_dataset(
+    name: str | Path,
+    split: str = "train",
+    *,
+    img_size: tuple[int, int] | None = None,
+    data_root: Path | None = None,
+    upscale: bool = False,
+    factors: Sequence[str] = (),
+    max_unreadable: float = 0.5,
+) -> ImageStream:
+    """Return one split of a data set that is decoded while it is read.
+
+    Arguments and errors are those of `load_dataset`; mean and standard deviation are estimates.
+    Raises UserError as well for the built-in scenes, which are not stored anywhere.
+    """
+    _check_split(split)
+    listings = find_listings(str(name), data_root, factors)
+    return open_stream(
+        listings["train"], listings[split], img_size, upscale=upscale, max_unreadable=max_unreadable
+    )
+
+
+def only_streamed(name: str) -> bool:
+    """Whether training on a data set streams it unasked: shards are made for that."""
+    path = os.path.expanduser(name)
+    return is_tars(path) or (os.path.isdir(path) and _kind(path) == "tar")
+
+
 def find_sources(
     name: str,
     data_root: Path | None = None,
@@ -124,34 +160,30 @@ def find_sources(
     """Return the train and test source of a data set. Raises UserError as `load_dataset`."""
     if name in SCENES:
         return _scene_sources(name, img_size)
-    root = data_folder(data_root)
-    if name in HUB:
-        return _hub_sources(name, *HUB[name], root, factors)
-    if name in OFFICIAL:
-        return _official_sources(name, root, factors)
-    if name.startswith("hub:"):
-        owner, _, rest = name.removeprefix("hub:").partition("/")
-        repo, _, config = rest.partition("/")
-        if not all(re.fullmatch(r"[\w.-]+", part) for part in (owner, repo)):
-            raise UserError(f"{name}: write hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
-        return _hub_sources(name, f"{owner}/{repo}", config or None, root, factors)
-    path = os.path.expanduser(name)  # unlike pathlib's, these never raise
-    if os.path.exists(path):
-        folder, own = Path(path), Path(path).resolve().name
-        if _is_hub_copy(path):
-            return read_hub(folder, own, factors=factors)
-        return read_folder(folder, own, factors)
-    if name and root is not None and os.path.isdir(root / name):
-        return _read_copy(root / name, name, None, factors)
-    if re.fullmatch(r"[\w-]+/[\w.-]+", name):
-        raise UserError(f"{name}: no such folder; for a data set of the hub write hub:{name}")
-    if re.search(r"[/\\]|^[.~]", name):
-        raise UserError(f"{name}: no such folder")
-    known = [row.name for row in list_datasets(root)]
-    raise UserError(
-        f"unknown data set '{name}'{nearest(name, known)}; there are {', '.join(known)}, "
-        "hub:OWNER/NAME, and folders of images"
-    )
+    place = _find(name, data_folder(data_root))
+    if place.kind == "parquet":
+        folder = place.path or fetch(place.repo, place.config)
+        if name != "clevr-count":
+            return read_hub(folder, place.name, place.config, factors)
+        return count_objects(read_hub(folder, place.name, place.config), factors)
+    return {split: as_source(found) for split, found in _list_files(place, factors).items()}
+
+
+def find_listings(
+    name: str, data_root: Path | None = None, factors: Sequence[str] = ()
+) -> dict[str, Listing]:
+    """Return the train and test images of a data set as they are to be streamed.
+
+    Raises UserError as `load_dataset`, and for the built-in scenes.
+    """
+    if name in SCENES:
+        raise UserError(f"--stream: the images of {name} are drawn, not read; leave it out")
+    place = _find(name, data_folder(data_root))
+    if place.kind == "parquet":
+        if name == "clevr-count":
+            raise UserError(f"--stream: {name} of the hub is small; leave it out")
+        return list_hub(place.path, place.repo, place.name, place.config, factors)
+    return _list_files(place, factors)
 
 
 def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
@@ -168,9 +200,14 @@ def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
         else:  # OWNER/NAME/CONFIG/SPLIT-....parquet
             found = {f"{folder.name}/{p.parts[-3]}" for p in folder.glob("*/*/*.parquet")}
             if not found and not any(repo.endswith(f"/{folder.name}") for repo, _ in HUB.values()):
-                parquet = not find_table(folder) and any(folder.rglob("*.parquet"))
-                kind = "parquet files" if parquet else "folder of images"
-                plain.append(DatasetRow(folder.name, kind, str(folder), _splits(folder, None)))
+                kind = _kind(str(folder), images_first=False)
+                about = {"parquet": "parquet files", "tar": "tar shards"}
+                splits = tar_splits(folder) if kind == "tar" else _splits(folder, None)
+                plain.append(
+                    DatasetRow(
+                        folder.name, about.get(kind, "folder of images"), str(folder), splits
+                    )
+                )
         known = {repo for repo, _ in repos.values()}
         repos |= {f"hub:{repo}": (repo, None) for repo in sorted(found - known)}
     for name, (repo, config) in repos.items():
@@ -187,24 +224,33 @@ def describe(
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     upscale: bool = False,
+    stream: bool = False,
 ) -> dict[str, Any]:
-    """Decode a data set and return what it holds, as plain values. Raises as `load_dataset`."""
+    """Decode a data set and return what it holds, as plain values. Raises as `load_dataset`.
+
+    With `stream` only a sample and one batch are decoded: mean and std are estimates, `skipped`
+    has what was met, and `first_batch_seconds` says how long it took until that batch was there.
+    """
     result: dict[str, Any] = {"name": str(name), "splits": {}}
+    common: dict[str, Any] = {"img_size": img_size, "data_root": data_root, "upscale": upscale}
     for split in ("train", "test"):
-        images = load_dataset(
-            name,
-            split,
-            img_size=img_size,
-            data_root=data_root,
-            cache_dir=cache_dir,
-            upscale=upscale,
+        began = time.perf_counter()
+        images = (
+            stream_dataset(name, split, **common)
+            if stream
+            else load_dataset(name, split, cache_dir=cache_dir, **common)
         )
-        result["splits"][split] = {
+        facts = {
             "images": len(images),
             "targets": {key: len(target.names) for key, target in images.targets.items()},
             "skipped": [list(entry) for entry in images.skipped],
             "fingerprint": images.fingerprint,
         }
+        if stream:
+            batches = open_images(images, "cpu").batches([torch.arange(min(64, len(images)))])
+            next(iter(batches))
+            facts["first_batch_seconds"] = time.perf_counter() - began
+        result["splits"][split] = facts
         result |= {
             "img_size": list(images.img_size),
             "mean": list(images.mean),
@@ -230,24 +276,109 @@ def cache_folder(cache_dir: Path | None) -> Path:
     return Path(named).expanduser()
 
 
-def _hub_sources(
-    name: str, repo: str, config: str | None, root: Path | None, factors: Sequence[str]
-) -> dict[str, Source]:
+class _Place(NamedTuple):
+    """Where a data set lies, and as what."""
+
+    kind: Literal["folder", "official", "parquet", "tar"]
+    name: str
+    path: Path | None
+    """None for a data set of the hub that is not here."""
+    repo: str = ""
+    config: str | None = None
+
+
+def _find(name: str, root: Path | None) -> _Place:
+    if name in HUB:
+        return _hub_place(name, *HUB[name], root)
+    if name in OFFICIAL:
+        return _official_place(name, root)
+    if name.startswith("hub:"):
+        owner, _, rest = name.removeprefix("hub:").partition("/")
+        repo, _, config = rest.partition("/")
+        # Not '..' either: the name is looked for below the data root.
+        if not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in (owner, repo)):
+            raise UserError(f"{name}: write hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
+        return _hub_place(name, f"{owner}/{repo}", config or None, root)
+    path = os.path.expanduser(name)  # unlike pathlib's, these never raise
+    if is_tars(path):
+        return _Place("tar", Path(path).name.partition("{")[0].strip("-.") or "tars", Path(path))
+    if os.path.exists(path):
+        return _Place(_kind(path), Path(path).resolve().name, Path(path))
+    if name and root is not None and os.path.isdir(root / name):
+        return _copy_place(root / name, name)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        raise UserError(f"{name}: no such folder; for a data set of the hub write hub:{name}")
+    if re.search(r"[/\\]|^[.~]", name):
+        raise UserError(f"{name}: no such folder")
+    known = [row.name for row in list_datasets(root)]
+    raise UserError(
+        f"unknown data set '{name}'{nearest(name, known)}; there are {', '.join(known)}, "
+        "hub:OWNER/NAME, and folders of images"
+    )
+
+
+def _hub_place(name: str, repo: str, config: str | None, root: Path | None) -> _Place:
     copy = find_copy(repo, root)
     if copy is not None:
-        return _read_copy(copy, name, config, factors)
-    return read_hub(fetch(repo, config), name, config, factors)
+        return _copy_place(copy, name, repo, config)
+    return _Place("parquet", name, None, repo, config)
 
 
-def _official_sources(name: str, root: Path | None, factors: Sequence[str]) -> dict[str, Source]:
+def _official_place(name: str, root: Path | None) -> _Place:
     if root is not None and (root / name).is_dir():
-        return read_official(name, root / name, factors)
+        return _Place("official", name, root / name)
     if name == "clevr-count":
-        return count_objects(_hub_sources(name, CLEVR_REPO, None, root, ()), factors)
+        return _hub_place(name, CLEVR_REPO, None, root)
     raise UserError(
         f"{name}: not in the data root; make a folder DIR/{name} with the official files "
         f"({OFFICIAL[name]}) and set --data-root DIR (or SPARSEJEPA_DATA)"
     )
+
+
+def _copy_place(folder: Path, name: str, repo: str = "", config: str | None = None) -> _Place:
+    """A copy in the data root: parquet files come before images, which may illustrate them."""
+    kind = _kind(str(folder), images_first=False)
+    return _Place(kind, name, folder, repo, config)
+
+
+def _list_files(place: _Place, factors: Sequence[str]) -> dict[str, Listing]:
+    assert place.path is not None
+    if place.kind == "tar":
+        return list_tars(str(place.path), place.name, factors)
+    if place.kind == "official":
+        return read_official(place.name, place.path, factors)
+    if place.name == "clevr-count":  # image files where the hub's copy belongs
+        raise UserError(
+            f"{place.path}: hub:{CLEVR_REPO} has a column label_count with 8 classes, and this "
+            "copy has not; fetch it again"
+        )
+    return read_folder(place.path, place.name, factors)
+
+
+def _kind(folder: str, images_first: bool = True) -> Literal["folder", "parquet", "tar"]:
+    """Tell image files, parquet files and tar shards apart; the first image may decide."""
+    if find_table(Path(folder)):
+        return "folder"
+    found = set()
+    for name in _file_names(folder):
+        if images_first and name.endswith(EXTENSIONS):
+            return "folder"
+        found.add(os.path.splitext(name)[1])
+    if ".parquet" in found:
+        return "parquet"
+    return "tar" if ".tar" in found and found.isdisjoint(EXTENSIONS) else "folder"
+
+
+def _file_names(folder: str) -> Iterator[str]:
+    """Yield the names of the files below a folder, in lower case."""
+    waiting = [folder]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    yield entry.name.lower()
 
 
 def _official_row(name: str, root: Path | None) -> DatasetRow:
@@ -259,22 +390,9 @@ def _official_row(name: str, root: Path | None) -> DatasetRow:
     return DatasetRow(name, about, str(copy or ""), tuple(SCENE_COUNTS))
 
 
-def _read_copy(
-    folder: Path, name: str, config: str | None, factors: Sequence[str]
-) -> dict[str, Source]:
-    if find_table(folder) or next(folder.rglob("*.parquet"), None) is None:
-        return read_folder(folder, name, factors)
-    return read_hub(folder, name, config, factors)
-
-
-def _is_hub_copy(folder: str) -> bool:
-    """Whether parquet files, and no images, lie below a folder."""
-    found = False
-    for name in (name.lower() for _, _, names in os.walk(folder) for name in names):
-        if name.endswith(EXTENSIONS):
-            return False
-        found |= name.endswith(".parquet")
-    return found
+def _check_split(split: str) -> None:
+    if split not in SCENE_COUNTS:
+        raise UserError(f"split '{split}': there are train and test{nearest(split, SCENE_COUNTS)}")
 
 
 def _folders(root: Path | None) -> list[Path]:

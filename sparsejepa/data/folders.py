@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,61 +14,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsejepa.data.cache import Source
-from sparsejepa.data.decode import EXTENSIONS
+from sparsejepa.data.decode import EXTENSIONS, shown
 from sparsejepa.data.factors import arrow_columns, chosen, factor_target
 from sparsejepa.data.masks import read_masks
+from sparsejepa.data.readers import Files, Names, walk
 from sparsejepa.data.sources import (
     TEST_NAMES,
     TRAIN_NAMES,
-    Table,
+    Listing,
     category_names,
     choose_splits,
     in_test,
     index_target,
-    make_source,
 )
 from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.errors import UserError
 
 
-class ImageFile(NamedTuple):
-    """An image file, its path relative to the folder that was scanned, and size and age."""
+class _Found(NamedTuple):
+    """The image files below a folder, ordered by path."""
 
-    path: Path
-    relative: str
-    stamp: tuple[int, int]
-
-    @property
-    def label(self) -> str:
-        """The class folder, which may be nested; "" for a file at the top."""
-        return self.relative.rpartition("/")[0]
+    files: Files
+    classes: list[str]
+    """Folders that hold images, relative to the folder; "" is the folder itself."""
+    labels: np.ndarray
+    """[N] int64: which of those folders each image is in."""
 
 
-def scan(folder: Path) -> list[ImageFile]:
-    """List the image files below `folder`, ordered by path.
+def scan(folder: Path) -> _Found:
+    """List the image files below `folder`. Raises UserError if a folder cannot be read."""
+    numbers: dict[bytes, int] = {}
+    labels = array("q")
 
-    Hidden files and folders are passed over, links are followed, loops of links are cut.
-    """
-    found: list[ImageFile] = []
-
-    def visit(directory: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
-        status = directory.stat()
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    visit(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found.append(ImageFile(Path(entry.path), prefix + entry.name, _age(entry)))
+    def labelled() -> Iterator[bytes]:
+        for name in walk(folder):
+            labels.append(numbers.setdefault(name.rpartition(b"/")[0], len(numbers)))
+            yield name
 
     with _readable(folder):
-        visit(folder, "", ())
-    return sorted(found, key=lambda file: file.relative)
+        names = Names.of(labelled())
+    classes = [os.fsdecode(name) for name in numbers]
+    return _Found(Files(folder, names), classes, np.frombuffer(labels, np.int64))
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -92,8 +80,8 @@ def find_table(root: Path) -> Path | None:
     return next((path for path in tables if path.is_file()), None)
 
 
-def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str, Source]:
-    """Read a folder of images; with `factors`, those columns are the targets.
+def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str, Listing]:
+    """List a folder of images; with `factors`, those columns are the targets.
 
     Either factors.csv (or .parquet) beside images/ (first column the file, other columns labels,
     `split` train or test), or train/ and test/ (also val/, valid/, validation/), or one folder that
@@ -112,30 +100,40 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
         return _read_factors(root, table, name, factors)
     images = root / "images" if (root / "images").is_dir() and (root / "masks").is_dir() else root
     folders = split_folders(images)
-    parts = {}
+    found, rows, unusable = {}, {}, {}
     for split, folder in folders.items():
-        files = scan(folder)
-        if not files:
+        found[split] = scan(folder)
+        if not len(found[split].files):
             raise UserError(f"{folder}: no images in it ({', '.join(EXTENSIONS)})")
-        parts[split] = _classify(files)
-    if "test" not in parts:
-        files, unusable = parts["train"]
-        test_part = in_test([f.relative for f in files], [f.label for f in files])
-        parts = {
-            "train": ([f for f, t in zip(files, test_part, strict=True) if not t], unusable),
-            "test": ([f for f, t in zip(files, test_part, strict=True) if t], ()),
-        }
-    classes = {split: [f.label for f in files] for split, (files, _) in parts.items()}
-    names = sorted({label for labels in classes.values() for label in labels if label})
-    sources = {}
-    for split, (files, unusable) in parts.items():
-        targets = _class_targets(classes[split], names)
+        rows[split], unusable[split] = _classify(found[split])
+    if "test" not in found:
+        whole, kept = found["train"], rows["train"]
+        test = in_test((whole.files.name(row) for row in kept.tolist()), whole.labels[kept])
+        found["test"], unusable["test"] = whole, ()
+        rows = {"train": kept[~test], "test": kept[test]}
+    used = {
+        found[split].classes[i]
+        for split in found
+        for i in np.unique(found[split].labels[rows[split]])
+    }
+    names = sorted(used - {""})
+    listings = {}
+    for split in ("train", "test"):
+        targets = _class_targets(found[split], rows[split], names)
         if factors:
             targets = {key: targets[key] for key in chosen(factors, list(targets), str(root))}
         folder = folders.get(split, folders["train"])
-        masks = _masks_beside(folder, root) if images != root else None
-        sources[split] = _file_source(name, split, files, targets, unusable, str(folder), masks)
-    return sources
+        listings[split] = Listing(
+            name,
+            split,
+            str(folder),
+            found[split].files,
+            rows[split],
+            targets,
+            unusable[split],
+            _masks_beside(folder, root) if images != root else None,
+        )
+    return listings
 
 
 def _masks_beside(folder: Path, root: Path) -> Callable[[ImageSet], np.ndarray | None]:
@@ -143,50 +141,49 @@ def _masks_beside(folder: Path, root: Path) -> Callable[[ImageSet], np.ndarray |
     return partial(read_masks, folder, root / "masks" / folder.relative_to(root / "images"))
 
 
-def _classify(files: list[ImageFile]) -> tuple[list[ImageFile], tuple[tuple[str, str], ...]]:
-    """Where images lie both at the top and in class folders, keep the more numerous kind."""
-    top = [file for file in files if not file.label]
-    below = [file for file in files if file.label]
-    if len(below) >= len(top):
-        return below, tuple((f.relative, "lies beside the class folders") for f in top)
-    return top, tuple((f.relative, "lies in a folder beside unlabelled images") for f in below)
+def _classify(found: _Found) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
+    """Where images lie both at the top and in class folders, keep the more numerous kind.
+
+    Returns the rows of those, and (file, reason) of the others.
+    """
+    at_top = np.array([not name for name in found.classes])[found.labels]
+    keep_top = at_top.sum() > len(at_top) / 2
+    reason = (
+        "lies in a folder beside unlabelled images"
+        if keep_top
+        else ("lies beside the class folders")
+    )
+    others = np.flatnonzero(at_top != keep_top).tolist()
+    unusable = tuple((shown(found.files.name(row)), reason) for row in others)
+    return np.flatnonzero(at_top == keep_top), unusable
 
 
-def _class_targets(labels: list[str], names: list[str]) -> dict[str, Target]:
+def _class_targets(found: _Found, rows: np.ndarray, names: list[str]) -> dict[str, Target]:
     """The class of each image, and for nested class folders the outermost folder as well."""
-    if not any(labels):
+    if not names:
         return {}
-    targets = {"class": index_target(labels, names)}
     outer = sorted({name.partition("/")[0] for name in names})
+    targets = {"class": _by_folder(found, rows, names, lambda folder: folder)}
     if 1 < len(outer) < len(names):
-        targets["superclass"] = index_target([label.partition("/")[0] for label in labels], outer)
+        targets["superclass"] = _by_folder(found, rows, outer, lambda f: f.partition("/")[0])
     return targets
 
 
-def _file_source(
-    name: str,
-    split: str,
-    files: list[ImageFile],
-    targets: dict[str, Target],
-    unusable: tuple[tuple[str, str], ...],
-    origin: str,
-    masks: Callable[[ImageSet], np.ndarray | None] | None = None,
-) -> Source:
-    def table() -> Table:
-        if not files:
-            raise UserError(f"{origin}: no images for the {split} split; add some")
-        return Table([(file.relative, file.path) for file in files], targets, unusable)
-
-    labels = {key: [t.names, t.values.tolist()] for key, t in targets.items()}
-    stamp = [[(f.relative, f.stamp) for f in files], labels, unusable]
-    return make_source(name, split, stamp, origin, table, masks)
+def _by_folder(
+    found: _Found, rows: np.ndarray, names: list[str], label: Callable[[str], str]
+) -> Target:
+    position = {name: i for i, name in enumerate(names)}
+    values = np.array([position.get(label(folder), 0) for folder in found.classes], np.int64)
+    return Target(values[found.labels[rows]], tuple(names))
 
 
-def _read_factors(root: Path, path: Path, name: str, factors: Sequence[str]) -> dict[str, Source]:
+def _read_factors(root: Path, path: Path, name: str, factors: Sequence[str]) -> dict[str, Listing]:
     listed, columns = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
-    files = {file.relative: file for file in scan(root / "images")}
-    unusable = tuple((f, "no such file in images/") for f in listed if f not in files)
-    unusable += tuple((f, f"no row in {path.name}") for f in sorted(set(files) - set(listed)))
+    reader = scan(root / "images").files
+    files = {reader.name(row): row for row in range(len(reader))}
+    unusable = tuple((shown(f), "no such file in images/") for f in listed if f not in files)
+    unlisted = sorted(set(files) - set(listed))
+    unusable += tuple((shown(f), f"no row in {path.name}") for f in unlisted)
     there = [row for row, file in enumerate(listed) if file in files]
     if not there:
         raise UserError(f"{path}: its first column names no image in images/")
@@ -209,15 +206,14 @@ def _read_factors(root: Path, path: Path, name: str, factors: Sequence[str]) -> 
             key: factor_target(key, columns[key], ~test, str(path))
             for key in chosen(factors, list(columns), str(path))
         }
-    sources = {}
+    rows = np.array([files[file] for file in listed], np.int64)
+    masks = _masks_beside(root / "images", root)
+    listings = {}
     for split, mask in (("train", ~test), ("test", test)):
         own = {key: target.take(mask) for key, target in targets.items()}
-        part = [files[file] for file, inside in zip(listed, mask, strict=True) if inside]
         left_out = unusable if split == "train" else ()
-        sources[split] = _file_source(
-            name, split, part, own, left_out, str(root), _masks_beside(root / "images", root)
-        )
-    return sources
+        listings[split] = Listing(name, split, str(root), reader, rows[mask], own, left_out, masks)
+    return listings
 
 
 def _read_csv(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
@@ -244,13 +240,15 @@ def _read_parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
 
     try:
         table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        if not table.num_rows or not table.num_columns:
+            raise UserError(f"{path}: no rows; the first column names files in images/")
+        files = [str(name) for name in table.column(0).to_pylist()]
+        return files, arrow_columns(table.remove_column(0))
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read as a table ({reason})") from None
-    if not table.num_rows or not table.num_columns:
-        raise UserError(f"{path}: no rows; the first column names files in images/")
-    files = [str(name) for name in table.column(0).to_pylist()]
-    return files, arrow_columns(table.remove_column(0))
 
 
 @contextlib.contextmanager
@@ -258,12 +256,9 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
-
-
-def _age(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        status = entry.stat()
-    except OSError:  # a dangling link: decoding reports it
-        return (0, 0)
-    return (status.st_size, status.st_mtime_ns)
+        if error.errno == errno.ENAMETOOLONG:  # a line of thousands of characters helps nobody
+            raise UserError(
+                f"{folder}: {error.strerror}: some folder in it lies too deep"
+            ) from None
+        where = shown(os.fsdecode(error.filename or folder))
+        raise UserError(f"{where}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: parquet files, from a local copy or fetched.
+"""Data sets of the Hugging Face hub: parquet files, from a local copy, fetched, or streamed.
 
 Layout: CONFIG/SPLIT-00000-of-00001.parquet, or data/SPLIT-..., or the files at the top. Which
 columns hold images and labels is written in each file's schema.
@@ -11,16 +11,19 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import Item
 from sparsejepa.data.factors import arrow_columns, chosen, factor_target, may_be_factor
+from sparsejepa.data.readers import REMOTE, Rows, first_line, open_parquet
 from sparsejepa.data.sources import (
+    Listing,
     Table,
     category_names,
     choose_splits,
@@ -57,13 +60,9 @@ def fetch(repo: str, config: str | None) -> Path:
     """
     import huggingface_hub as hub
 
-    local = None
-    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        found = Path(hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
-        splits = choose_splits(local_shards(found, config))
-        local = found
-        if "test" in splits:
-            return local
+    local, splits = _in_cache(repo, config)
+    if local is not None and "test" in splits:
+        return local
     try:
         info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
         shards = choose_shards([f.rfilename for f in info.siblings or ()], config, f"hub:{repo}")
@@ -76,14 +75,43 @@ def fetch(repo: str, config: str | None) -> Path:
     except UserError:
         raise
     except Exception as error:  # the client has changed its network library, and may again
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    if local is not None:
+        if local is None:
+            raise _not_to_be_had(repo, error) from None
+        reason = first_line(error)
         warnings.warn(f"hub:{repo}: only one split is in the hub's cache ({reason})", stacklevel=2)
         return local
-    raise UserError(
-        f"hub:{repo}: not in the data root and not to be had from the hub ({reason}); either put a "
-        f"copy of its parquet files into DIR/{repo} and set --data-root DIR (or SPARSEJEPA_DATA), "
-        "or run once with access to huggingface.co"
+
+
+def _in_cache(repo: str, config: str | None) -> tuple[Path | None, dict[str, str]]:
+    """Return the hub's own copy of a data set and the splits that are in it."""
+    import huggingface_hub as hub
+
+    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
+        found = Path(hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
+        return found, choose_splits(local_shards(found, config))
+    return None, {}
+
+
+def _remote_shards(repo: str, config: str | None) -> dict[str, list[str]]:
+    """Return the addresses of the parquet files of each split, of the newest revision."""
+    import huggingface_hub as hub
+
+    try:
+        info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
+        shards = choose_shards([f.rfilename for f in info.siblings or ()], config, f"hub:{repo}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise _not_to_be_had(repo, error) from None
+    place = f"{REMOTE}datasets/{repo}@{info.sha}"
+    return {split: [f"{place}/{file}" for file in files] for split, files in shards.items()}
+
+
+def _not_to_be_had(repo: str, error: Exception) -> UserError:
+    return UserError(
+        f"hub:{repo}: not in the data root and not to be had from the hub ({first_line(error)}); "
+        f"either put a copy of its parquet files into DIR/{repo} and set --data-root DIR (or "
+        "SPARSEJEPA_DATA), or run once with access to huggingface.co"
     )
 
 
@@ -144,14 +172,11 @@ def read_hub(
 
     Raises UserError when the copy is not complete, and on decoding when a factor is unusable.
     """
-    shards = local_shards(folder, config)
-    paths = {
-        split: [folder / file for file in shards[theirs]]
-        for split, theirs in choose_splits(shards).items()
-    }
+    paths = _of_splits(local_shards(folder, config), f"{folder}/")
+    files = {split: [Path(path) for path in own] for split, own in paths.items()}
     stamp = {
         split: [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in own]
-        for split, own in paths.items()
+        for split, own in files.items()
     }
     sources = {}
     for split in ("train", "test"):
@@ -161,19 +186,67 @@ def read_hub(
     return sources
 
 
-def _table(
-    paths: dict[str, list[Path]], split: str, origin: str, factors: Sequence[str] = ()
-) -> Table:
-    """Find image and label columns, and set up the reading of one split's rows."""
-    import pyarrow.parquet as pq
+def list_hub(
+    folder: Path | None, repo: str, name: str, config: str | None, factors: Sequence[str] = ()
+) -> dict[str, Listing]:
+    """List a data set of the hub for streaming, from `folder` or else over the network.
 
+    Only footers and labels are read here, and the images by row group when they are needed.
+    Raises UserError as `read_hub`, and when the hub cannot be reached.
+    """
+    if folder is None:
+        folder, splits = _in_cache(repo, config)
+        folder = folder if "test" in splits else None
+    if folder is None:
+        origin, paths = f"hub:{repo}", _of_splits(_remote_shards(repo, config))
+    else:
+        origin, paths = str(folder), _of_splits(local_shards(folder, config), f"{folder}/")
+    listings = {}
+    for split in ("train", "test"):
+        found = _inspect(paths, split, origin, factors)
+        reader = Rows(found.shards, found.image, found.groups)
+        rows = np.flatnonzero(found.keep)
+        listings[split] = Listing(name, split, origin, reader, rows, found.targets)
+    return listings
+
+
+class _Split(NamedTuple):
+    """What the footers and the labels say about one split."""
+
+    shards: list[str]
+    image: str
+    """The column of images."""
+    groups: list[list[int]]
+    """Rows of each row group of each shard."""
+    keep: np.ndarray
+    """[N] bool: which rows are of this split; others where one split serves both."""
+    targets: dict[str, Target]
+
+
+def _of_splits(shards: dict[str, list[str]], before: str = "") -> dict[str, list[str]]:
+    chosen = choose_splits(shards).items()
+    return {split: [before + file for file in shards[theirs]] for split, theirs in chosen}
+
+
+def _table(
+    paths: dict[str, list[str]], split: str, origin: str, factors: Sequence[str] = ()
+) -> Table:
+    """Set up the reading of one split's rows."""
+    found = _inspect(paths, split, origin, factors)
+    return Table(_items(found.shards, found.image, found.keep, origin), found.targets)
+
+
+def _inspect(
+    paths: dict[str, list[str]], split: str, origin: str, factors: Sequence[str] = ()
+) -> _Split:
+    """Find image and label columns, and which rows are of a split."""
     own = split if split in paths else "train"
-    with _damage(origin):
-        schema = pq.read_schema(paths["train"][0])
+    with _damage(origin), open_parquet(paths["train"][0]) as first:
+        schema = first.schema_arrow
         features = _features(schema)
         image, labels = _image_column(schema, features), _label_columns(schema, features)
-        values = {part: _read(shards, list(labels)) for part, shards in paths.items()}
-        count = sum(pq.read_metadata(shard).num_rows for shard in paths[own])
+        read = {part: _read(shards, list(labels)) for part, shards in paths.items()}
+    values, groups = {part: table for part, (table, _) in read.items()}, read[own][1]
     if image is None:
         raise UserError(f"{origin}: no column holds images; there are {', '.join(schema.names)}")
     targets = {}
@@ -188,21 +261,20 @@ def _table(
             found = category_names(v for part in labelled for v in part.to_pylist())
             if found:
                 targets[label] = index_target(column, found)
-    keep = np.ones(count, bool)
+    keep = np.ones(sum(map(sum, groups)), bool)
     if "test" not in paths:
         primary = next(iter(targets.values()), None)
-        test = in_test(
-            [*map(str, range(count))], primary.values.tolist() if primary else [0] * count
-        )
+        labels_of = primary.values if primary else np.zeros(len(keep), np.int64)
+        test = in_test(map(str, range(len(keep))), labels_of)
         keep = test if split == "test" else ~test
         targets = {key: target.take(keep) for key, target in targets.items()}
     if factors:  # after the division, which must not depend on them
         targets = _factor_targets(paths, keep, split, factors, labels, origin)
-    return Table(_items(paths[own], image, keep, origin), targets)
+    return _Split(paths[own], image, groups, keep, targets)
 
 
 def _factor_targets(
-    paths: dict[str, list[Path]],
+    paths: dict[str, list[str]],
     keep: np.ndarray,
     split: str,
     factors: Sequence[str],
@@ -210,11 +282,10 @@ def _factor_targets(
     origin: str,
 ) -> dict[str, Target]:
     """Make targets of the factors, for the rows `keep` [N] bool if one part serves both splits."""
-    import pyarrow.parquet as pq
-
     with _damage(origin):
-        names = [f.name for f in pq.read_schema(paths["train"][0]) if may_be_factor(f.type)]
-        tables = [_read(shards, names) for shards in paths.values()]
+        with open_parquet(paths["train"][0]) as first:
+            names = [f.name for f in first.schema_arrow if may_be_factor(f.type)]
+        tables = [_read(shards, names)[0] for shards in paths.values()]
     parts = [arrow_columns(table) for table in tables]
     shared = [name for name in parts[0] if name in parts[-1]]
     if len(parts) == 2:
@@ -228,26 +299,33 @@ def _factor_targets(
     return targets
 
 
-def _read(shards: list[Path], columns: list[str]) -> Any:
-    """Read columns of some parquet files as one table; those that a file lacks are left out."""
+def _read(shards: list[str], columns: list[str]) -> tuple[Any, list[list[int]]]:
+    """Read columns of some parquet files as one table; those that a file lacks are left out.
+
+    Returns the rows of each file's row groups as well.
+    """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    tables = [pq.ParquetFile(shard).read(columns) for shard in shards]
-    return pa.concat_tables(tables, promote_options="permissive")
+    def read(shard: str) -> tuple[Any, list[int]]:
+        with open_parquet(shard) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            return file.read(columns), groups
+
+    with ThreadPoolExecutor(8) as pool:  # over a network each file takes some round trips
+        found = list(pool.map(read, shards))
+    tables = [table for table, _ in found]
+    return pa.concat_tables(tables, promote_options="permissive"), [groups for _, groups in found]
 
 
-def _items(shards: list[Path], column: str, keep: np.ndarray, origin: str) -> Iterator[Item]:
-    import pyarrow.parquet as pq
-
+def _items(shards: list[str], column: str, keep: np.ndarray, origin: str) -> Iterator[Item]:
     position = 0
     for shard in shards:
-        with _damage(origin):
-            for batch in pq.ParquetFile(shard).iter_batches(batch_size=256, columns=[column]):
+        with _damage(origin), open_parquet(shard) as file:
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     if keep[position]:
                         data = value.get("bytes") if isinstance(value, dict) else value
-                        yield f"{shard.name} row {position}", data
+                        yield f"{Path(shard).name} row {position}", data
                     position += 1
 
 
@@ -257,9 +335,12 @@ def _damage(origin: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{origin}: damaged parquet file ({reason}); fetch it again") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
+        raise UserError(
+            f"{origin}: damaged parquet file ({first_line(error)}); fetch it again"
+        ) from None
 
 
 def _features(schema: Any) -> dict[str, Any]:

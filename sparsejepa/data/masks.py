@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sparsejepa.data.decode import EXTENSIONS, fit
+from sparsejepa.data.decode import EXTENSIONS, fit, formats
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 
@@ -75,10 +75,10 @@ def _read(pair: tuple[Path, Path | None], size: tuple[int, int]) -> np.ndarray |
     if mask_path is None:
         return None
     try:
-        with Image.open(mask_path) as mask:
+        with Image.open(mask_path, formats=formats()) as mask:
             mask.load()
             labels = np.asarray(mask)
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             width, height = image.size
             if image.getexif().get(_ORIENTATION, 1) >= 5:
                 width, height = height, width

@@ -7,9 +7,10 @@ and reported like one that cannot be read. The official validation images serve 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import csv
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsejepa.data.cache import Source
-from sparsejepa.data.decode import Block
+from sparsejepa.data.decode import Block, shown
 from sparsejepa.data.factors import chosen
-from sparsejepa.data.sources import Table, index_target, make_source
+from sparsejepa.data.folders import scan
+from sparsejepa.data.readers import Files, Names
+from sparsejepa.data.sources import Listing, index_target
 from sparsejepa.data.store import Target
 from sparsejepa.errors import UserError
 
@@ -32,6 +35,8 @@ OFFICIAL = {
     "species, categories.json",
     "places365": "places365_train_standard.txt, places365_val.txt, categories_places365.txt, "
     "data_256_standard/ and val_256/ (or data_large_standard/ and val_large/)",
+    "imagenet": "train/ and val/ with a folder for each of the 1,000 classes (n01440764/ and so "
+    "on), or Kaggle's ILSVRC/, LOC_synset_mapping.txt and LOC_val_solution.csv",
     "clevr-count": "CLEVR_v1.0/",
 }
 """Name, which is that of a folder in the data root, and what belongs into that folder."""
@@ -39,30 +44,39 @@ OFFICIAL = {
 _COUNTS = tuple(map(str, range(3, 11)))  # objects in a scene of CLEVR, the classes of VTAB's task
 
 
-class _Listing(NamedTuple):
+class _Found(NamedTuple):
     """One split as the release lists it."""
 
     folder: Path
-    files: list[str]
-    """Relative to the folder; not all need be there."""
+    names: Names
+    """Of the files, relative to the folder; not all need be there."""
     targets: dict[str, Target]
     unusable: tuple[tuple[str, str], ...] = ()
     """(file, reason) of images without a label."""
 
 
-def read_official(name: str, folder: Path, factors: Sequence[str] = ()) -> dict[str, Source]:
-    """Read one of `OFFICIAL` from its folder; with `factors`, those targets alone.
+def read_official(name: str, folder: Path, factors: Sequence[str] = ()) -> dict[str, Listing]:
+    """List one of `OFFICIAL` from its folder; with `factors`, those targets alone.
 
     Raises UserError: a list or a folder of images is missing, a list is damaged or names images or
     classes that another does not know, or there is no such factor.
     """
-    sources = {}
-    for split, listing in _READERS[name](folder).items():
-        targets = listing.targets
+    listings = {}
+    for split, found in _READERS[name](folder).items():
+        targets = found.targets
         if factors:
             targets = {key: targets[key] for key in chosen(factors, list(targets), str(folder))}
-        sources[split] = _source(name, split, listing._replace(targets=targets))
-    return sources
+        reader = Files(found.folder, found.names)
+        listings[split] = Listing(
+            name,
+            split,
+            str(found.folder),
+            reader,
+            np.arange(len(reader)),
+            targets,
+            found.unusable,
+        )
+    return listings
 
 
 def count_objects(hub: dict[str, Source], factors: Sequence[str] = ()) -> dict[str, Source]:
@@ -92,27 +106,7 @@ def _with_counts(source: Source) -> Source:
     return replace(source, stamp=json.dumps([source.stamp, "count"]), read=read)
 
 
-def _source(name: str, split: str, listing: _Listing) -> Source:
-    folder = str(listing.folder)
-
-    def table() -> Table:
-        items = ((file, listing.folder / file) for file in listing.files)
-        return Table(items, listing.targets, listing.unusable)
-
-    # A digest, since the JSON of a million names, sizes and ages would be a large stamp.
-    digest = hashlib.blake2b(digest_size=16)
-    for file in listing.files:
-        try:
-            status = os.stat(os.path.join(folder, file))
-            digest.update(f"{file}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{file}\n".encode())
-    for key, target in listing.targets.items():
-        digest.update(json.dumps([key, target.names]).encode() + target.values.tobytes())
-    return make_source(name, split, [digest.hexdigest(), listing.unusable], folder, table)
-
-
-def _inaturalist(root: Path) -> dict[str, _Listing]:
+def _inaturalist(root: Path) -> dict[str, _Found]:
     """iNaturalist 2018 (Van Horn et al. 2018): 8,142 species, 437,513 and 24,426 images.
 
     Annotations in COCO's format. Without categories.json the names are those of the competition,
@@ -154,13 +148,13 @@ def _inaturalist(root: Path) -> dict[str, _Listing]:
         values = np.array([position[labels[i]] for i in files if i in labels], np.int64)
         targets = {"species": Target(values, species), "supercategory": kind.take(values)}
         unusable = tuple((file, "no annotation") for i, file in files.items() if i not in labels)
-        listings[split] = _Listing(
-            root, [files[i] for i in files if i in labels], targets, unusable
+        listings[split] = _Found(
+            root, _names(files[i] for i in files if i in labels), targets, unusable
         )
     return listings
 
 
-def _places(root: Path) -> dict[str, _Listing]:
+def _places(root: Path) -> dict[str, _Found]:
     """Places365-Standard (Zhou et al. 2018): 365 scenes, 1,803,460 and 36,500 images.
 
     The images of 256 pixels where both sizes are there. The archives of the training images unpack
@@ -192,12 +186,12 @@ def _places(root: Path) -> dict[str, _Listing]:
                 f"{root / file}: its class {foreign[0]} is not among the {len(scenes)} of {path}; "
                 "fetch both again"
             )
-        files = [image.lstrip("/") for image, _ in lines]
-        listings[split] = _Listing(folder, files, {"scene": Target(values, scenes)})
+        names = _names(image.lstrip("/") for image, _ in lines)
+        listings[split] = _Found(folder, names, {"scene": Target(values, scenes)})
     return listings
 
 
-def _clevr(root: Path) -> dict[str, _Listing]:
+def _clevr(root: Path) -> dict[str, _Found]:
     """CLEVR v1.0 (Johnson et al. 2017) with the label of VTAB's CLEVR/Count: 3 to 10 objects.
 
     70,000 and 15,000 images of 320x480 pixels (h, w).
@@ -214,13 +208,80 @@ def _clevr(root: Path) -> dict[str, _Listing]:
         for file, count in zip(files, counts, strict=True):
             if count not in _COUNTS:
                 raise UserError(f"{path}: {file} has {count} objects, not 3 to 10; fetch it again")
-        listings[split] = _Listing(folder, files, {"count": index_target(counts, _COUNTS)})
+        listings[split] = _Found(folder, _names(files), {"count": index_target(counts, _COUNTS)})
     return listings
 
 
-_READERS: dict[str, Callable[[Path], dict[str, _Listing]]] = {
+def _imagenet(root: Path) -> dict[str, _Found]:
+    """ImageNet-1k (Russakovsky et al. 2015): 1,000 classes, 1,281,167 and 50,000 images.
+
+    Either train/ and val/ with a folder for each class, or what Kaggle gives: val/ is flat there
+    and LOC_val_solution.csv has its labels. Classes are in the order of their WordNet numbers and
+    have their names where LOC_synset_mapping.txt lies beside.
+    """
+    kaggle = root / "ILSVRC" / "Data" / "CLS-LOC"
+    home = kaggle if kaggle.is_dir() else root
+    found = {}
+    for split, folder in (("train", home / "train"), ("test", home / "val")):
+        _need_folder(folder)
+        found[split] = scan(folder)
+    classes = sorted(found["train"].classes)
+    foreign = [name for name in classes if not _SYNSET.fullmatch(name)]
+    if foreign or not classes:
+        raise UserError(
+            f"{home / 'train'}: the images belong into folders n01440764/ and so on, one for each "
+            "class; unpack each of the archives of the classes into a folder of its name"
+        )
+    names = _synset_names(root / "LOC_synset_mapping.txt", classes)
+    listings = {}
+    for split, (files, folders, labels) in found.items():
+        if split == "test" and folders == [""]:  # Kaggle's is flat
+            labels, folders = _solution(root / "LOC_val_solution.csv", files)
+        position = {synset: i for i, synset in enumerate(classes)}
+        foreign = sorted(set(folders) - position.keys())
+        if foreign:
+            raise UserError(
+                f"{files.folder}: its class '{shown(foreign[0])}' is not among the {len(classes)} "
+                f"in {home / 'train'}; fetch both again"
+            )
+        values = np.array([position[folder] for folder in folders], np.int64)[labels]
+        listings[split] = _Found(files.folder, files.names, {"class": Target(values, names)})
+    return listings
+
+
+_SYNSET = re.compile(r"n\d{8}")
+
+
+def _synset_names(path: Path, classes: list[str]) -> tuple[str, ...]:
+    """Return the names of classes, which are their WordNet numbers where no list names them."""
+    if not path.is_file():
+        return tuple(classes)
+    with _as_released(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        words = dict(line.split(" ", 1) for line in lines if line)
+        names = [words[synset].strip() for synset in classes]
+    # Two classes are both called crane.
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({synset})"
+        for name, synset in zip(names, classes, strict=True)
+    )
+
+
+def _solution(path: Path, files: Files) -> tuple[np.ndarray, list[str]]:
+    """Return each file's number of class [N], and the classes' WordNet numbers."""
+    numbers: dict[str, int] = {}
+    with _as_released(path), path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        found = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        stems = (name.rpartition(b".")[0].decode() for name in files.names)
+        labels = [numbers.setdefault(found[stem], len(numbers)) for stem in stems]
+    return np.array(labels, np.int64), list(numbers)
+
+
+_READERS: dict[str, Callable[[Path], dict[str, _Found]]] = {
     "inaturalist2018": _inaturalist,
     "places365": _places,
+    "imagenet": _imagenet,
     "clevr-count": _clevr,
 }
 
@@ -242,6 +303,10 @@ def _read_lines(path: Path) -> list[tuple[str, int]]:
         return [(name, int(number)) for name, number in parts]
 
 
+def _names(files: Iterable[str]) -> Names:
+    return Names.of(map(os.fsencode, files))
+
+
 def _need_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack the official archive of images there")
@@ -256,6 +321,6 @@ def _as_released(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: no such file; it is part of the official release") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, csv.Error) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: not as officially released ({reason}); fetch it again") from None

@@ -1,8 +1,9 @@
-"""What every reader of images hands to the cache, and what all of them decide in the same way.
+"""What is known of a split before it is decoded, and what all kinds of data decide in the same way.
 
-A reader returns ``{"train": Source, "test": Source}``. Data that has no test split gets one: a
-fifth of the images of each class, chosen by a hash of the file's name, so that the choice is the
-same on every machine and hardly moves when files are added.
+Data is found as ``{"train": Listing, "test": Listing}``, which can be streamed or, as a `Source`,
+decoded into the cache. Data that has no test split gets one: a fifth of the images of each class,
+chosen by a hash of the file's name, so that the choice is the same on every machine and hardly
+moves when files are added.
 """
 
 from __future__ import annotations
@@ -10,19 +11,48 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsejepa.data.cache import Source
 from sparsejepa.data.decode import Block, Item, decode
+from sparsejepa.data.readers import Files, Members, Reader, source_of
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.errors import UserError
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "val", "valid", "validation")
 MAX_CATEGORIES = 1000
 """A column of a table with more distinct values than this is no target."""
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """One split: which images, where they lie, and their labels; nothing is decoded yet."""
+
+    name: str
+    split: str
+    origin: str
+    """Names the data in errors."""
+    reader: Reader
+    rows: np.ndarray
+    """[N] int64: which of the reader's images."""
+    targets: dict[str, Target]
+    unusable: tuple[tuple[str, str], ...] = ()
+    """(file, reason) of what is left out before decoding."""
+    masks: Callable[[ImageSet], np.ndarray | None] | None = None
+    """The decoded split -> object masks [N, H, W], if any."""
+
+    def check(self) -> Listing:
+        """Return self. Raises UserError if there are no images."""
+        if not len(self.rows):
+            raise UserError(f"{self.origin}: no images for the {self.split} split; add some")
+        return self
 
 
 class Table(NamedTuple):
@@ -41,10 +71,12 @@ def make_source(
     origin: str,
     table: Callable[[], Table],
     masks: Callable[[ImageSet], np.ndarray | None] | None = None,
+    unusable: int = 0,
 ) -> Source:
     """Build a source whose `table` is asked for only when there is something to decode.
 
-    `stamp` is any JSON value that changes when the files do; `origin` names the data in errors.
+    `stamp` is any JSON value that changes when the files do; `origin` names the data in errors;
+    `unusable` says how many of its entries the table leaves out.
     """
 
     def read(
@@ -55,7 +87,40 @@ def make_source(
         return _with_unusable(blocks, list(unusable)), targets
 
     digest = hashlib.blake2b(json.dumps([origin, stamp]).encode(), digest_size=16).hexdigest()
-    return Source(name, split, digest, read, masks)
+    return Source(name, split, digest, read, masks, origin, unusable)
+
+
+def as_source(listing: Listing) -> Source:
+    """Return the source that decodes all of a listing's files; its stamp has their size and age."""
+    reader = listing.reader
+
+    def table() -> Table:
+        rows = listing.check().rows.tolist()
+        items = ((reader.name(row), source_of(reader, row)) for row in rows)
+        return Table(items, listing.targets, listing.unusable)
+
+    digest = hashlib.blake2b(digest_size=16)  # the JSON of a million names would be a large stamp
+    for part in (*reader.parts(), listing.rows.tobytes()):
+        digest.update(part)
+    if isinstance(reader, Files):
+        for row in listing.rows.tolist():
+            digest.update(_age(reader.source(row)))
+    elif isinstance(reader, Members):
+        for shard in reader.shards:
+            digest.update(_age(shard))
+    for key, target in listing.targets.items():
+        digest.update(json.dumps([key, target.names, target.note]).encode())
+        digest.update(target.values.tobytes())
+    stamp = [digest.hexdigest(), listing.unusable]
+    return make_source(
+        listing.name,
+        listing.split,
+        stamp,
+        listing.origin,
+        table,
+        listing.masks,
+        len(listing.unusable),
+    )
 
 
 def choose_splits(present: Iterable[str]) -> dict[str, str]:
@@ -72,19 +137,23 @@ def choose_splits(present: Iterable[str]) -> dict[str, str]:
     return {"train": train or test or present[0]}
 
 
-def in_test(names: Sequence[str], labels: Sequence[Any]) -> np.ndarray:
+def in_test(names: Iterable[str], labels: np.ndarray | Sequence[Any]) -> np.ndarray:
     """Choose a fifth of the images of each class for the test split: [N] bool.
 
     A class of two or more has at least one image on either side.
     """
-    hashes = [hashlib.blake2b(name.encode("utf-8", "surrogatepass")).digest() for name in names]
-    members: dict[Any, list[int]] = {}
-    for index, label in enumerate(labels):
-        members.setdefault(label, []).append(index)
-    test = np.zeros(len(names), bool)
-    for indices in members.values():
-        count = max(1, round(len(indices) / 5)) if len(indices) > 1 else 0
-        test[sorted(indices, key=lambda index: hashes[index])[:count]] = True
+    first_bytes = (
+        int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+        for name in names
+    )
+    hashes = np.frombuffer(array("Q", first_bytes), np.uint64)
+    test = np.zeros(len(hashes), bool)
+    if len(hashes):
+        _, classes = np.unique(np.asarray(labels), return_inverse=True)
+        order = np.lexsort((hashes, classes))  # by class, by hash within
+        for members in np.split(order, np.cumsum(np.bincount(classes))[:-1]):
+            count = max(1, round(len(members) / 5)) if len(members) > 1 else 0
+            test[members[:count]] = True
     return test
 
 
@@ -114,6 +183,14 @@ def _with_unusable(blocks: Iterator[Block], unusable: list[tuple[str, str]]) -> 
     if unusable:
         yield Block([], [], [], unusable)
     yield from blocks
+
+
+def _age(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+    except OSError:  # decoding reports it
+        return b"\n"
+    return f"/{status.st_size}/{status.st_mtime_ns}\n".encode()
 
 
 def _number(text: str) -> float:

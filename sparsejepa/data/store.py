@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -37,8 +39,58 @@ class Target:
         return replace(self, values=self.values[index])
 
 
+class Divisible(ABC):
+    """Images with labels, of which parts can be taken."""
+
+    name: str
+    targets: dict[str, Target]
+    fingerprint: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    def primary(self) -> Target | None:
+        """The first target, if there is one."""
+        return next(iter(self.targets.values()), None)
+
+    def subset(self, limit: int | None, seed: int = 0) -> Self:
+        """Return `limit` images at random, each class in proportion; all if there are not more.
+
+        Reading order is kept; mean and standard deviation stay those of the whole training split,
+        so that runs on subsets of different size see equally scaled pixels.
+        """
+        if limit is None or limit >= len(self):
+            return self
+        return self._take(self._draw(limit, seed), f"{limit}/{seed}")
+
+    def split_off(self, count: int) -> tuple[Self, Self]:
+        """Return the rest and `count` images at random, each class in proportion.
+
+        The draw has a seed of its own: whoever sets images aside gets the same ones.
+        """
+        if not 0 < count < len(self):
+            raise UserError(f"--holdout {count}: {self.name} has {len(self)} training images")
+        aside = self._draw(count, _HOLDOUT_SEED)
+        rest = np.setdiff1d(np.arange(len(self)), aside)
+        return self._take(rest, f"without {count}"), self._take(aside, f"aside {count}")
+
+    @abstractmethod
+    def _take(self, index: np.ndarray, about: str) -> Self:
+        """Return the images at `index`; `about` tells them from others in the fingerprint."""
+
+    def _draw(self, count: int, seed: int) -> np.ndarray:
+        """Return the ascending indices of `count` images, each class in proportion."""
+        labels = self.primary.values if self.primary else np.zeros(len(self), np.int64)
+        return stratified(labels, count, np.random.default_rng(seed % 2**64))
+
+    def _fingerprint_of(self, about: str) -> str:
+        digest = hashlib.blake2b(f"{self.fingerprint}/{about}".encode(), digest_size=16)
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(Divisible):
     """One split of a data set, decoded and of one image size."""
 
     name: str
@@ -67,47 +119,14 @@ class ImageSet:
         """Height and width of every image."""
         return self.images.shape[1], self.images.shape[2]
 
-    @property
-    def primary(self) -> Target | None:
-        """The first target, if there is one."""
-        return next(iter(self.targets.values()), None)
-
-    def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
-        """Return `limit` images at random, each class in proportion; all if there are not more.
-
-        Reading order is kept; mean and standard deviation stay those of the whole training split,
-        so that runs on subsets of different size see equally scaled pixels.
-        """
-        if limit is None or limit >= len(self):
-            return self
-        return self._take(self._draw(limit, seed), f"{limit}/{seed}")
-
-    def split_off(self, count: int) -> tuple[ImageSet, ImageSet]:
-        """Return the rest and `count` images at random, each class in proportion.
-
-        The draw has a seed of its own: whoever sets images aside gets the same ones.
-        """
-        if not 0 < count < len(self):
-            raise UserError(f"--holdout {count}: {self.name} has {len(self)} training images")
-        aside = self._draw(count, _HOLDOUT_SEED)
-        rest = np.setdiff1d(np.arange(len(self)), aside)
-        return self._take(rest, f"without {count}"), self._take(aside, f"aside {count}")
-
-    def _draw(self, count: int, seed: int) -> np.ndarray:
-        """Return the ascending indices of `count` images, each class in proportion."""
-        labels = self.primary.values if self.primary else np.zeros(len(self), np.int64)
-        return stratified(labels, count, np.random.default_rng(seed % 2**64))
-
     def _take(self, index: np.ndarray, about: str) -> ImageSet:
-        """Return the images at `index`; `about` tells them from others in the fingerprint."""
-        digest = hashlib.blake2b(f"{self.fingerprint}/{about}".encode(), digest_size=16)
         return replace(
             self,
             images=self.images[index],
             targets={key: target.take(index) for key, target in self.targets.items()},
             files=tuple(self.files[i] for i in index) if self.files else (),
             masks=None if self.masks is None else self.masks[index],
-            fingerprint=digest.hexdigest(),
+            fingerprint=self._fingerprint_of(about),
         )
 
 
@@ -165,6 +184,8 @@ class DeviceImages:
     def __init__(self, image_set: ImageSet, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._host = _as_tensor(image_set.images)
+        self.skipped = list(image_set.skipped)
+        """(file, reason) of what could not be used."""
         self.resident = self._fits()
         self._images = self._host.to(self.device) if self.resident else self._host
 
@@ -187,6 +208,13 @@ class DeviceImages:
         if self.device.type == "cuda":
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=True)
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each index, in order."""
+        return map(self.take, indices)
+
+    def close(self) -> None:
+        """Nothing to end: here for the sake of `stream.StreamImages`."""
 
     def _fits(self) -> bool:
         if self.device.type != "cuda":

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
+from sparsejepa.distributed import current, on_main
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import Features
 from sparsejepa.files import atomic_path
@@ -28,11 +29,16 @@ def check_path(path: Path) -> None:
 def write_features(path: Path, features: Features, files: Sequence[str] = ()) -> None:
     """Write features to `path`, whole or not at all, in the format of its ending.
 
-    `files` says where each image comes from, if images are files. Raises UserError as `check_path`.
+    `files` says where each image comes from, if images are files. Of several processes the main one
+    writes. Raises UserError as `check_path`.
     """
     check_path(path)
-    with atomic_path(path) as beside:
-        WRITERS[path.suffix](beside, features, files)
+
+    def write() -> None:
+        with atomic_path(path) as beside:
+            WRITERS[path.suffix](beside, features, files)
+
+    on_main(current(), write)
 
 
 def _write_parquet(path: Path, found: Features, files: Sequence[str]) -> None:
@@ -46,9 +52,13 @@ def _write_parquet(path: Path, found: Features, files: Sequence[str]) -> None:
 
 
 def _write_npz(path: Path, found: Features, files: Sequence[str]) -> None:
-    """Arrays: x [n, D'], files, target.NAME [n] and names.NAME for each target."""
+    """Arrays: x [n, D'], files, target.NAME [n] and names.NAME for each target.
+
+    They are members of an archive, so slashes in a target's name become "_".
+    """
     arrays: dict[str, Any] = {"x": found.x, "files": np.array(files, dtype=str)}
-    for name, target in found.targets.items():
+    for given, target in found.targets.items():
+        name = given.replace("/", "_").replace("\\", "_")
         arrays |= {f"target.{name}": target.values, f"names.{name}": np.array(target.names)}
     with path.open("wb") as file:  # given a name, numpy would add .npz to it
         np.savez(file, **arrays)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import DeviceImages, ImageSet, Target
+from sparsejepa.distributed import current, gather_rows, own_rows
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.files import load_tensors, save_tensors
 from sparsejepa.interop import Encoder
@@ -70,6 +71,8 @@ def embed(
 ) -> Features:
     """Return the pooled patch tokens of every image.
 
+    Of several processes that are `joined`, each embeds its share; all get the whole.
+
     Args:
         encoder: sees the images at its own size.
         images: a loaded image set, or a data set's name, of which `split` is loaded.
@@ -97,10 +100,11 @@ def embed(
         rows, cols = encoder.grid_size
         tokens = MAX_TOKENS.get(encoder.device.type, MAX_TOKENS["cuda"])
         batch = max(1, min(batch_size, tokens // (rows * cols)))
-        index = torch.arange(len(images))
-        return torch.cat([pooled(source.take(part)).cpu() for part in index.split(batch)])
+        index = torch.from_numpy(own_rows(np.arange(len(images)), current()))
+        own = torch.cat([pooled(source.take(part)).cpu() for part in index.split(batch)])
+        return gather_rows(own, len(images))
 
-    if cache_dir is None:
+    if cache_dir is None or current().size > 1:  # some might find it there and others not
         x = compute()
     else:
         parts = (encoder.fingerprint(), images.fingerprint, images.split, str(len(images)), pool)

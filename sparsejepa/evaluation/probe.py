@@ -18,6 +18,7 @@ import torch
 
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
+from sparsejepa.distributed import current, first_here, on_main
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.classifiers import (
     KNNProbe,
@@ -146,8 +147,9 @@ def evaluate(
     say = progress or (lambda text: None)
     rows: list[ProbeRow] = []
     for name in [data] if isinstance(data, str) else data:
-        train, test = load_splits(
-            name, holdout, img_size=img_size, data_root=data_root, upscale=upscale
+        sizes: dict[str, Any] = {"img_size": img_size, "upscale": upscale}
+        train, test = first_here(
+            current(), partial(load_splits, name, holdout, data_root=data_root, **sizes)
         )
         train = train.subset(limit, seed)
         chosen = choose_targets(train, test, targets)
@@ -278,17 +280,13 @@ class _Bench:
         about = [FLOOR_VERSION, kind, images, self.targets, self.protocols, self.seed]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
         path = self.cache_dir / f"{digest.hexdigest()}.json"
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+        # Of several processes one reads and writes: all must agree on whether there is work to do.
+        kept = on_main(current(), lambda: _read_scores(path))
+        if kept is not None:
             return {(name, protocol): _Score(**score) for name, protocol, score in kept}
-        except (OSError, ValueError, TypeError):  # not there, or damaged
-            found = self.scores(features, encoder)
+        found = self.scores(features, encoder)
         lines = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(lines) + "\n")
-        except OSError as error:
-            raise UserError(f"{path.parent}: cannot keep floors ({error.strerror})") from None
+        on_main(current(), lambda: _keep_scores(path, lines))
         return found
 
     def rows(
@@ -330,6 +328,23 @@ class _Bench:
                 )
             )
         return rows
+
+
+def _read_scores(path: Path) -> list[Any] | None:
+    """Return kept scores as plain values, None if they are not there or damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return [[name, protocol, asdict(_Score(**score))] for name, protocol, score in kept]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep_scores(path: Path, lines: list[Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot keep floors ({error.strerror})") from None
 
 
 def check_protocols(protocols: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Operations and memory traffic of one training step, from the sizes alone.
+"""Operations, memory traffic and parameters of one training step, from the sizes alone.
 
 Operations are those of matrix products, two per multiply-add, as every published count has them;
 pointwise work is left out of them (it is what the traffic is for), as are the regularisers (less
@@ -11,6 +11,7 @@ the optimiser works on fp32 values. What a cache or a fused kernel saves is not 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -52,6 +53,8 @@ class Sizes:
     """Whether the aggregate KL term is there."""
     stem: str = "linear"
     predict: str = "embeddings"
+    heads: int = 1
+    """Attention heads of the encoder; no count of operations depends on it."""
 
     @classmethod
     def of(
@@ -81,6 +84,7 @@ class Sizes:
             kl=config.loss.kl == "aggregate" and config.loss.beta > 0,
             stem=model.stem,
             predict=config.loss.predict,
+            heads=config.encoder_shape[2],
         )
 
     @property
@@ -134,7 +138,7 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """[rows, inputs] times a weight, in `batch` independent products, `count` times a step."""
 
     part: Part
@@ -165,10 +169,11 @@ class _Linear(NamedTuple):
 
     @property
     def saved(self) -> int:
-        return self.batch * self.rows * self.inputs
+        """Numbers that the backward pass keeps of all of them."""
+        return self.batch * self.rows * self.inputs * self.count
 
 
-class _Attention(NamedTuple):
+class Attention(NamedTuple):
     """Attention of `queries` to `keys` in `sequences` sequences, all heads together `width`."""
 
     part: Part
@@ -189,10 +194,16 @@ class _Attention(NamedTuple):
 
     @property
     def saved(self) -> int:
-        return 2 * self.sequences * (self.queries + self.keys) * self.width
+        """Numbers that the backward pass keeps of all of them: query, key, value, output."""
+        return 2 * self.sequences * (self.queries + self.keys) * self.width * self.count
+
+    @property
+    def logits(self) -> int:
+        """Pairs of query and key in all of them, one head."""
+        return self.sequences * self.queries * self.keys * self.count
 
 
-class _Pointwise(NamedTuple):
+class Pointwise(NamedTuple):
     """An operation on `elements` numbers: how many arrays of them it moves, there and back."""
 
     part: Part
@@ -210,10 +221,11 @@ class _Pointwise(NamedTuple):
 
     @property
     def saved(self) -> int:
-        return self.elements if self.moves == 2 else 0  # a sum keeps nothing
+        """Numbers that the backward pass keeps of all of them."""
+        return self.elements * self.count if self.moves == 2 else 0  # a sum keeps nothing
 
 
-_Operation = _Linear | _Attention | _Pointwise
+Operation = Linear | Attention | Pointwise
 
 
 def products(sizes: Sizes) -> list[Product]:
@@ -223,8 +235,8 @@ def products(sizes: Sizes) -> list[Product]:
     only the first. Attention and the group map are not among them.
     """
     found = []
-    for layer in _operations(sizes):
-        if not isinstance(layer, _Linear) or layer.part not in ("target", "context", "predictor"):
+    for layer in operations(sizes):
+        if not isinstance(layer, Linear) or layer.part not in ("target", "context", "predictor"):
             continue
         name, rows, inputs, outputs, count = (f"{layer.part} {layer.name}", *layer[2:6])
         found.append(Product(name, rows, inputs, outputs, count, "forward"))
@@ -244,7 +256,7 @@ def costs(sizes: Sizes, element_size: int = 2) -> dict[str, Cost]:
     """
     parts = {name: Cost(0, 0) for name in ("augmentation", "target", "context", "predictor")}
     parts |= {"groups": Cost(0, 0), "backward": Cost(0, 0)}
-    for operation in _operations(sizes):
+    for operation in operations(sizes):
         flops, moved = operation.forward()
         size = FP32 if operation.part == "augmentation" else element_size
         parts[operation.part] += Cost(flops * operation.count, moved * operation.count * size)
@@ -268,18 +280,27 @@ def total(parts: dict[str, Cost]) -> Cost:
     return sum(parts.values(), Cost(0, 0))
 
 
+def repeated(sizes: Sizes, parts: Collection[Part]) -> int:
+    """Return the operations that are taken twice if the blocks of `parts` are not kept.
+
+    All of a block but its last product, whose result no gradient needs.
+    """
+    again = ("qkv", "attention", "proj", "fc1")
+    return sum(
+        operation.forward()[0] * operation.count
+        for operation in operations(sizes)
+        if operation.part in parts and operation.name.partition(",")[0] in again
+    )
+
+
 def parameters(sizes: Sizes) -> dict[str, int]:
     """Return the trained numbers of encoder, predictor, group networks, and W."""
     d, p, g = sizes.width, sizes.predictor_dim, sizes.num_groups
-
-    def block(width: int) -> int:
-        return 12 * width * width + 13 * width
-
     biases = 1 if sizes.stem == "linear" else 3  # the other stem's stages end in a norm
     stem = sum((inputs + biases) * outputs for _, inputs, outputs in sizes.stages)
-    encoder = stem + sizes.depth * block(d) + 2 * d
+    encoder = stem + sizes.depth * block_parameters(d) + 2 * d
     last = (p + 1) * sizes.out
-    predictor = (d + 1) * p + sizes.predictor_depth * block(p) + 2 * p + p + last
+    predictor = (d + 1) * p + sizes.predictor_depth * block_parameters(p) + 2 * p + p + last
     if sizes.predictor == "mlp":
         predictor = (d + 1) * p + p * p + (sizes.predictor_depth - 1) * (p + 1) * p + last
     hidden, out = GROUP_HIDDEN, sizes.out // g if sizes.groups == "feature" else sizes.out
@@ -293,53 +314,44 @@ def parameters(sizes: Sizes) -> dict[str, int]:
     return {"encoder": encoder, "predictor": predictor, "groups": groups, "W": w}
 
 
-def peak_memory(sizes: Sizes, element_size: int = 2) -> float:
-    """Estimate the bytes that a step needs at its peak: weights with their state, activations.
-
-    Activations are the inputs that the backward pass keeps; allocators and scratch space come on
-    top, so allow twice as much.
-    """
-    operations = _operations(sizes)
-    trained = [o for o in operations if o.part not in ("augmentation", "target")]
-    saved = sum(o.saved * o.count for o in trained)
-    encoder, predictor, groups, w = parameters(sizes).values()
-    weights = FP32 * (4 * (encoder + predictor + groups + w) + encoder)
-    return weights + element_size * saved + FP32 * sizes.batch * sizes.patches * sizes.width * 8
+def block_parameters(width: int) -> int:
+    """Return the trained numbers of a transformer block."""
+    return 12 * width * width + 13 * width
 
 
-def _operations(sizes: Sizes) -> list[_Operation]:
+def operations(sizes: Sizes) -> list[Operation]:
     """Return the operations of the forward pass."""
     side, batch = sizes.patch_size, sizes.batch
     height, width = (side * count for count in sizes.grid)
     # Crop, flip and resize: two products with a pair of weight matrices per image.
-    operations: list[_Operation] = [
-        _Linear("augmentation", "rows", height, height, 3 * width, batch=batch),
-        _Linear("augmentation", "columns", 3 * height, width, width, batch=batch),
-        _Pointwise("augmentation", "normalise", batch * 3 * height * width),
+    operations: list[Operation] = [
+        Linear("augmentation", "rows", height, height, 3 * width, batch=batch),
+        Linear("augmentation", "columns", 3 * height, width, width, batch=batch),
+        Pointwise("augmentation", "normalise", batch * 3 * height * width),
     ]
     if sizes.predict == "embeddings":
         operations += _encoder(sizes, "target", sizes.patches)
-    operations.append(_Pointwise("target", "normalise", batch * sizes.patches * sizes.out))
+    operations.append(Pointwise("target", "normalise", batch * sizes.patches * sizes.out))
     operations += _encoder(sizes, "context", sizes.context)
     operations += _mlp(sizes) if sizes.predictor == "mlp" else _predictor(sizes)
     return operations + _groups(sizes)
 
 
-def _encoder(sizes: Sizes, part: Part, tokens: int) -> list[_Operation]:
+def _encoder(sizes: Sizes, part: Part, tokens: int) -> list[Operation]:
     rows, d = sizes.batch * tokens, sizes.width
-    stem: list[_Operation] = []
+    stem: list[Operation] = []
     for i, (places, inputs, outputs) in enumerate(sizes.stages):
         if i:
-            stem.append(_Pointwise(part, "gelu, patches", rows * places * inputs))
+            stem.append(Pointwise(part, "gelu, patches", rows * places * inputs))
         name = "patches" if i == 0 else f"patches, stage {i + 1}"
-        stem.append(_Linear(part, name, rows * places, inputs, outputs, input_gradient=i > 0))
+        stem.append(Linear(part, name, rows * places, inputs, outputs, input_gradient=i > 0))
         if sizes.stem != "linear":
-            stem.append(_Pointwise(part, "norm, patches", rows * places * outputs))
-    attention = _Attention(part, "attention", sizes.batch, tokens, tokens, d, sizes.depth)
+            stem.append(Pointwise(part, "norm, patches", rows * places * outputs))
+    attention = Attention(part, "attention", sizes.batch, tokens, tokens, d, sizes.depth)
     return [
         *stem,
         *_blocks(part, rows, d, sizes.depth, [attention]),
-        _Pointwise(part, "norm", rows * d),
+        Pointwise(part, "norm", rows * d),
     ]
 
 
@@ -348,13 +360,13 @@ def _blocks(
     rows: int,
     d: int,
     depth: int,
-    attention: list[_Attention],
+    attention: list[Attention],
     asked: int | None = None,
-) -> list[_Operation]:
+) -> list[Operation]:
     """Return the operations of `depth` blocks, the last with outputs for `asked` rows only."""
-    operations: list[_Operation] = [
-        _Pointwise(part, "norm", rows * d, count=depth),
-        _Linear(part, "qkv", rows, d, 3 * d, depth),
+    operations: list[Operation] = [
+        Pointwise(part, "norm", rows * d, count=depth),
+        Linear(part, "qkv", rows, d, 3 * d, depth),
         *attention,
     ]
     for label, tokens, count in (
@@ -363,79 +375,79 @@ def _blocks(
     ):
         if count:
             operations += [
-                _Linear(part, f"proj{label}", tokens, d, d, count),
-                _Pointwise(part, f"norm{label}", tokens * d, count=count),
-                _Linear(part, f"fc1{label}", tokens, d, 4 * d, count),
-                _Pointwise(part, f"gelu{label}", tokens * 4 * d, count=count),
-                _Linear(part, f"fc2{label}", tokens, 4 * d, d, count),
-                _Pointwise(part, f"residual{label}", tokens * d, 3, 3, count=2 * count),
+                Linear(part, f"proj{label}", tokens, d, d, count),
+                Pointwise(part, f"norm{label}", tokens * d, count=count),
+                Linear(part, f"fc1{label}", tokens, d, 4 * d, count),
+                Pointwise(part, f"gelu{label}", tokens * 4 * d, count=count),
+                Linear(part, f"fc2{label}", tokens, 4 * d, d, count),
+                Pointwise(part, f"residual{label}", tokens * d, 3, 3, count=2 * count),
             ]
     return operations
 
 
-def _predictor(sizes: Sizes) -> list[_Operation]:
+def _predictor(sizes: Sizes) -> list[Operation]:
     b, c, m, k = sizes.batch, sizes.context, sizes.num_targets, sizes.target
     d, dim, depth = sizes.width, sizes.predictor_dim, sizes.predictor_depth
     part: Part = "predictor"
     # One sequence per block, or one of all of them (what its mask hides is computed as well).
     sequences, tokens = (b, c + m * k) if sizes.predictor_pass == "packed" else (b * m, c + k)
     rows, asked = sequences * tokens, b * m * k
-    every = _Attention(part, "attention", sequences, tokens, tokens, dim, depth - 1)
+    every = Attention(part, "attention", sequences, tokens, tokens, dim, depth - 1)
     # In the last block only the tokens that are asked for are more than keys and values.
-    last = _Attention(part, "attention, last", sequences, asked // sequences, tokens, dim)
+    last = Attention(part, "attention, last", sequences, asked // sequences, tokens, dim)
     return [
-        _Linear(part, "embed", b * c, d, dim),
+        Linear(part, "embed", b * c, d, dim),
         *_blocks(part, rows, dim, depth, [every, last], asked),
-        _Pointwise(part, "norm", asked * dim),
-        _Linear(part, "out", asked, dim, sizes.out),
-        _Pointwise(part, "loss", b * m * k * sizes.out, 2, 2),
+        Pointwise(part, "norm", asked * dim),
+        Linear(part, "out", asked, dim, sizes.out),
+        Pointwise(part, "loss", b * m * k * sizes.out, 2, 2),
     ]
 
 
-def _mlp(sizes: Sizes) -> list[_Operation]:
+def _mlp(sizes: Sizes) -> list[Operation]:
     rows, dim = sizes.batch * sizes.num_targets * sizes.target, sizes.predictor_dim
     part: Part = "predictor"
     return [
-        _Linear(part, "embed", sizes.batch, sizes.width, dim),
-        _Linear(part, "positions", sizes.patches, dim, dim, input_gradient=False),
-        _Linear(part, "hidden", rows, dim, dim, sizes.predictor_depth - 1),
-        _Pointwise(part, "gelu", rows * dim, count=sizes.predictor_depth),
-        _Linear(part, "out", rows, dim, sizes.out),
-        _Pointwise(part, "loss", rows * sizes.out, 2, 2),
+        Linear(part, "embed", sizes.batch, sizes.width, dim),
+        Linear(part, "positions", sizes.patches, dim, dim, input_gradient=False),
+        Linear(part, "hidden", rows, dim, dim, sizes.predictor_depth - 1),
+        Pointwise(part, "gelu", rows * dim, count=sizes.predictor_depth),
+        Linear(part, "out", rows, dim, sizes.out),
+        Pointwise(part, "loss", rows * sizes.out, 2, 2),
     ]
 
 
-def _groups(sizes: Sizes) -> list[_Operation]:
+def _groups(sizes: Sizes) -> list[Operation]:
     part: Part = "groups"
     b, d, g, p, h = sizes.batch, sizes.width, sizes.num_groups, sizes.group_dim, GROUP_HIDDEN
     out = sizes.out
     # The covariance of the pooled context; both factors carry a gradient.
-    operations: list[_Operation] = [_Linear(part, "covariance", d, b, d)] if sizes.kl else []
+    operations: list[Operation] = [Linear(part, "covariance", d, b, d)] if sizes.kl else []
     if sizes.groups == "none":
         return operations
     if sizes.groups == "region":
         cell = int(partition_cells(sizes.grid, g).bincount().max())
         return [
             *operations,
-            _Linear(part, "W", b, d, g * p),
-            _Linear(part, "A", b, p, h, batch=g),
-            _Pointwise(part, "gelu", g * b * cell * h),
-            _Linear(part, "B", b * cell, h, out, batch=g),
-            _Pointwise(part, "gather, loss", b * (sizes.patches - sizes.context) * out, 4, 4),
+            Linear(part, "W", b, d, g * p),
+            Linear(part, "A", b, p, h, batch=g),
+            Pointwise(part, "gelu", g * b * cell * h),
+            Linear(part, "B", b * cell, h, out, batch=g),
+            Pointwise(part, "gather, loss", b * (sizes.patches - sizes.context) * out, 4, 4),
         ]
     rows = b * sizes.num_targets * sizes.target
-    last = _Linear(part, "B", rows, g * h, out)
+    last = Linear(part, "B", rows, g * h, out)
     if sizes.groups == "feature":
-        last = _Linear(part, "B", rows, h, out // g, batch=g)
+        last = Linear(part, "B", rows, h, out // g, batch=g)
     return [
         *operations,
-        _Pointwise(part, "norm", b * sizes.context * d),
-        _Linear(part, "W", b * sizes.context, d, g * p),
-        _Linear(part, "E", sizes.patches, h, 4 * h, batch=g, input_gradient=False),
-        _Linear(part, "A", b * sizes.context, p, 2 * h, batch=g),
-        _Attention(part, "attention", g * b, rows // b, sizes.context, h),
-        _Linear(part, "M", rows, h, h, batch=g),
-        _Pointwise(part, "gelu", rows * g * h),
+        Pointwise(part, "norm", b * sizes.context * d),
+        Linear(part, "W", b * sizes.context, d, g * p),
+        Linear(part, "E", sizes.patches, h, 4 * h, batch=g, input_gradient=False),
+        Linear(part, "A", b * sizes.context, p, 2 * h, batch=g),
+        Attention(part, "attention", g * b, rows // b, sizes.context, h),
+        Linear(part, "M", rows, h, h, batch=g),
+        Pointwise(part, "gelu", rows * g * h),
         last,
-        _Pointwise(part, "loss", rows * out, 2, 2),
+        Pointwise(part, "loss", rows * out, 2, 2),
     ]

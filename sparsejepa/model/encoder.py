@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsejepa.errors import UserError
 
@@ -144,8 +145,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth (Huang et al. 2016).
 
-    In training each sample skips each of the two branches with probability `drop_path`, drawn from
-    torch's default generator of the device; the others are scaled up to keep the mean.
+    In training each sample skips each of the two branches with probability `drop_path`; the others
+    are scaled up to keep the mean.
     """
 
     def __init__(
@@ -158,17 +159,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D]; `mask` and `last` are those of `Attention`."""
-        attended = self.attn(self.norm1(x), mask, last)
-        x = (x if last is None else x[:, -last:]) + self._thin(attended)
-        return x + self._thin(self.mlp(self.norm2(x)))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        last: int | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]; `mask` and `last` are those of `Attention`.
 
-    def _thin(self, branch: Tensor) -> Tensor:
+        `kept` [2, B] says with ones and zeros who keeps which branch; if None it is drawn from
+        torch's default generator.
+        """
+        first, second = (None, None) if kept is None else kept
+        attended = self.attn(self.norm1(x), mask, last)
+        x = (x if last is None else x[:, -last:]) + self._thin(attended, first)
+        return x + self._thin(self.mlp(self.norm2(x)), second)
+
+    def _thin(self, branch: Tensor, kept: Tensor | None) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        return branch * (branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep)
+        if kept is None:
+            kept = branch.new_empty(len(branch)).bernoulli_(keep)
+        return branch * (kept.to(branch.dtype)[:, None, None] / keep)
 
 
 class PatchEmbed(nn.Module):
@@ -277,6 +291,10 @@ class ViT(nn.Module):
         stem: from a patch to its token, a linear map or a `HierarchicalStem`, which timm lacks.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
 
+    Attributes:
+        recompute: compute the blocks a second time in the backward pass instead of keeping their
+            activations (Chen et al. 2016).
+
     Raises UserError if patches do not tile the image or heads do not divide the width.
     """
 
@@ -323,6 +341,7 @@ class ViT(nn.Module):
             *(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.recompute = False
 
         self.apply(init_weights)
         if self.cls_token is not None:
@@ -333,20 +352,49 @@ class ViT(nn.Module):
             positions = sincos_position_embedding(self.grid_size, embed_dim)
             self.pos_embed.data[0, self.num_prefix_tokens :] = positions
 
-    def forward(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+    def draw_kept(self, batch: int) -> Tensor | None:
+        """Draw stochastic depth for `batch` images, from torch's default generator of the device.
+
+        Returns ones and zeros [depth, 2, B] for `forward`; None where nothing is ever skipped.
+        """
+        rates = [block.drop_path for block in self.blocks if isinstance(block, Block)]
+        if not self.training or not any(rates):
+            return None
+        like = self.pos_embed
+        kept = torch.ones(self.depth, 2, batch, dtype=like.dtype, device=like.device)
+        for rate, branches in zip(rates, kept, strict=True):
+            for branch in branches if rate else ():
+                branch.bernoulli_(1 - rate)
+        return kept
+
+    def forward(
+        self, images: Tensor, index: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """Return the patch tokens after the final norm.
 
         Args:
             images: float [B, 3, H, W], normalised.
             index: int64 [B, C], the patches to encode (row-major numbers in 0..N-1); all if None.
                 The others' pixels are never read.
+            kept: [depth, 2, B], what `draw_kept` draws; if None each block draws its own.
 
         Returns:
             [B, C, D] in the order of `index`, or [B, N, D].
 
         Raises ValueError for images of another size or of integers, or an index of another shape.
         """
-        return self.norm(self.blocks(self._embed(images, index)))[:, self.num_prefix_tokens :]
+        x = self._embed(images, index)
+        for i, block in enumerate(self.blocks):
+            branches = None if kept is None else kept[i]
+            if self.recompute and torch.is_grad_enabled():
+                # Draws that are given are the same the second time; a block's own have to be.
+                own = kept is None
+                x = checkpoint(
+                    block, x, None, None, branches, use_reentrant=False, preserve_rng_state=own
+                )
+            else:
+                x = block(x, kept=branches)
+        return self.norm(x)[:, self.num_prefix_tokens :]
 
     def forward_intermediates(self, images: Tensor, n: int) -> list[Tensor]:
         """Return the patch tokens [B, N, D] of the last `n` blocks, each through the final norm.

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsejepa.errors import UserError
+from sparsejepa.model.collectives import alone, gather
 from sparsejepa.model.encoder import attend, sincos_position_embedding
 from sparsejepa.model.losses import full
 
@@ -298,15 +299,34 @@ class GroupMap(nn.Module):
         Raises ValueError in training if the normalisation has a single value per dimension.
         """
         if isinstance(self.networks, RegionNetworks):
-            pooled = self.norm(full(z).mean(1))
+            pooled = self._normalize(full(z).mean(1))
             return self.networks(torch.einsum("gpd,bd->bgp", self.W, pooled), query_index)
-        z = self.norm(full(z).flatten(0, 1)).view_as(z)
+        z = self._normalize(full(z).flatten(0, 1)).view_as(z)
         u = torch.einsum("gpd,bcd->bcgp", self.W, z)
         hidden = self.networks(u, context_index, query_index)  # [B, T, G, h]
         if self.kind == "concept":  # contracting g as well adds the groups up
             return torch.einsum("gdh,btgh->btd", self.networks.B, hidden) + self.networks.c.sum(0)
         parts = torch.einsum("gdh,btgh->btgd", self.networks.B, hidden) + self.networks.c
         return parts.flatten(2)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Return x [n, D] centred and scaled per dimension over the n rows of all processes."""
+        norm = self.norm
+        if alone() or not self.training:
+            return norm(x)
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        every = gather(torch.stack([mean, variance])[None])  # [k, 2, D]
+        count, mean = len(every) * len(x), every[:, 0].mean(0)
+        # The law of total variance: no second moments, which would cancel badly in fp32.
+        variance = every[:, 1].mean(0) + every[:, 0].var(0, correction=0)
+        with torch.no_grad():
+            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.momentum is not None and norm.num_batches_tracked is not None
+            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            unbiased = variance * (count / (count - 1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var), norm.momentum)
+            norm.num_batches_tracked += 1
+        return (x - mean) * (variance + norm.eps).rsqrt()
 
     @torch.no_grad()
     def keep_random(self, density: float) -> None:

@@ -18,6 +18,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsejepa.distributed import Share
+from sparsejepa.model.collectives import average, gather, local
 from sparsejepa.model.encoder import ViT, patchify
 from sparsejepa.model.groups import DensityController, GroupMap
 from sparsejepa.model.losses import (
@@ -124,27 +126,51 @@ class SparseJEPA(nn.Module):
         posterior = groups is not None and self.objective.kl == "posterior"
         self.log_variance = nn.Linear(encoder.embed_dim, encoder.embed_dim) if posterior else None
 
-    def forward(self, images: Tensor, *, step: int, masks: Masks | None = None) -> Losses:
-        """Return the loss terms for normalised `images` [B, 3, H, W]; draws masks if none given."""
+    def forward(
+        self, images: Tensor, *, step: int, masks: Masks | None = None, share: Share | None = None
+    ) -> Losses:
+        """Return the loss terms for normalised `images` [n, 3, H, W].
+
+        Args:
+            step: what is drawn is a function of (seed, step).
+            masks: of these images; drawn if not given.
+            share: which rows of the global batch they are; all if not given. Everything is drawn
+                for the global batch.
+        """
+        share = share or Share()
+        batch, dim = len(images) * share.count, self.context_encoder.embed_dim
         if masks is None:
-            masks = self.sampler.sample(
-                len(images), seed=self.seed, step=step, device=images.device
-            )
-        noise = None
+            masks = self.draw_masks(batch, step, share, images.device)
+        rows, noise = share.rows(batch), None
         if self.log_variance is not None:
-            noise = torch.empty(
-                len(images),
-                self.context_encoder.embed_dim,
-                dtype=images.dtype,
-                device=images.device,
-            ).normal_(generator=generator(self.seed, step, "posterior", images.device))
+            noise = torch.empty(batch, dim, dtype=images.dtype, device=images.device)
+            noise.normal_(generator=generator(self.seed, step, "posterior", images.device))
+            noise = noise[rows]
         draws = self.objective.regularizers.draw(
-            images, self.context_encoder.embed_dim, seed=self.seed, step=step
+            images, dim, seed=self.seed, step=step, batch=batch
         )
-        return self.losses(images, masks, noise, draws, self.rates.group_detached(step))
+        if draws.laplace is not None:  # these meet the embeddings of all processes
+            draws = draws._replace(laplace=draws.laplace[share.part_rows(batch)])
+        kept = self.context_encoder.draw_kept(batch)
+        kept = None if kept is None else kept[..., rows]
+        return self.losses(images, masks, noise, draws, self.rates.group_detached(step), kept)
+
+    def draw_masks(
+        self, batch: int, step: int, share: Share, device: torch.device | str = "cpu"
+    ) -> Masks:
+        """Return the masks of a share of a global batch at a step."""
+        masks = self.sampler.sample(batch, seed=self.seed, step=step, device=device)
+        rows = share.rows(batch)
+        return Masks(masks.context[rows], masks.targets[rows])
 
     def losses(
-        self, images: Tensor, masks: Masks, noise: Tensor | None, draws: Draws, detached: bool
+        self,
+        images: Tensor,
+        masks: Masks,
+        noise: Tensor | None,
+        draws: Draws,
+        detached: bool,
+        kept: Tensor | None = None,
     ) -> Losses:
         """Return the loss terms given all that is drawn: a function that can be compiled.
 
@@ -153,6 +179,7 @@ class SparseJEPA(nn.Module):
             noise: standard normal [B, D] for the posterior's sample, None where there is none.
             draws: of the regularisers.
             detached: keep the group loss from the context encoder.
+            kept: stochastic depth, see `ViT.forward`.
         """
         weights = self.objective
         self.target_encoder.eval()  # the target has no stochastic depth
@@ -163,7 +190,7 @@ class SparseJEPA(nn.Module):
             layers=weights.target_layers,
             centering=weights.target_centering,
         )
-        context = self.context_encoder(images, masks.context)  # [B, C, D]
+        context = self.context_encoder(images, masks.context, kept)  # [B, C, D]
         predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D']
         wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
         prediction = prediction_loss(predicted, wanted, weights.loss)
@@ -185,8 +212,11 @@ class SparseJEPA(nn.Module):
         kl = marginal = correlation = zero
         latent = context
         pooled = full(context).mean(1)  # [B, D], before any normalisation
-        if weights.kl == "aggregate" and weights.beta:
-            marginal, correlation = aggregate_kl(*self.moments(pooled))
+        aggregate = bool(weights.kl == "aggregate" and weights.beta)
+        # Terms over the batch see that of all processes.
+        every = gather(pooled) if aggregate or weights.regularizers.active else pooled
+        if aggregate:
+            marginal, correlation = aggregate_kl(*self.moments(every))
             kl = weights.kl_marginal * marginal + weights.kl_correlation * correlation
         elif self.log_variance is not None and noise is not None:
             logvar = full(self.log_variance(pooled))
@@ -194,7 +224,7 @@ class SparseJEPA(nn.Module):
             # One sample per image, added to each of its tokens: their mean is mu + sigma * eps.
             latent = context + ((0.5 * logvar).exp() * noise)[:, None]
         total = total + weights.beta * kl
-        regularizer = weights.regularizers(pooled, draws)
+        regularizer = weights.regularizers(every, draws)
         if regularizer is not None:
             total = total + regularizer
 
@@ -249,8 +279,8 @@ class SparseJEPA(nn.Module):
                 lam = self.controller.lam
             self.groups.proximal_step(self.rates.w_lr(step), lam, freeze_pattern=frozen)
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.target_encoder.parameters()),
-            list(self.context_encoder.parameters()),
+            [local(p) for p in self.target_encoder.parameters()],
+            [local(p) for p in self.context_encoder.parameters()],
             1 - self.rates.ema(step),
         )
 
@@ -281,7 +311,7 @@ def make_targets(
             normalised per patch (MAE).
         layers: average those tokens over the last so many blocks, each through the final norm and
             normalised, and normalise again (data2vec, Baevski et al. 2022, section 3.3).
-        centering: subtract the mean over B and N from the tokens.
+        centering: subtract the mean over the B of all processes and N from the tokens.
     """
     if predict == "pixels":
         return normalize_pixels(patchify(images, encoder.patch_size).flatten(1, 2).flatten(2))
@@ -290,7 +320,7 @@ def make_targets(
     else:
         outputs = map(normalize_targets, encoder.forward_intermediates(images, layers))
         targets = normalize_targets(torch.stack(list(outputs)).mean(0))
-    return targets - targets.mean((0, 1)) if centering else targets
+    return targets - average(targets.mean((0, 1))) if centering else targets
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsejepa.model.encoder import Block, Linear, init_weights, sincos_position_embedding
 
@@ -31,6 +32,9 @@ class TransformerPredictor(nn.Module):
             work, and another function: the context's tokens no longer depend on the block.
         out_dim: width D' of what is predicted; D if not given.
 
+    Attributes:
+        recompute: as the encoder's.
+
     Raises UserError if `dim` is not a multiple of 4 or of `num_heads`.
     """
 
@@ -49,6 +53,7 @@ class TransformerPredictor(nn.Module):
     ) -> None:
         super().__init__()
         self.packed = packed
+        self.recompute = False
         if num_heads is None:
             num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
         self.embed = Linear(embed_dim, dim)
@@ -90,7 +95,11 @@ class TransformerPredictor(nn.Module):
         # Nobody asks for the context's tokens after the last block: there they are only seen.
         asked = blocks * patches if self.packed else patches
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, mask, asked if i == len(self.blocks) - 1 else None)
+            last = asked if i == len(self.blocks) - 1 else None
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, mask, last, use_reentrant=False)
+            else:
+                tokens = block(tokens, mask, last)
         return self.proj(self.norm(tokens)).view(len(context), blocks, patches, -1)
 
 

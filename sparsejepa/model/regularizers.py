@@ -46,10 +46,10 @@ class Regularizers:
     rectified: float = 0.0
     rectified_share: float = 0.25
 
-    def draw(self, like: Tensor, dim: int, *, seed: int, step: int) -> Draws:
-        """Draw for a batch of len(like) embeddings of width `dim`, a function of (seed, step).
+    def draw(self, like: Tensor, dim: int, *, seed: int, step: int, batch: int = 0) -> Draws:
+        """Draw for `batch` embeddings of width `dim`, a function of (seed, step).
 
-        The draws have the type and device of `like`.
+        The draws have the type and device of `like`; `batch` is len(like) if not given.
         """
 
         def fresh(purpose: str, *shape: int) -> tuple[Tensor, torch.Generator]:
@@ -60,11 +60,16 @@ class Regularizers:
             empty, keyed = fresh("directions", dim, SLICES)
             directions = F.normalize(empty.normal_(generator=keyed), dim=0)
         if self.rectified:
-            empty, keyed = fresh("laplace", 2, len(like), dim)
+            empty, keyed = fresh("laplace", 2, batch or len(like), dim)
             # The difference of two exponential variables; 1 - u is never 0.
             up, down = -torch.log1p(-empty.uniform_(generator=keyed))
             laplace = up - down
         return Draws(directions, laplace)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a term at all."""
+        return any((*self.vicreg, self.sigreg, self.activation_l1, self.rectified))
 
     def __call__(self, z: Tensor, draws: Draws) -> Tensor | None:
         """Return the weighted sum of the terms for z [B, D], None if there are none."""

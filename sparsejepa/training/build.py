@@ -9,10 +9,12 @@ import torch
 
 from sparsejepa.config import Config
 from sparsejepa.data.augment import Augment
-from sparsejepa.data.catalog import cache_folder, load_dataset
+from sparsejepa.data.catalog import cache_folder, load_dataset, only_streamed, stream_dataset
 from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
+from sparsejepa.data.stream import ImageStream
 from sparsejepa.errors import UserError
+from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import Objective, SparseJEPA
@@ -39,34 +41,40 @@ def run_name(config: Config) -> str:
     return f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
 
 
-def load_images(config: Config) -> ImageSet:
-    """Load the training images, or what a corruption puts in their place.
+def load_images(config: Config) -> ImageSet | ImageStream:
+    """Load the training images, or open their stream, or what a corruption puts in their place.
 
     Raises UserError if they do not suit the settings.
     """
-    size = config.images.img_size
-    image_set = load_dataset(
+    wanted = config.images
+    streamed = wanted.stream or only_streamed(config.data)
+    if streamed and wanted.corruption != "none":
+        raise UserError(
+            f"--corruption {wanted.corruption}: not for streamed images; leave out --stream"
+        )
+    image_set = (stream_dataset if streamed else load_dataset)(
         config.data,
         "train",
-        img_size=(size[0], size[-1]) if size else None,
-        data_root=config.images.data_root,
-        upscale=config.images.upscale,
+        img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
+        data_root=wanted.data_root,
+        upscale=wanted.upscale,
+        max_unreadable=wanted.max_unreadable,
     )
-    if config.images.holdout:
-        image_set, _ = image_set.split_off(config.images.holdout)
-    if config.images.limit is not None and config.images.limit < len(image_set):
-        image_set = image_set.subset(config.images.limit, config.images.subset_seed)
+    if wanted.holdout:
+        image_set, _ = image_set.split_off(wanted.holdout)
+    if wanted.limit is not None and wanted.limit < len(image_set):
+        image_set = image_set.subset(wanted.limit, wanted.subset_seed)
     config.check_image(image_set.img_size)
     if config.optim.batch_size > len(image_set):
         raise UserError(
             f"--batch-size {config.optim.batch_size} is more than the {len(image_set)} training "
             f"images of {config.data}; use at most {len(image_set)}"
         )
-    if config.images.corruption != "none":
+    if wanted.corruption != "none" and isinstance(image_set, ImageSet):
         image_set = corrupt(
             image_set,
-            config.images.corruption,
-            seed=config.images.subset_seed,
+            wanted.corruption,
+            seed=wanted.subset_seed,
             patch_size=config.model.patch_size,
             cache_dir=cache_folder(None),
         )
@@ -171,20 +179,26 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
 
 
 def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:
-    """Return AdamW over everything but W, which the model moves itself."""
-    matrices, rest = model.network_parameters()
+    """Return AdamW over everything but W, which the model moves itself.
+
+    Parameters that are shared out among processes and whole ones are groups of their own: one
+    call of the optimiser's kernel takes one kind.
+    """
+    groups = []
+    decays = (config.optim.weight_decay, 0.0)
+    for parameters, decay in zip(model.network_parameters(), decays, strict=True):
+        whole = [p for p in parameters if local(p) is p]
+        shared = [p for p in parameters if local(p) is not p]
+        groups += [{"params": kind, "weight_decay": decay} for kind in (whole, shared) if kind]
     return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.optim.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ],
+        groups,
         lr=config.optim.lr,
         betas=(0.9, config.optim.adam_beta2),
         fused=True,
     )
 
 
-def build_augment(config: Config, image_set: ImageSet) -> Augment:
+def build_augment(config: Config, image_set: ImageSet | ImageStream) -> Augment:
     """Return the augmentation of a run; ``--augment none`` leaves only the normalisation."""
     crop = config.images.augment != "none"
     return Augment(

@@ -1,47 +1,339 @@
-"""The state of a run as one safetensors file: model, optimiser and progress."""
+"""The state of a run on disk: `run/checkpoints/step-000001200/`, whole or not there.
+
+A checkpoint holds every parameter and buffer, frozen ones included, and the optimiser's state, in
+safetensors files that torch.distributed.checkpoint writes, one per process, and last of all
+`manifest.json`: step, progress, and size and checksum of every file. Tensors are kept by the names
+of their parameters and as pieces of the whole, so another number of processes, sharded or not,
+reads them. Options of the optimiser's parameter groups follow from step and settings and are not
+kept.
+
+A save goes to a hidden folder, is synced and renamed, so a kill or a full disk at any moment leaves
+the previous checkpoints whole. All processes must see the folder.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from sparsejepa import __version__
+from sparsejepa.distributed import World
 from sparsejepa.errors import UserError
-from sparsejepa.files import load_tensors, save_tensors
+from sparsejepa.files import sync, sync_folder, write_text
 
-CHECKPOINT = "checkpoint.safetensors"
+FORMAT = 2
+"""Of the folder; the first was a single file, `SINGLE_FILE`."""
+
+SINGLE_FILE = "checkpoint.safetensors"
+_MANIFEST = "manifest.json"
+_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there or have the quota raised",
+    errno.EFBIG: "have the limit on the size of files raised",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+}
+T = TypeVar("T")
 
 
-def save_checkpoint(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
-) -> None:
-    """Write model, optimiser and `progress` (step, seconds, ...) to `run_dir`."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": t for name, t in state.items()})
-    save_tensors(run_dir / CHECKPOINT, tensors, progress)
+class _Broken(Exception):
+    """Why a checkpoint cannot be used."""
 
 
-def load_checkpoint(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Restore model and optimiser in place and return `progress`."""
-    tensors, progress = load_tensors(run_dir / CHECKPOINT)
-    weights, state = {}, {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part == "model":
-            weights[rest] = tensor
-        else:
-            index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+def has_checkpoint(run_dir: Path) -> bool:
+    """Return whether there is anything to resume from, whole or not."""
+    return bool(_steps(run_dir / "checkpoints")) or (run_dir / SINGLE_FILE).exists()
+
+
+class Checkpoints:
+    """The checkpoints of a run, of which the newest `keep` stay.
+
+    One job at a time may use them (see `training.lock`). Methods are collective: every process of
+    `world` calls them, and if one of them fails, all raise the same error. `say` gets one line for
+    each broken checkpoint that is passed over.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep: int = 2,
+        world: World = World(),  # noqa: B008  (it is frozen)
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
+        self._keep, self._world, self._say = keep, world, say
+
+    def __bool__(self) -> bool:
+        return has_checkpoint(self.run_dir)
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint named after ``progress["step"]``, then remove all but the newest.
+
+        `model` is the bare one; its parameters may be sharded (DTensor). `progress` is what JSON
+        can hold. Raises UserError when the disk is full, read-only or the like: what was there
+        before is untouched.
+        """
+        final = self.folder / f"step-{progress['step']:09d}"
+        beside = _hidden(final)
+        tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+        for name, parameter in _optimized(model, optimizer).items():
+            state = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
+        earlier = self._on_main(lambda: _steps(self.folder))
+        try:
+            self._on_main(lambda: self._make(beside))
+            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+            self._engine(save, tensors, storage_writer=writer)
+            written = self._everywhere(lambda: self._written(beside))
+            files = {name: entry for part in written for name, entry in part.items()}
+            self._on_main(lambda: self._publish(beside, final, files, progress))
+        except BaseException as error:
+            if self._world.main:
+                shutil.rmtree(beside, ignore_errors=True)
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "see to that")
+            last = f"the last good one is {earlier[-1].name}" if earlier else "there is no other"
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {progress['step']} could not be written "
+                f"({_one_line(error)}), {last}; {remedy}, then go on with --resume"
+            ) from None
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint in place; return its progress, None if there is none.
+
+        What killed saves left is removed. Raises UserError if there are checkpoints but none that
+        is whole, of this version's format and of this model.
+        """
+        steps = self._on_main(lambda: _remove_leftovers(self.folder) or _steps(self.folder))
+        reasons = []
+        for path in reversed(steps):
+            try:
+                progress = self._on_main(lambda path=path: _examine(path))
+                self._load(path, model, optimizer)
+            except (_Broken, OSError, SafetensorError) as error:
+                reasons.append(_one_line(error))
+                continue
+            if self._world.main:
+                for broken, reason in zip(reversed(steps), reasons, strict=False):
+                    self._say(f"{broken}: {reason}; going on from {path.name}")
+            return progress
+        if steps:
+            also = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
+            raise UserError(
+                f"{steps[-1]} cannot be resumed from{also}: {reasons[0]}; bring back a copy or "
+                "name a new folder with --out"
+            )
+        if (self.run_dir / SINGLE_FILE).exists():
+            raise UserError(
+                f"{self.run_dir / SINGLE_FILE} has format 1, this version reads {FORMAT}; go on "
+                "with the version of sparsejepa that wrote it or name a new folder with --out"
+            )
+        return None
+
+    def _make(self, beside: Path) -> None:
+        _remove_leftovers(self.folder)
+        beside.mkdir(parents=True)
+        sync_folder(self.run_dir)
+
+    def _written(self, beside: Path) -> dict[str, dict[str, Any]]:
+        """Sync the files that this process wrote; return size and checksum of each."""
+        # The engine numbers shards from 1; torch 2.11 syncs them before it has flushed them. What
+        # is read here is still in the system's cache.
+        mine = beside.glob(f"shard-{self._world.rank + 1:05d}-*")
+        return {path.name: {"size": sync(path), "blake2b": _digest(path)} for path in mine}
+
+    def _publish(
+        self, beside: Path, final: Path, files: dict[str, Any], progress: dict[str, Any]
+    ) -> None:
+        for name, entry in files.items():
+            if not (beside / name).exists() or (beside / name).stat().st_size != entry["size"]:
+                raise UserError(
+                    f"{beside / name}: another process wrote it and this one does not see it; put "
+                    "--out on a file system that all machines share"
+                )
+        about = {
+            "format": FORMAT,
+            "sparsejepa": __version__,
+            "torch": torch.__version__,
+            "processes": self._world.size,
+            "progress": progress,
+            "files": files,
+        }
+        write_text(beside / _MANIFEST, json.dumps(about | {"blake2b": _own_digest(about)}))
+        if final.exists():  # a broken one that this run went past
+            final.rename(_hidden(final, "old"))
+        beside.rename(final)
+        sync_folder(self.folder)
+        steps = _steps(self.folder)
+        last = steps.index(final) + 1  # what is after it was broken when this run was resumed
+        for path in {*steps} - {*steps[max(0, last - self._keep) : last]}:
+            # Hidden first, so that a kill leaves no half of it. The next save tries again.
+            with contextlib.suppress(OSError):
+                path.rename(_hidden(path, "old"))
+        _remove_leftovers(self.folder)
+
+    def _load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        reader = HuggingFaceStorageReader(str(path))
+        room: list[tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]] = []
+        self._everywhere(lambda: room.append(_room(reader, model, optimizer)))
+        tensors, state = room[0]
+        self._engine(load, tensors, storage_reader=reader)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _engine(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Call torch.distributed.checkpoint; what went wrong is raised itself, not wrapped."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process only
+            try:
+                call(*args, **options, no_dist=self._world.size == 1)
+            except CheckpointException as error:
+                raise next(iter(error.failures.values()))[0] from None
+
+    def _everywhere(self, work: Callable[[], T]) -> list[T]:
+        """Return what `work` returns in each process; if one fails, all raise its error."""
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        outcomes = [(result, failure)]
+        if self._world.size > 1:
+            outcomes *= self._world.size
+            dist.all_gather_object(outcomes, (result, failure))
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Do `work` in the main process alone; all get its result or raise its error."""
+        return self._everywhere(work if self._world.main else lambda: None)[0]  # type: ignore[return-value]
+
+
+def _examine(path: Path) -> dict[str, Any]:
+    """Return the progress of a checkpoint. Raises _Broken unless every file is as it was written.
+
+    Files beside those are no matter, but for tensors, which the engine would read.
+    """
+    there = {entry.name for entry in path.iterdir()}
+    if _MANIFEST not in there:
+        raise _Broken(f"it has no {_MANIFEST}")
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[-1].strip()
-        raise UserError(f"{run_dir / CHECKPOINT}: does not fit this model ({detail})") from None
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return progress
+        about = json.loads((path / _MANIFEST).read_bytes())
+        checksum = about.pop("blake2b", None)
+        found = about["format"]
+        whole = checksum == _own_digest(about)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _Broken(f"{_MANIFEST} is damaged") from None
+    if isinstance(found, int) and found != FORMAT:
+        raise _Broken(f"it has format {found}, this version reads {FORMAT}")
+    if not whole:
+        raise _Broken(f"{_MANIFEST} is damaged")
+    for name, entry in about["files"].items():
+        if name not in there:
+            raise _Broken(f"{name} is missing")
+        size = (path / name).stat().st_size
+        if size != entry["size"]:
+            raise _Broken(f"{name} has {size:,} bytes instead of {entry['size']:,}")
+        if _digest(path / name) != entry["blake2b"]:
+            raise _Broken(f"{name} is damaged (its checksum differs)")
+    for name in sorted(there - about["files"].keys()):
+        if name.endswith(".safetensors"):
+            raise _Broken(f"{name} is not one of its files")
+    return about["progress"]
+
+
+def _room(
+    reader: HuggingFaceStorageReader, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Return the tensors to be filled from a checkpoint, and those among them of the optimiser.
+
+    Those of the model are its own, by name; the optimiser's are new, by parameter number and key.
+    Raises _Broken if names, shapes or types differ.
+    """
+    stored = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, (owner, parameter) in enumerate(_optimized(model, optimizer).items()):
+        prefix = f"optimizer.{owner}."
+        for name, about in stored.items():
+            key = name.removeprefix(prefix)
+            if key == name or "." in key:
+                continue
+            dtype = about.properties.dtype
+            if about.size == parameter.shape:  # then it is cut among processes as the parameter is
+                tensors[name] = torch.empty_like(parameter.detach(), dtype=dtype)
+            else:
+                tensors[name] = torch.empty(about.size, dtype=dtype)
+            state.setdefault(number, {})[key] = tensors[name]
+    for name in sorted(stored.keys() | tensors.keys()):
+        kept, own = stored.get(name), tensors.get(name)
+        there = kept and f"{list(kept.size)} {kept.properties.dtype}"
+        here = None if own is None else f"{list(own.shape)} {own.dtype}"
+        if there != here:
+            raise _Broken(f"it does not fit this model: {name} is {there}, here {here}")
+    return tensors, state
+
+
+def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the optimiser's parameters by name, in its order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _hidden(path: Path, kind: str = "new") -> Path:
+    return path.with_name(f".{path.name}.{kind}.tmp")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _own_digest(about: dict[str, Any]) -> str:
+    text = json.dumps(about, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]

@@ -1,28 +1,44 @@
-"""The training loop: `_train` reads from top to bottom, the rest prepares it or tidies up."""
+"""The training loop: `_train` reads from top to bottom, the rest prepares it or tidies up.
+
+Several processes all run it, on their own rows of each batch; they see the same numbers and so
+decide alike. The main one prints and writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
+from sparsejepa.distributed import (
+    Agreement,
+    World,
+    first_here,
+    gather_texts,
+    joined,
+    mean_of,
+    on_main,
+)
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
@@ -30,21 +46,25 @@ from sparsejepa.training.build import (
     build_augment,
     build_model,
     default_run_dir,
-    describe_parameters,
     load_images,
     total_steps,
 )
-from sparsejepa.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from sparsejepa.training.checkpoint import Checkpoints, has_checkpoint
+from sparsejepa.training.guard import Guard
+from sparsejepa.training.lock import LOCK, run_lock
 from sparsejepa.training.monitor import (
-    METRICS,
     Alarms,
     MetricsLog,
     OnlineEvaluation,
-    first_bad,
+    ProgressLine,
     group_state,
 )
+from sparsejepa.training.parallel import whole_encoder
 from sparsejepa.training.schedule import Schedule
 from sparsejepa.training.step import TERMS, TrainStep
+
+SKIPPED = "skipped.txt"
+"""File and reason, a line each, of images that could not be read while training."""
 
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
 _FREE_ON_RESUME = {
@@ -81,92 +101,110 @@ def pretrain(
     `out`; with `resume` it goes on from the newest checkpoint there, if there is one. Ctrl-C and
     SIGTERM write a checkpoint and raise KeyboardInterrupt.
 
-    Raises UserError for settings or data that cannot work and when a loss is not finite.
+    Called by every process that torchrun or SLURM started, the processes train one model together;
+    when torchrun starts them anew, they go on where they were.
+
+    Raises UserError for settings or data that cannot work and when a loss is not finite or
+    explodes.
     """
     if isinstance(data, Config):
         config = data.replace(**settings)
     else:
         config = preset(settings.pop("preset", "best")).replace(data=data, **settings)
     config.check()
+    world = World.from_environment()
+    check_shares(config, world)
     run_dir = Path(out) if out is not None else default_run_dir(config)
-    done = open_run(run_dir, config, resume)
-    if done is not None:
-        return done
-    device = torch.device(resolve_device(config.run.device))
+    device = world.place(resolve_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    image_set = load_images(config)
-    total = total_steps(config, len(image_set))
-    model = build_model(config, image_set.img_size, total).to(device)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for partial in partial_files(run_dir):
-        partial.unlink(missing_ok=True)
-    write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
-    write_text(run_dir / "environment.json", json.dumps(environment(code_of(run_dir)), indent=1))
-    with _stop_on_signal() as stop:
-        summary = _train(run_dir, config, image_set, model, total, stop, console)
+    with joined(world, device):
+        resume = resume or world.restarts > 0
+        summary = on_main(world, lambda: open_run(run_dir, config, resume))
+        if summary is None:
+            images = first_here(world, lambda: load_images(config))
+            model = build_model(config, images.img_size, total_steps(config, len(images)))
+            on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
+            with run_lock(run_dir, world), _stop_on_signal() as stop:
+                place = torch.device(device)
+                summary = _train(run_dir, config, world, images, model, place, stop, console)
     return Run(run_dir, config, summary)
 
 
 def _train(
     run_dir: Path,
     config: Config,
-    image_set: ImageSet,
+    world: World,
+    image_set: ImageSet | ImageStream,
     model: SparseJEPA,
-    total: int,
+    device: torch.device,
     stop: list[int],
     console: Console | None,
 ) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    batch = config.optim.batch_size
-    images = DeviceImages(image_set, device)
-    report = ProgressLine(console, arm_name(config))
-    train_step = TrainStep(config, model, build_augment(config, image_set), total, report.say)
-    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device)
-    evaluate = OnlineEvaluation(image_set, images)
+    batch, total = config.optim.batch_size, total_steps(config, len(image_set))
+    report = ProgressLine(console if world.main else None, arm_name(config))
+    augment = build_augment(config, image_set)
+    train_step = TrainStep(config, model, augment, total, report.say, world, device)
+    images = open_images(image_set, device, config.run.workers)
+    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device, blocks)
+    evaluate = OnlineEvaluation(image_set, images, world=world)
     eval_every = config.run.eval_every or max(1, total // 10)
     save_every = config.run.checkpoint_every or max(1, total // 20)
 
-    start, seconds = 0, 0.0
-    if (run_dir / CHECKPOINT).exists():
-        progress = load_checkpoint(run_dir, model, train_step.optimizer)
+    if world.main:
+        _begin(run_dir, config)
+    checkpoints = Checkpoints(
+        run_dir, keep=config.run.keep_checkpoints, world=world, say=report.say
+    )
+    progress = checkpoints.restore(model, train_step.optimizer)
+    start, seconds, saved = 0, 0.0, "there is no checkpoint yet"
+    if progress is not None:
         start, seconds = progress["step"], progress["seconds"]
+        saved = f"the last good checkpoint is that of step {start}"
         if progress.get("images", image_set.fingerprint) != image_set.fingerprint:
             raise UserError(
                 f"{config.data}: the images or labels are not those that {run_dir} began with; "
                 "bring them back or name a new folder with --out"
             )
-    log = MetricsLog(run_dir, start)
-    alarms = Alarms(config.penalised, log.alarms)
+    log = MetricsLog(run_dir, start, write=world.main)
+    guard, alarms = Guard(["loss", *TERMS[1:]]), Alarms(config.penalised, log.alarms)
     for row in log.kept:
+        guard.observe(row)
         alarms.observe(row)
     pending = torch.zeros(config.run.log_every, len(TERMS), device=device)
+    agreed = Agreement(world)
     model.train()
 
-    with report.between(start, total, batch), contextlib.closing(log):
+    with (
+        report.between(start, total, batch),
+        contextlib.closing(log),
+        contextlib.closing(images),
+        contextlib.closing(agreed),
+    ):
         since, counted = time.perf_counter(), start
-        for step in range(start, total):
+        own_rows = (train_step.rows(order(step)) for step in range(start, total))
+        for step, pixels in zip(range(start, total), images.batches(own_rows), strict=True):
             row = step % config.run.log_every
-            pending[row] = train_step(images.take(order(step)), step)
+            pending[row] = train_step(pixels, step)
             done, last = step + 1, step + 1 == total
-            stopping = bool(stop)  # read once: a signal from here on waits for the next step
+            stopping = agreed(bool(stop))  # read once: a signal from here on waits for a next step
             saving = last or done % save_every == 0 or stopping
             # The only point that waits for the device.
             if saving or row == config.run.log_every - 1:
-                values = pending[: row + 1].cpu()
-                # The total last: it is never finite when a term is not, and the term is the cause.
-                bad = first_bad(values.roll(-1, dims=1), [*TERMS[1:], TERMS[0]])
-                if bad:
-                    raise UserError(
-                        f"{run_dir}: '{bad[1]}' is not finite at step {step - row + bad[0]}; start "
-                        "anew with a lower --lr or --beta, or a higher --ema (the last checkpoint "
-                        "is untouched)"
-                    )
+                values = mean_of(pending[: row + 1]).tolist()
+                for number, terms in enumerate(values, step - row):
+                    if wrong := guard.check(number, terms):
+                        raise UserError(
+                            f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a "
+                            f"higher --ema ({saved})"
+                        )
                 elapsed = time.perf_counter() - since
-                numbers = _metrics(model, train_step.schedule, step, values[-1].tolist())
+                numbers = _metrics(model, train_step.schedule, step, values[-1])
                 rate = batch * (done - counted) / max(elapsed, 1e-9)
                 numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
                 seconds, since, counted = seconds + elapsed, time.perf_counter(), done
+                guard.observe(numbers)
                 log.write(numbers)
                 report.update(done, numbers)
                 if last or done % eval_every == 0:
@@ -178,11 +216,28 @@ def _train(
                     report.say(f"alarm, step {step}: {alarm}")
                 if saving:
                     progress = {"step": done, "seconds": seconds, "images": image_set.fingerprint}
-                    save_checkpoint(run_dir, model, train_step.optimizer, progress)
+                    checkpoints.save(model, train_step.optimizer, progress)
+                    saved = f"the last good checkpoint is that of step {done}"
                     since = time.perf_counter()
                 if stopping and not last:
                     raise KeyboardInterrupt
-        return _finish(run_dir, config, image_set, model, total, seconds, log)
+        skipped = _list_skipped(run_dir, images, world)
+        if skipped:
+            report.say(f"{skipped} images could not be read: {run_dir / SKIPPED}")
+        encoder = whole_encoder(model.target_encoder, world.main)
+        summary = _summary(config, model, total, seconds, log) | {"skipped": skipped}
+        if encoder is not None:
+            _finish(run_dir, config, image_set, encoder, model.groups, summary)
+    # Nobody leaves before everything is written.
+    return on_main(world, lambda: summary)
+
+
+def _begin(run_dir: Path, config: Config) -> None:
+    """Write what a run directory says of its run before the first step."""
+    for partial in partial_files(run_dir):
+        partial.unlink(missing_ok=True)
+    write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
+    write_text(run_dir / "environment.json", json.dumps(environment(code_of(run_dir)), indent=1))
 
 
 def _metrics(
@@ -198,28 +253,12 @@ def _metrics(
     return row | group_state(model.groups)
 
 
-def _finish(
-    run_dir: Path,
-    config: Config,
-    image_set: ImageSet,
-    model: SparseJEPA,
-    total: int,
-    seconds: float,
-    log: MetricsLog,
+def _summary(
+    config: Config, model: SparseJEPA, total: int, seconds: float, log: MetricsLog
 ) -> dict[str, Any]:
-    """Write the encoder, the groups and, last of all, summary.json."""
-    save_encoder(
-        run_dir,
-        model.target_encoder,
-        mean=image_set.mean,
-        std=image_set.std,
-        extra={"data": config.data, "arm": arm_name(config), "seed": config.run.seed},
-    )
-    if model.groups is not None:
-        save_groups(run_dir, model.groups)
     w_norms = None if model.groups is None else model.groups.block_norms()
     count = total * config.optim.batch_size
-    summary = {
+    return {
         "arm": arm_name(config),
         "seed": config.run.seed,
         "data": config.data,
@@ -232,16 +271,62 @@ def _finish(
         "w_nonzero": 0 if w_norms is None else int((w_norms > 0).sum()),
         "w_total": 0 if w_norms is None else w_norms.numel(),
     }
+
+
+def _finish(
+    run_dir: Path,
+    config: Config,
+    image_set: ImageSet | ImageStream,
+    encoder: ViT,
+    groups: GroupMap | None,
+    summary: dict[str, Any],
+) -> None:
+    """Write the encoder, the groups and, last of all, summary.json."""
+    save_encoder(
+        run_dir,
+        encoder,
+        mean=image_set.mean,
+        std=image_set.std,
+        extra={"data": config.data, "arm": arm_name(config), "seed": config.run.seed},
+    )
+    if groups is not None:
+        save_groups(run_dir, groups)
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
-    return summary
 
 
-def open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
-    """Check the run directory against the settings; return the run if it is finished."""
+def _list_skipped(run_dir: Path, images: DeviceImages | StreamImages, world: World) -> int:
+    """Add the images that could not be read while training to `SKIPPED`; return how many it lists.
+
+    All processes' and, after a resume, those of earlier parts of the run.
+    """
+    lines = [f"{name}\t{reason}" for name, reason in images.skipped]
+    found = {line for text in gather_texts("\n".join(lines)) for line in text.splitlines()}
+    path = run_dir / SKIPPED
+    if path.exists():
+        found |= set(path.read_text(encoding="utf-8").splitlines())
+    if found and world.main:
+        write_text(path, "".join(f"{line}\n" for line in sorted(found)))
+    return len(found)
+
+
+def check_shares(config: Config, world: World) -> None:
+    """Raise UserError unless the batch divides into equal shares for processes and parts."""
+    batch, parts = config.optim.batch_size, config.optim.accumulate
+    shares = world.size * parts
+    if batch % shares:
+        raise UserError(
+            f"--batch-size {batch}: {world.size} processes and --accumulate {parts} need a "
+            f"multiple of {shares}; use {max(1, round(batch / shares)) * shares}"
+        )
+
+
+def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | None:
+    """Check the run directory against the settings; return the summary if the run is finished."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file; name a folder")
     if not (run_dir / "config.toml").exists():
-        if run_dir.is_dir() and set(run_dir.iterdir()) - set(partial_files(run_dir)):
+        own = {run_dir / LOCK, *partial_files(run_dir)}
+        if run_dir.is_dir() and set(run_dir.iterdir()) - own:
             raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
         return None
     if not resume:
@@ -256,13 +341,13 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> Run | None:
                 "same settings or name a new folder with --out"
             )
     if (run_dir / "summary.json").exists():
-        return Run(run_dir, config, read_json(run_dir / "summary.json"))
+        return read_json(run_dir / "summary.json")
     return None
 
 
 def code_of(run_dir: Path) -> str:
     """Return the code that a run was trained with so far, as `environment` names it."""
-    if not any((run_dir / name).exists() for name in (CHECKPOINT, "summary.json")):
+    if not has_checkpoint(run_dir) and not (run_dir / "summary.json").exists():
         return ""
     path = run_dir / "environment.json"
     return read_json(path).get("code", "unknown") if path.exists() else "unknown"
@@ -280,14 +365,20 @@ def read_config(run_dir: Path) -> Config:
 class EpochOrder:
     """Which images a step sees: a new permutation each epoch, keyed on (seed, epoch).
 
-    It lies on `device`, so that on a GPU no step but an epoch's first sends anything there.
+    It lies on `device`, so that on a GPU no step but an epoch's first sends anything there. Images
+    that are read in `blocks` of these lengths stay near each other (`block_order`).
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        blocks: np.ndarray | None = None,
     ) -> None:
         self._num_images, self._batch, self._seed = num_images, batch_size, seed
-        self._device = device
+        self._device, self._blocks = device, blocks
         self._per_epoch = num_images // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -295,11 +386,14 @@ class EpochOrder:
         """Return the indices [B] of the images of `step`."""
         epoch, position = divmod(step, self._per_epoch)
         if epoch != self._epoch:
-            keyed = generator(self._seed, epoch, "order")
             self._epoch = epoch
-            order = torch.randperm(self._num_images, generator=keyed)
-            self._order = order.to(self._device, non_blocking=True)
+            self._order = self._permutation(epoch).to(self._device, non_blocking=True)
         return self._order[position * self._batch : (position + 1) * self._batch]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._blocks is None:
+            return torch.randperm(self._num_images, generator=generator(self._seed, epoch, "order"))
+        return torch.as_tensor(block_order(self._blocks, self._seed, epoch))
 
 
 @contextlib.contextmanager
@@ -321,95 +415,3 @@ def _stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class ProgressLine:
-    """A bar with images/s and time left on a terminal, some plain lines elsewhere."""
-
-    def __init__(self, console: Console | None, name: str) -> None:
-        self._console, self._name = console, name
-        self._bar: Progress | None = None
-
-    @contextlib.contextmanager
-    def between(self, start: int, total: int, batch: int) -> Iterator[None]:
-        """Show progress from step `start` to `total` while the context lasts."""
-        self._total, self._batch, self._printed = total, batch, start
-        if self._console is None or not self._console.is_terminal:
-            yield
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console) as self._bar:
-            self._task = self._bar.add_task(self._name, total=total, completed=start)
-            yield
-
-    def update(self, done: int, row: dict[str, Any]) -> None:
-        rate = row["images_per_second"]
-        text = f"{self._name}  {done}/{self._total}  loss {row['loss']:.3f}  {rate:,.0f} images/s"
-        if "groups_per_latent" in row:
-            text += f"  {row['groups_per_latent']:.1f} groups per latent"
-        if self._bar:
-            self._bar.update(self._task, completed=done, description=text)
-        elif self._console and (done - self._printed >= self._total / 10 or done == self._total):
-            left = (self._total - done) * self._batch / max(rate, 1e-9)
-            self._console.print(f"{text}  {left:.0f} s left", highlight=False)
-            self._printed = done
-
-    def say(self, text: str) -> None:
-        if self._console:
-            self._console.print(text, highlight=False)
-
-
-def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
-    """Return what a run would do, after timing a few steps of it: the body of --dry-run."""
-    config.check()
-    device = torch.device(resolve_device(config.run.device))
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    image_set = load_images(config)
-    total = total_steps(config, len(image_set))
-    model = build_model(config, image_set.img_size, total).to(device)
-    images, batch = DeviceImages(image_set, device), config.optim.batch_size
-    train_step = TrainStep(config, model, build_augment(config, image_set), total)
-    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device)
-    times = []
-    for step in range(timed_steps + 1):
-        began = time.perf_counter()
-        train_step(images.take(order(0)), step).tolist()  # waits for the device
-        times.append(time.perf_counter() - began)
-    seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
-    memory = (
-        torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()
-    )
-    sampler = model.sampler
-    return {
-        "arm": arm_name(config),
-        "data": config.data,
-        "train_images": len(image_set),
-        "img_size": list(image_set.img_size),
-        "patches": sampler.grid_size[0] * sampler.grid_size[1],
-        "steps": total,
-        "epochs": total * batch / len(image_set),
-        "images_seen": total * batch,
-        "parameters": describe_parameters(model),
-        "target_blocks": config.masks.num_targets,
-        "target_shapes": [list(shape) for shape in sampler.target_shapes],
-        "context_counts": list(sampler.context_counts),
-        "precision": "bf16" if train_step.autocast._enabled else "fp32",
-        "device": str(device),
-        "images_per_second": batch / seconds,
-        "minutes": total * seconds / 60,
-        "peak_memory_mb": memory,
-        "would_write": str(default_run_dir(config)),
-        "files": ["config.toml", "environment.json", METRICS, CHECKPOINT, "encoder.safetensors",
-                  "config.json", *(["groups.safetensors"] if model.groups else []), "summary.json"],
-    }  # fmt: skip
-
-
-def _peak_rss_mb() -> float:
-    """Return the process's peak memory so far in MiB (0 where the system does not tell)."""
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsejepa.data.augment import normalize
 from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.data.stream import ImageStream, StreamImages
+from sparsejepa.distributed import World, gather_rows, own_rows
 from sparsejepa.evaluation.information import rankme, std_per_dimension
 from sparsejepa.evaluation.probe import knn_accuracy
 from sparsejepa.evaluation.sparsity import summary
@@ -26,9 +31,12 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line. Lines at or after `step` are dropped on a resume."""
+    """metrics.jsonl, one JSON object a line. Lines at or after `step` are dropped on a resume.
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    Of several processes, which all see the same numbers, one has `write` and keeps the file.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, write: bool = True) -> None:
         self.path = run_dir / METRICS
         self.last: dict[str, Any] = {}
         self.alarms: list[str] = []
@@ -43,18 +51,22 @@ class MetricsLog:
                 if row["step"] < step:
                     self.kept.append(row)
                     self._remember(row)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = None
+        if write:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, as JSON knows none."""
         clean = {k: _finite(v) for k, v in row.items()}
         self._remember(clean)
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def _remember(self, row: dict[str, Any]) -> None:
         if "alarm" in row:
@@ -67,13 +79,20 @@ class OnlineEvaluation:
     """k-NN accuracy, RankMe and per-dimension spread of the target encoder on training images.
 
     A fixed random part of *train* serves as bank and queries, so no test image is looked at while
-    training. Without labels only RankMe and the spread are reported.
+    training. Without labels only RankMe and the spread are reported. Each process of `world` embeds
+    its share of the images; all get the same numbers.
     """
 
-    def __init__(self, image_set: ImageSet, images: DeviceImages, count: int = 2048) -> None:
+    def __init__(
+        self,
+        image_set: ImageSet | ImageStream,
+        images: DeviceImages | StreamImages,
+        count: int = 2048,
+        world: World = World(),  # noqa: B008  (it is frozen)
+    ) -> None:
         count = min(count, len(image_set))
         order = np.random.default_rng(0).permutation(len(image_set))[:count]
-        self._index = torch.from_numpy(order)
+        self._index, self._count = torch.from_numpy(own_rows(order, world)), count
         self._images, self._mean, self._std = images, image_set.mean, image_set.std
         target = next(iter(image_set.targets.values()), None)
         self._labels = None if target is None else torch.from_numpy(target.values[order])
@@ -84,8 +103,9 @@ class OnlineEvaluation:
         for part in self._index.split(256):
             pixels = normalize(self._images.take(part), self._mean, self._std)
             with autocast:
-                features.append(encoder(pixels).float().mean(1).cpu())
-        x = torch.cat(features)
+                tokens = encoder(pixels.to(encoder.pos_embed.dtype))
+                features.append(tokens.float().mean(1).cpu())
+        x = gather_rows(torch.cat(features), self._count)
         spread = std_per_dimension(x)
         row = {
             "rankme": float(rankme(x)),
@@ -152,6 +172,43 @@ class Alarms:
         return new
 
 
+class ProgressLine:
+    """A bar with images/s and time left on a terminal, some plain lines elsewhere."""
+
+    def __init__(self, console: Console | None, name: str) -> None:
+        self._console, self._name = console, name
+        self._bar: Progress | None = None
+
+    @contextlib.contextmanager
+    def between(self, start: int, total: int, batch: int) -> Iterator[None]:
+        """Show progress from step `start` to `total` while the context lasts."""
+        self._total, self._batch, self._printed = total, batch, start
+        if self._console is None or not self._console.is_terminal:
+            yield
+            return
+        text = TextColumn("{task.description}", markup=False)
+        columns = (text, BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console) as self._bar:
+            self._task = self._bar.add_task(self._name, total=total, completed=start)
+            yield
+
+    def update(self, done: int, row: dict[str, Any]) -> None:
+        rate = row["images_per_second"]
+        text = f"{self._name}  {done}/{self._total}  loss {row['loss']:.3f}  {rate:,.0f} images/s"
+        if "groups_per_latent" in row:
+            text += f"  {row['groups_per_latent']:.1f} groups per latent"
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=text)
+        elif self._console and (done - self._printed >= self._total / 10 or done == self._total):
+            left = (self._total - done) * self._batch / max(rate, 1e-9)
+            self._console.print(f"{text}  {left:.0f} s left", highlight=False)
+            self._printed = done
+
+    def say(self, text: str) -> None:
+        if self._console:
+            self._console.print(text, highlight=False)
+
+
 def group_state(groups: GroupMap | None) -> dict[str, float]:
     """Return density, groups per latent, dead groups and the largest usage share of W."""
     if groups is None:
@@ -165,12 +222,6 @@ def group_state(groups: GroupMap | None) -> dict[str, float]:
         "dead_groups": int(numbers["dead_groups"]),
         "max_usage": float(usage.max() / usage.sum().clamp_min(1e-12)),
     }
-
-
-def first_bad(values: Tensor, names: list[str]) -> tuple[int, str] | None:
-    """Return (row, name) of the first value of `values` [rows, terms] that is not finite."""
-    bad = (~values.isfinite()).nonzero()
-    return None if len(bad) == 0 else (int(bad[0, 0]), names[int(bad[0, 1])])
 
 
 def _finite(value: Any) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from sparsejepa.config import PRESETS, Config, MaskConfig
-from sparsejepa.errors import UserError
+from sparsejepa.config import PRESETS, Config, MaskConfig, flat_fields, preset
+from sparsejepa.errors import UserError, flag
 from sparsejepa.report.terminal import percent, show_facts, show_rows
 from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size, split_names
 
@@ -128,6 +130,7 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
     if not args.data:
         raise UserError(f"--data is needed: {DATA}")
     from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.distributed import current, first_here
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation import features
     from sparsejepa.evaluation.export import check_path, write_features
@@ -135,13 +138,15 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
 
     check_path(args.out)
     encoder = load(args.run, resolve_device(args.device))
-    images = load_dataset(
+    read = partial(
+        load_dataset,
         args.data,
         args.split,
         img_size=image_size(args.img_size),
         data_root=args.data_root,
         upscale=args.upscale,
-    ).subset(args.limit)
+    )
+    images = first_here(current(), read).subset(args.limit)
     found = features.embed(encoder, images, pool=args.pool)
     write_features(args.out, found, images.files)
     facts = {
@@ -227,6 +232,8 @@ class Data(Verb):
     data_root: Path | None = None
     """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
     not given."""
+    stream: bool = False
+    """Check what --stream of pretrain would read: the list, a sample and one batch."""
 
 
 def data(args: Data, console: Console) -> dict[str, Any]:
@@ -239,45 +246,106 @@ def data(args: Data, console: Console) -> dict[str, Any]:
         return {"datasets": rows}
     if not args.names:
         raise UserError(f"data {args.action}: which one? Give {DATA}")
+    if args.stream and args.action != "check":
+        raise UserError("--stream: only for data check; nothing is fetched beforehand for a stream")
     size, found = image_size(args.img_size), []
     for name in args.names:
-        about = describe(name, img_size=size, data_root=args.data_root, upscale=args.upscale)
+        about = describe(
+            name,
+            img_size=size,
+            data_root=args.data_root,
+            upscale=args.upscale,
+            stream=args.stream,
+        )
         found.append(about)
         show_facts(console, {k: v for k, v in about.items() if k != "splits"}, name)
         for split, values in about["splits"].items():
             show_facts(console, {**values, "skipped": len(values["skipped"])}, f"{name}: {split}")
             for file, reason in values["skipped"]:
-                console.print(f"skipped {file}: {reason}")
+                console.print(f"skipped {file}: {reason}", markup=False)
     return {"datasets": found}
 
 
 @dataclass(frozen=True)
 class Info(Verb):
-    """Versions, hardware and presets; or the settings and last numbers of a run."""
+    """Versions, hardware and presets; settings and last numbers of a run; or, with --model, what a
+    run would take.
+
+    sparsejepa info --model vit-h14 --gpu h100 --gpus 64 --price 3 predicts parameters, operations,
+    memory, images per second, hours and cost. Nothing is built or started.
+    """
 
     run: Positional[str | None] = None
     """Run directory."""
+    model: str | None = None
+    """Predict for this model: a preset, a size (nano to huge) or a timm name such as
+    vit_small_patch16_224."""
+    preset: str | None = None
+    """Predict for this preset."""
+    batch: int | None = None
+    """Images per step, over all GPUs; the preset's if not given, as with all that follow."""
+    img_size: tuple[int, ...] = ()
+    """Image size in pixels, one number or height and width."""
+    patch_size: int | None = None
+    """Side of a patch in pixels."""
+    groups: Literal["none", "region", "concept", "feature"] | None = None
+    """What a group is."""
+    precision: Literal["auto", "bf16", "fp32"] | None = None
+    """auto: bf16 where the GPU has it."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """Whole models on each GPU, or shares of one."""
+    checkpoint_activations: bool | None = None
+    """Compute blocks a second time instead of keeping their activations."""
+    accumulate: int | None = None
+    """Parts in which each GPU takes its images."""
+    epochs: int | None = None
+    """Passes over the images."""
+    images: int = 1_281_167
+    """Training images; ImageNet's if not given."""
+    gpu: str = "h100"
+    """a100-40gb, a100-80gb, h100, h200, b200, l40s, rtx4090, t4; or cpu: this one, measured."""
+    gpus: int = 1
+    """GPUs of the run."""
+    gpus_per_machine: int = 8
+    """GPUs that are linked directly; others are reached over the network."""
+    network: float = 400.0
+    """Gigabits per second of the network, per GPU."""
+    mfu: float = 0.3
+    """Share of the GPU's peak rate that a step reaches: an assumption, see docs/scaling.md."""
+    price: float | None = None
+    """Price of a GPU-hour."""
 
 
 def info(args: Info, console: Console) -> dict[str, Any]:
-    """Describe the installation or a run."""
+    """Describe the installation or a run, or predict one."""
+    if args.model is not None or args.preset is not None:
+        return _predict(args, console)
+    for one in dataclasses.fields(args):
+        if one.name not in ("run", "json") and getattr(args, one.name) != one.default:
+            raise UserError(f"{flag(one.name)}: only for a prediction; add --model or --preset")
     if args.run is None:
         from sparsejepa.environment import environment
 
-        presets = {name: preset.about for name, preset in PRESETS.items()}
+        presets = {
+            name: {key: value for key, value in vars(one).items() if key != "settings"}
+            for name, one in PRESETS.items()
+        }
         found: dict[str, Any] = {"environment": environment(), "presets": presets}
         show_facts(console, found["environment"], "environment")
-        show_facts(console, presets, "presets")
+        show_facts(console, {n: about["about"] for n, about in presets.items()}, "presets")
         return found
     from sparsejepa.training.loop import read_config
 
     folder = Path(args.run)
     config = read_config(folder)
     summary = folder / "summary.json"
+    source = summary if summary.exists() else folder / "metrics.jsonl"
     try:
-        last = json.loads(summary.read_text())["final"] if summary.exists() else _last(folder)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{summary}: damaged; copy the run again, or train it again") from None
+        last = (
+            _plain(json.loads(summary.read_text())["final"]) if summary.exists() else _last(source)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{source}: damaged; copy the run again, or train it again") from None
     found = {
         "run": folder,
         "finished": summary.exists(),
@@ -290,13 +358,51 @@ def info(args: Info, console: Console) -> dict[str, Any]:
     return found
 
 
-def _last(folder: Path) -> dict[str, Any]:
+def _predict(args: Info, console: Console) -> dict[str, Any]:
+    """Predict a run from the sizes of its model and the data sheet of a GPU."""
+    if args.run is not None:
+        raise UserError(f"{args.run}: a run, and --model or --preset; leave one of them out")
+    if args.model is not None and args.preset is not None:
+        raise UserError("--model and --preset: leave one of them out")
+    check_counts(args, "batch", "gpus", "gpus_per_machine", "images")
+    for name, most in (("mfu", 1.0), ("network", math.inf), ("price", math.inf)):
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= most:
+            bound = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
+            raise UserError(f"{flag(name)} {value:g}: must be {bound}")
+    from sparsejepa.benchmarks.hardware import processor
+    from sparsejepa.benchmarks.predict import Fleet, Prediction, named_model
+
+    config = preset(args.preset) if args.preset is not None else named_model(args.model or "")
+    names = (f.name for f in dataclasses.fields(args) if f.name in flat_fields())
+    changes = {name: getattr(args, name) for name in names}
+    if args.batch is not None:
+        changes["batch_size"] = args.batch
+    config = config.replace(**{k: v for k, v in changes.items() if v not in (None, ())})
+    fleet = Fleet(processor(args.gpu), args.gpus, args.gpus_per_machine, args.network * 1e9 / 8)
+    found = Prediction(config, fleet, args.mfu).describe(args.images, args.price)
+    facts = {name: value for name, value in found.items() if name != "memory"}
+    show_facts(console, facts, f"prediction: {args.preset or args.model}")
+    console.print("memory per GPU at the step's peak", style="bold")
+    show_rows(console, found["memory"])
+    console.print(f"Assumed: {args.mfu:g} of the peak rate (--mfu); the rest: docs/scaling.md.")
+    return found
+
+
+def _last(path: Path) -> dict[str, Any]:
     """Return the newest value of every number in metrics.jsonl; a torn last line is left out."""
     newest: dict[str, Any] = {}
-    path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            newest |= json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        newest |= _plain(row)
     return newest
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """Return a row of metrics as it is. Raises TypeError if it holds more than numbers and text."""
+    if not all(isinstance(value, int | float | str | None) for value in dict(row).values()):
+        raise TypeError("values of other kinds")
+    return dict(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -115,22 +116,25 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
         where = f"in {args.out}" if args.out else "to be found"
         raise UserError(f"--resume: there is no run {where}; name its folder with --out")
     config = args.settings(args.data)
-    from sparsejepa.training import loop
     from sparsejepa.training.build import default_run_dir
+    from sparsejepa.training.loop import pretrain as train
 
     run_dir = args.out or default_run_dir(config)
     if args.dry_run:
-        found = loop.plan(config) | {"would_write": str(run_dir)}
+        from sparsejepa.training.plan import plan
+
+        found = plan(config) | {"would_write": str(run_dir)}
         show_facts(console, found, "dry run: nothing was written")
         return found
     if args.resume and not (run_dir / "config.toml").exists():
         console.print(f"--resume: no run in {run_dir} yet, a new one starts")
-    run = loop.pretrain(config, out=run_dir, resume=args.resume, console=console)
+    run = train(config, out=run_dir, resume=args.resume, console=console)
     last = run.summary["final"]
     facts = {name: run.summary[name] for name in ("arm", "steps", "seconds", "images_per_second")}
     facts |= {name: last[name] for name in _TELLING if last.get(name) is not None}
     show_facts(console, facts | {"alarms": run.summary["alarms"]}, f"finished: {run.path}")
-    console.print(f"next: sparsejepa probe {run.path} --data {config.data}")
+    again = shlex.join(["sparsejepa", "probe", str(run.path), "--data", config.data])
+    console.print(f"next: {again}")
     return {"run": run.path, "summary": run.summary, "config": config.to_dict()}
 
 

@@ -21,7 +21,7 @@ from sparsejepa.benchmarks.growth import PeakMemory
 from sparsejepa.benchmarks.run import SECTIONS
 from sparsejepa.benchmarks.settings import BenchSettings, Section
 from sparsejepa.environment import has_bf16
-from sparsejepa.model.costs import peak_memory
+from sparsejepa.model.memory import peak_memory
 from sparsejepa.report.bench import bench_figure
 
 SMALL = BenchSettings(

@@ -132,16 +132,20 @@ def test_list_of_data_sets(tmp_path: Path, save: Save):
         (tmp_path / path).touch()
     save(tmp_path / "photos" / "train" / "1.png")
     save(tmp_path / "photos" / "val" / "1.png")
+    for shard in ("train-0.tar", "val-0.tar"):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / shard).touch()
     rows = {row.name: row for row in list_datasets(tmp_path)}
     names = ["scenes", "scenes:single", "cifar100", "cifar10", "svhn"]
-    official = ["inaturalist2018", "places365", "clevr-count"]
+    official = ["inaturalist2018", "places365", "imagenet", "clevr-count"]
     assert list(rows)[:5] == names and set(official) <= rows.keys()
-    others = {"hub:someone/pictures", "hub:a/b", "flat", "photos"}
+    others = {"hub:someone/pictures", "hub:a/b", "flat", "photos", "shards"}
     assert set(list(rows)[5:]) == {*official, *others}
     assert rows["scenes"].found == "built in" and rows["svhn"].found == ""
     assert rows["cifar100"].found == str(tmp_path / "uoft-cs" / "cifar100")
     assert rows["cifar100"].splits == ("train", "test")
     assert rows["photos"].splits == ("train", "val") and rows["flat"].splits == ("all",)
+    assert (rows["shards"].source, rows["shards"].splits) == ("tar shards", ("train", "val"))
     assert [row.name for row in list_datasets(None)] == names + official
 
 

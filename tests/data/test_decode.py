@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsejepa.data import decode as module
-from sparsejepa.data.decode import Unreadable, decode, fit, to_rgb
+from sparsejepa.data.decode import Unreadable, check_readable, decode, fit, read_image, to_rgb
 from sparsejepa.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -173,13 +173,12 @@ def test_blocks_keep_order_and_names(monkeypatch: pytest.MonkeyPatch):
     assert [entry for block in blocks for entry in block.skipped] == [("i7", "not an image")]
 
 
-def test_mostly_unreadable_is_an_error():
-    good = encoded(Image.fromarray(PIXELS))
-    half = [("a", good), ("b", b"x")]
-    (block,) = decode(half, None, upscale=False, origin="data")
-    assert len(block.images) == 1
-    with pytest.raises(UserError, match=r"data: 2 of 3 images cannot be read, the first is b"):
-        list(decode([*half, ("c", b"x")], None, upscale=False, origin="data"))
+@pytest.mark.parametrize(("limit", "allowed"), [(0.5, 5), (0.0, 0), (0.29, 2), (1.0, 9)])
+def test_too_many_unreadable_images_are_an_error(limit: float, allowed: int):
+    skipped = [(f"{i}.png", "not an image") for i in range(10)]
+    check_readable("data", skipped[:allowed], 10, limit)
+    with pytest.raises(UserError, match=r"data: \d+ of 10 images .* first is 0.png .*--max-unread"):
+        check_readable("data", skipped[: allowed + 1], 10, limit)
 
 
 def test_sizes_must_agree_or_be_given(tmp_path: Path):
@@ -213,6 +212,50 @@ def test_fit_keeps_the_centre_and_a_ramp(size, out):
     assert abs(got.mean() - ramp.mean()) < 6 or size[1] == 1
     assert (np.diff(got, axis=1) >= -2).all()  # bicubic overshoots a little
     assert (np.ptp(got, axis=0) <= 2).all()
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """A picture with the spectrum of photographs: amplitudes fall off with the frequency."""
+    rng = np.random.default_rng(3)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency**1.2
+    grey, red, blue = np.fft.irfft2(spectrum, (height, width))
+    planes = np.stack([grey + 0.3 * red, grey, grey + 0.3 * blue], -1)
+    planes = 128 + 50 * (planes - planes.mean()) / planes.std()
+    return Image.fromarray(planes.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(150, 150), (128, 128), (100, 60), (40, 64), (33, 33), (37, 37)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_large_jpeg_is_nearly_what_full_decoding_gives(size, options):
+    """Decoded at a half, a quarter or an eighth, then resized: hardly further from resizing alone
+    than common filters are from one another."""
+    image = photograph(301, 403)
+    data = encoded(image, "JPEG", quality=92, **options)
+    ours = read_image("x", data, size, False)
+    assert isinstance(ours, np.ndarray) and ours.shape == (*size, 3)
+    whole = to_rgb(data)
+    box, hamming, bicubic, lanczos = (
+        np.asarray(fit(whole, size, filter_)).astype(float)
+        for filter_ in (Image.Resampling.BOX, Image.Resampling.HAMMING, Image.Resampling.BICUBIC,
+                        Image.Resampling.LANCZOS)
+    )  # fmt: skip
+    usual = abs(box - lanczos)
+    nearest = min((abs(ours - other) for other in (hamming, bicubic)), key=np.mean)
+    assert nearest.mean() < 1.25 * usual.mean()
+    assert np.quantile(nearest, 0.99) < 1.25 * np.quantile(usual, 0.99)
+    assert abs(ours.mean((0, 1)) - hamming.mean((0, 1))).max() < 1
+
+
+def test_a_jpeg_that_is_turned_is_turned_before_it_is_made_smaller():
+    """It lies on its side in the file: 120 x 60 pixels are 60 x 120 for whoever looks at it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photograph(60, 120), "JPEG", exif=exif)
+    for size in ((100, 50), (40, 20)):
+        image = read_image("x", data, size, False)
+        assert (np.asarray(fit(to_rgb(data), size)) == image).all()
 
 
 def test_fit_of_the_same_size_changes_nothing():

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.catalog import load_dataset, stream_dataset
 from sparsejepa.data.hub import choose_shards, fetch
+from sparsejepa.data.stream import open_images
 from sparsejepa.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -35,10 +37,10 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write(
-    path: Path, count: int, features: dict | None = FEATURES, **columns: list
+    path: Path, count: int, features: dict | None = FEATURES, side: int = 6, **columns: list
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write one shard; return its images and fine labels."""
-    images = RNG.integers(0, 256, (count, 6, 6, 3), np.uint8)
+    images = RNG.integers(0, 256, (count, side, side, 3), np.uint8)
     fine = RNG.integers(0, 3, count)
     table: dict[str, object] = {
         "img": pa.array(
@@ -278,3 +280,103 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     use(None, whole)
     with pytest.raises(UserError, match=r"hub:o/n: no configuration 'd'"):
         fetch("o/n", "d")
+
+
+def test_a_local_copy_streams_as_it_is_cached(tmp_path: Path):
+    root = tmp_path / "o" / "n"
+    parts = [write(root / "data" / f"train-0000{i}-of-00002.parquet", 5 + i) for i in range(2)]
+    write(root / "data" / "test-00000-of-00001.parquet", 3)
+    options: dict[str, Any] = {"data_root": tmp_path}
+    for split in ("train", "test"):
+        cached = load_dataset("hub:o/n", split, cache_dir=tmp_path / "cache", **options)
+        stream = stream_dataset("hub:o/n", split, **options)
+        assert tuple(stream.files) == cached.files and stream.mean == cached.mean
+        assert stream.targets.keys() == cached.targets.keys()
+        for key, target in stream.targets.items():
+            assert (target.values == cached.targets[key].values).all()
+        for workers in (0, 2):
+            (batch,) = open_images(stream, "cpu", workers).batches([torch.arange(len(stream))])
+            assert (batch.numpy() == cached.images).all()
+    stream = stream_dataset("hub:o/n", **options)
+    assert stream.blocks is not None and stream.blocks.tolist() == [len(x) for x, _ in parts]
+    blocks = stream.split_off(4)[1].blocks
+    assert blocks is not None and blocks.sum() == 4
+
+
+def test_one_split_is_divided_in_a_stream_as_in_the_cache(tmp_path: Path):
+    write(tmp_path / "o" / "n" / "train.parquet", 20)
+    options: dict[str, Any] = {"data_root": tmp_path, "factors": ["coarse_label"]}
+    for split in ("train", "test"):
+        cached = load_dataset("hub:o/n", split, cache_dir=tmp_path / "cache", **options)
+        stream = stream_dataset("hub:o/n", split, **options)
+        assert tuple(stream.files) == cached.files and list(stream.targets) == ["coarse_label"]
+        assert (
+            stream.targets["coarse_label"].values == cached.targets["coarse_label"].values
+        ).all()
+
+
+HUB_MODULE = """
+import os
+from types import SimpleNamespace
+
+ROOT = os.environ["FAKE_HUB"]
+
+def snapshot_download(*args, **options):
+    raise FileNotFoundError("not cached")
+
+class HfApi:
+    def dataset_info(self, repo, timeout):
+        files = [f"data/{name}" for name in os.listdir(ROOT)] + ["load.py", "README.md"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in files], sha="abc")
+
+class HfFileSystem:
+    def open(self, path, mode):
+        if os.environ.get("FAKE_HUB_DOWN"):
+            raise ConnectionError("Network is unreachable\\nsecond line")
+        assert path.startswith("datasets/o/n@abc/data/") and mode == "rb"
+        return Counted(open(os.path.join(ROOT, os.path.basename(path)), mode))
+
+class Counted:
+    def __init__(self, file):
+        self.file = file
+    def read(self, size=-1):
+        with open(os.environ["FAKE_HUB_LOG"], "a") as log:
+            data = self.file.read(size)
+            log.write(f"{os.path.basename(self.file.name)} {len(data)}\\n")
+        return data
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+"""
+
+
+def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for its client, in the workers as well: each row group is read on its own."""
+    remote, log = tmp_path / "remote", tmp_path / "log"
+    (tmp_path / "fake" / "huggingface_hub").mkdir(parents=True)
+    (tmp_path / "fake" / "huggingface_hub" / "__init__.py").write_text(HUB_MODULE)
+    parts = [write(remote / f"train-0000{i}-of-00002.parquet", 30, side=64) for i in range(2)]
+    for path in remote.iterdir():  # row groups of ten
+        pq.write_table(pq.read_table(path), path, row_group_size=10)
+    write(remote / "test-00000-of-00001.parquet", 4, side=64)
+    monkeypatch.setenv("FAKE_HUB", str(remote))
+    monkeypatch.setenv("FAKE_HUB_LOG", str(log))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    monkeypatch.syspath_prepend(str(tmp_path / "fake"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        monkeypatch.delitem(sys.modules, name)
+    stream = stream_dataset("hub:o/n", data_root=tmp_path)
+    assert stream.blocks is not None and stream.blocks.tolist() == [10] * 6
+    pixels = np.concatenate([images for images, _ in parts])
+    assert (stream.targets["fine_label"].values == np.concatenate([y for _, y in parts])).all()
+    log.unlink()
+    images = open_images(stream, "cpu", 2)
+    order = [torch.tensor([12, 17, 10]), torch.tensor([11, 55, 19, 51])]
+    for index, batch in zip(order, images.batches(order), strict=True):
+        assert (batch.numpy() == pixels[index.numpy()]).all()
+    read = sum(int(line.split()[1]) for line in log.read_text().splitlines())
+    whole = sum(path.stat().st_size for path in remote.glob("train*"))
+    assert whole / 3 < read < 0.6 * whole  # two row groups of six, and footers
+    monkeypatch.setattr("sparsejepa.data.readers.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("FAKE_HUB_DOWN", "1")
+    with pytest.raises(UserError, match=r"not to be had from the hub \(Network is unreachable\)"):
+        open_images(stream, "cpu", 0).take(torch.arange(4))

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from sparsejepa.data.catalog import list_datasets, load_dataset
+from sparsejepa.data.catalog import list_datasets, load_dataset, stream_dataset
 from sparsejepa.data.store import ImageSet
+from sparsejepa.data.stream import open_images
 from sparsejepa.errors import UserError
 
 Save = Callable[..., np.ndarray]
@@ -108,6 +110,52 @@ def clevr(tmp_path: Path, save: Save) -> tuple[Path, dict[str, np.ndarray]]:
     return tmp_path, pixels
 
 
+SYNSETS = {"n01440764": "tench, Tinca tinca", "n02012849": "crane", "n03126707": "crane"}
+VALIDATION = {1: "n03126707", 2: "n01440764", 3: "n03126707"}
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path, save: Save) -> tuple[Path, dict[str, np.ndarray]]:
+    """The official archives, unpacked: each class has its folder in train/ and in val/."""
+    root, pixels = tmp_path / "imagenet", {}
+    for synset in SYNSETS:
+        for i in (12, 7):
+            file = f"{synset}/{synset}_{i}.JPEG"
+            pixels[file] = save_jpeg(root / "train" / file, save)
+    for i, synset in VALIDATION.items():
+        file = f"{synset}/ILSVRC2012_val_{i:08d}.JPEG"
+        pixels[file] = save_jpeg(root / "val" / file, save)
+    return tmp_path, pixels
+
+
+@pytest.fixture
+def imagenet_of_kaggle(
+    imagenet: tuple[Path, dict[str, np.ndarray]],
+) -> tuple[Path, dict[str, np.ndarray]]:
+    """The competition's archive: val/ is flat, two lists say what is what."""
+    root, pixels = imagenet
+    home = root / "imagenet" / "ILSVRC" / "Data" / "CLS-LOC"
+    (home / "val").mkdir(parents=True)
+    (root / "imagenet" / "train").rename(home / "train")
+    rows = ["ImageId,PredictionString"]
+    for i, synset in reversed(VALIDATION.items()):
+        stem = f"ILSVRC2012_val_{i:08d}"
+        (root / "imagenet" / "val" / synset / f"{stem}.JPEG").rename(home / "val" / f"{stem}.JPEG")
+        pixels[f"{stem}.JPEG"] = pixels.pop(f"{synset}/{stem}.JPEG")
+        rows.append(f"{stem},{synset} 85 1 499 272 {synset} 1 2 3 4 ")
+    shutil.rmtree(root / "imagenet" / "val")
+    (root / "imagenet" / "LOC_val_solution.csv").write_text("\n".join(rows) + "\n")
+    lines = [f"{synset} {name}\n" for synset, name in SYNSETS.items()]
+    (root / "imagenet" / "LOC_synset_mapping.txt").write_text("".join(lines))
+    return root, pixels
+
+
+def save_jpeg(path: Path, save: Save) -> np.ndarray:
+    """As `save`; the pixels are what a JPEG makes of them."""
+    save(path)
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
 def check_images(images: ImageSet, pixels: dict[str, np.ndarray]) -> None:
     for file, image in zip(images.files, images.images, strict=True):
         assert (image == pixels[file]).all()
@@ -156,6 +204,49 @@ def test_places(places: tuple[Path, dict[str, np.ndarray]], save: Save):
         load(root, "places365", "train")
     sized = load(root, "places365", "train", img_size=(8, 8))
     assert sized.img_size == (8, 8) and (sized.images[1:] == train.images[1:]).all()
+
+
+@pytest.mark.parametrize("layout", ["imagenet", "imagenet_of_kaggle"])
+def test_imagenet(layout: str, request: pytest.FixtureRequest):
+    root, pixels = request.getfixturevalue(layout)
+    train, test = (load(root, "imagenet", split) for split in ("train", "test"))
+    check_images(train, pixels)
+    check_images(test, pixels)
+    assert (len(train), len(test)) == (6, 3)
+    names = tuple(SYNSETS)
+    if layout == "imagenet_of_kaggle":
+        names = ("tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)")
+    assert train.targets["class"].names == test.targets["class"].names == names
+    synsets = list(SYNSETS)
+    folders = [file.split("/")[0] for file in train.files]
+    assert [synsets[value] for value in train.targets["class"].values] == folders
+    numbers = [int(file[-13:-5]) for file in test.files]
+    assert [synsets[v] for v in test.targets["class"].values] == [VALIDATION[i] for i in numbers]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("inaturalist", "inaturalist2018"),
+        ("places", "places365"),
+        ("imagenet", "imagenet"),
+        ("imagenet_of_kaggle", "imagenet"),
+        ("clevr", "clevr-count"),
+    ],
+)
+def test_official_layouts_stream_as_they_are_cached(
+    layout: str, name: str, request: pytest.FixtureRequest
+):
+    root, _ = request.getfixturevalue(layout)
+    for split in ("train", "test"):
+        cached = load(root, name, split)
+        stream = stream_dataset(name, split, data_root=root)
+        assert tuple(stream.files) == cached.files and stream.mean == cached.mean
+        assert stream.targets.keys() == cached.targets.keys()
+        for key, target in stream.targets.items():
+            assert (target.values == cached.targets[key].values).all()
+        images = open_images(stream, "cpu", 0).take(torch.arange(len(stream)))
+        assert (images.numpy() == cached.images).all()
 
 
 def test_clevr(clevr: tuple[Path, dict[str, np.ndarray]]):
@@ -299,6 +390,35 @@ BREAKAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a label that is no class": (
         "places", lambda r: replace_text(r / "places365_val.txt", ".png 0", ".png 365"),
         r"places365_val\.txt: its class 365 is not among the 3 of",
+    ),
+    "no folder of training images": (
+        "imagenet", lambda r: shutil.rmtree(r / "train"), r"imagenet/train: no such folder",
+    ),
+    "classes that are not unpacked": (
+        "imagenet", lambda r: [shutil.rmtree(path) for path in (r / "train").iterdir()],
+        r"imagenet/train: the images belong into folders n01440764/",
+    ),
+    "classes by another name": (
+        "imagenet", lambda r: (r / "train" / "n01440764").rename(r / "train" / "tench"),
+        r"imagenet/train: the images belong into folders n01440764/",
+    ),
+    "a class that is only in val": (
+        "imagenet", lambda r: (r / "val" / "n01440764").rename(r / "val" / "n00000000"),
+        r"imagenet/val: its class 'n00000000' is not among the 3 in",
+    ),
+    "no solution": (
+        "imagenet_of_kaggle", lambda r: (r / "LOC_val_solution.csv").unlink(),
+        r"LOC_val_solution\.csv: no such file",
+    ),
+    "a solution that lacks an image": (
+        "imagenet_of_kaggle",
+        lambda r: replace_text(r / "LOC_val_solution.csv", "00000002,", "00000009,"),
+        r"LOC_val_solution\.csv: not as officially released \(no 'ILSVRC2012_val_00000002'\)",
+    ),
+    "names that lack a class": (
+        "imagenet_of_kaggle",
+        lambda r: replace_text(r / "LOC_synset_mapping.txt", "n01440764", "n01440765"),
+        r"LOC_synset_mapping\.txt: not as officially released \(no 'n01440764'\)",
     ),
     "no scenes": (
         "clevr", lambda r: (r / "CLEVR_v1.0/scenes/CLEVR_val_scenes.json").unlink(),

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsejepa.config import Config, preset
-from sparsejepa.model.costs import Sizes, costs, parameters, peak_memory, products, total
+from sparsejepa.model.costs import Sizes, costs, parameters, products, total
 from sparsejepa.model.masks import Masks
+from sparsejepa.model.memory import peak_memory
 from sparsejepa.training.build import build_model
 
 BATCH, GRID = 4, (4, 4)

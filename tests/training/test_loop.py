@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from sparsejepa.config import Config, preset
 from sparsejepa.errors import UserError
-from sparsejepa.files import load_tensors
 from sparsejepa.model.groups import GroupMap
-from sparsejepa.training.loop import EpochOrder, plan, pretrain
-from sparsejepa.training.monitor import Alarms, MetricsLog, OnlineEvaluation, first_bad
+from sparsejepa.training.loop import EpochOrder, pretrain
+from sparsejepa.training.monitor import Alarms, MetricsLog, OnlineEvaluation
+from sparsejepa.training.plan import plan
 
 TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
@@ -52,7 +52,7 @@ def test_every_arm_trains_and_leaves_a_whole_run_directory(
 ) -> None:
     run = pretrain(config_of(folder, **settings), out=tmp_path / "run")
     files = {p.name for p in run.path.iterdir()}
-    expected = {"config.toml", "environment.json", "metrics.jsonl", "checkpoint.safetensors",
+    expected = {"config.toml", "environment.json", "metrics.jsonl", "checkpoints",
                 "encoder.safetensors", "config.json", "summary.json"}  # fmt: skip
     assert files == expected | (
         {"groups.safetensors"} if settings.get("groups") != "none" else set()
@@ -118,7 +118,8 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors.decode()
     assert kills == 5
-    for name in ("checkpoint.safetensors", "encoder.safetensors", "groups.safetensors"):
+    shard = f"checkpoints/step-{90:09d}/shard-00001-model-00001-of-00001.safetensors"
+    for name in (shard, "encoder.safetensors", "groups.safetensors"):
         a, b = load_file(whole / name), load_file(killed / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
@@ -137,7 +138,7 @@ def test_interrupt_saves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    stopped = load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["step"]
+    stopped = last_checkpoint(tmp_path / "run")
     assert 6 <= stopped < 3999
     assert not (tmp_path / "run" / "summary.json").exists()
     again = launch(config, tmp_path / "run")
@@ -147,6 +148,10 @@ def test_interrupt_saves_a_checkpoint_and_resume_goes_on(folder: Path, tmp_path:
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(row)["step"] for row in rows if row.endswith("}")]
     assert stopped - 1 in steps and steps == sorted(set(steps))
+
+
+def last_checkpoint(out: Path) -> int:
+    return max(int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*"))
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed(folder: Path, tmp_path: Path) -> None:
@@ -166,8 +171,9 @@ def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(config_of(folder), out=out)
     (out / "summary.json").unlink()
-    (out / "checkpoint.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors.*damaged"):
+    for manifest in out.glob("checkpoints/*/manifest.json"):
+        manifest.write_bytes(b"not a manifest")
+    with pytest.raises(UserError, match=r"step-\d+ .*manifest\.json is damaged"):
         pretrain(config_of(folder), out=out, resume=True)
 
 
@@ -203,7 +209,7 @@ def test_a_signal_during_the_evaluation_still_saves_before_it_stops(
     config = config_of(folder, log_every=2, eval_every=4, checkpoint_every=100)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, out=tmp_path / "run")
-    assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 5
+    assert last_checkpoint(tmp_path / "run") == 5
 
 
 def test_resume_refuses_other_images_and_clears_what_a_kill_left(
@@ -319,9 +325,3 @@ def test_metrics_are_whole_when_a_resume_cannot_rewrite_them(
         MetricsLog(tmp_path, 1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
-
-
-def test_first_bad_names_row_and_term() -> None:
-    values = torch.tensor([[1.0, 2.0], [3.0, float("inf")]])
-    assert first_bad(values, ["a", "b"]) == (1, "b")
-    assert first_bad(values[:1], ["a", "b"]) is None

@@ -159,7 +159,7 @@ def test_the_step_is_the_plain_recipe() -> None:
     config = small(groups="region", precision="fp32", clip=0.05)
     fast = make(config)
     plain = copy.deepcopy(fast.model.double())
-    fast = TrainStep(config, fast.model, lambda pixels, draw: images, 100)  # type: ignore[arg-type]
+    fast = TrainStep(config, fast.model, lambda *_: images, 100)  # type: ignore[arg-type]
     images = torch.randn(BATCH, 3, SIDE, SIDE, dtype=torch.float64)
     matrices, rest = plain.network_parameters()
     optimizer = torch.optim.AdamW(

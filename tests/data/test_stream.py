@@ -1,0 +1,465 @@
+"""Streams: the same images as the cache, in any order, on any number of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sparsejepa.config import preset
+from sparsejepa.data import stream as module
+from sparsejepa.data.catalog import describe, load_dataset, stream_dataset
+from sparsejepa.data.store import DeviceImages
+from sparsejepa.data.stream import StreamImages, block_order, open_images
+from sparsejepa.errors import UserError
+from sparsejepa.training.build import load_images
+from sparsejepa.training.loop import pretrain
+
+Save = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, save: Save) -> Path:
+    """Forty images of three classes, in two sizes."""
+    for i in range(40):
+        save(tmp_path / "photos" / "train" / "abc"[i % 3] / f"{i:02d}.png", (9 + i % 2, 12))
+    save(tmp_path / "photos" / "test" / "a" / "0.png", (9, 12))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., StreamImages]]:
+    """Return a function that opens a stream; its workers are ended afterwards."""
+    streams: list[StreamImages] = []
+
+    def open_it(images: Any, workers: int = 2) -> StreamImages:
+        streams.append(open_images(images, "cpu", workers))  # type: ignore[arg-type]
+        return streams[-1]
+
+    yield open_it
+    for images in streams:
+        images.close()
+
+
+def numbers(*parts: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor(part) for part in parts]
+
+
+def test_a_stream_is_the_cached_set(photos: Path, tmp_path: Path, opened):
+    cached = load_dataset(photos, img_size=(8, 8), cache_dir=tmp_path / "cache")
+    stream = stream_dataset(photos, img_size=(8, 8))
+    assert (len(stream), stream.img_size) == (40, (8, 8))
+    assert (stream.name, stream.split) == (cached.name, cached.split)
+    assert tuple(stream.files) == cached.files and stream.files[3:5] == cached.files[3:5]
+    assert (stream.mean, stream.std) == (cached.mean, cached.std)  # so few that all were read
+    assert stream.targets["class"].names == cached.targets["class"].names
+    assert (stream.targets["class"].values == cached.targets["class"].values).all()
+    order = [torch.randperm(40)[: 7 + i % 3] for i in range(12)]
+    for workers in (0, 1, 3):
+        images = opened(stream, workers)
+        batches = list(images.batches(iter(order)))
+        assert len(batches) == 12 and not images.skipped
+        for index, batch in zip(order, batches, strict=True):
+            assert batch.dtype == torch.uint8
+            assert (batch.numpy() == cached.images[index.numpy()]).all()
+        assert (images.take(order[0]) == batches[0]).all()
+
+
+def test_a_cached_set_has_batches_too(photos: Path, tmp_path: Path):
+    cached = load_dataset(photos, img_size=(8, 8), cache_dir=tmp_path / "cache")
+    images = open_images(cached, "cpu")
+    assert isinstance(images, DeviceImages)
+    (first, second) = images.batches(numbers([3, 1], [0]))
+    assert (first.numpy() == cached.images[[3, 1]]).all()
+    assert (second.numpy() == cached.images[[0]]).all()
+    images.close()
+
+
+def test_batches_of_no_and_of_very_different_sizes(photos: Path, opened):
+    stream = stream_dataset(photos, img_size=(8, 8))
+    images = opened(stream, 2)
+    assert list(images.batches([])) == []
+    sizes = [1, 40, 0, 3, 200]
+    order = [torch.arange(size) % 40 for size in sizes]
+    batches = list(images.batches(order))
+    assert [len(batch) for batch in batches] == sizes
+    for index, batch in zip(order, batches, strict=True):
+        assert (batch == images.take(index)).all()
+
+
+def test_only_what_fits_is_decoded_ahead(photos: Path, opened):
+    """However long the order is, and however slowly it is read."""
+    asked = []
+
+    def order() -> Iterator[torch.Tensor]:
+        for i in range(1000):
+            asked.append(i)
+            yield torch.arange(8)
+
+    batches = opened(stream_dataset(photos, img_size=(8, 8)), 2).batches(order())
+    for _ in range(5):
+        next(batches)
+    assert len(asked) < 20
+    batches.close()
+
+
+def test_own_size_and_mixed_sizes(photos: Path, tmp_path: Path, save: Save, opened):
+    for i in range(4):
+        save(tmp_path / "same" / "train" / f"{i}.png", (6, 5))
+    save(tmp_path / "same" / "val" / "x.png", (6, 5))
+    stream = stream_dataset(tmp_path / "same")
+    assert stream.img_size == (6, 5) and len(stream_dataset(tmp_path / "same", "test")) == 1
+    with pytest.raises(UserError, match=r"different sizes \(a/00.png has 9x12 .* set --img-size"):
+        stream_dataset(photos)
+    with pytest.raises(UserError, match=r"--img-size 10x10; use .* or --upscale"):
+        stream_dataset(photos, img_size=(10, 10))
+    assert stream_dataset(photos, img_size=(10, 10), upscale=True).img_size == (10, 10)
+    for workers in (0, 2):  # met only while streaming: a file that is not in the sample
+        images = opened(stream, workers)
+        save(tmp_path / "same" / "train" / "2.png", (7, 5))
+        with pytest.raises(UserError, match=r"0.png has 6x5 pixels, 2.png has 7x5.*--img-size"):
+            list(images.batches(numbers([0, 1, 2, 3])))
+
+
+def test_parts_of_a_stream(photos: Path, tmp_path: Path, opened):
+    options: dict[str, Any] = {"img_size": (8, 8)}
+    cached = load_dataset(photos, cache_dir=tmp_path / "cache", **options)
+    stream = stream_dataset(photos, **options)
+    for part in ("subset", "aside", "rest"):
+        if part == "subset":
+            ours, theirs = stream.subset(12, 3), cached.subset(12, 3)
+        else:
+            place = ["rest", "aside"].index(part)
+            ours, theirs = stream.split_off(9)[place], cached.split_off(9)[place]
+        assert tuple(ours.files) == theirs.files and ours.mean == theirs.mean
+        assert (ours.targets["class"].values == theirs.targets["class"].values).all()
+        assert ours.fingerprint not in (stream.fingerprint, theirs.fingerprint)
+        index = torch.arange(len(ours))
+        (batch,) = opened(ours).batches([index])
+        assert (batch.numpy() == theirs.images).all()
+    assert stream.subset(40) is stream
+
+
+def test_fingerprints_follow_the_list_of_names(photos: Path, save: Save):
+    options: dict[str, Any] = {"img_size": (8, 8)}
+    before = stream_dataset(photos, **options).fingerprint
+    assert stream_dataset(photos, **options).fingerprint == before
+    assert stream_dataset(photos, "test", **options).fingerprint != before
+    extra = photos / "train" / "a" / "more.png"
+    save(extra, (9, 12))
+    assert stream_dataset(photos, **options).fingerprint != before
+    extra.unlink()
+    assert stream_dataset(photos, **options).fingerprint == before
+    (photos / "train" / "a").rename(photos / "train" / "d")  # another class
+    assert stream_dataset(photos, **options).fingerprint != before
+
+
+def test_mean_and_std_of_many_images_are_those_of_a_fixed_sample(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+):
+    for i in range(60):
+        save(tmp_path / "d" / "train" / f"{i:02d}.png")
+    save(tmp_path / "d" / "test" / "0.png")
+    exact = stream_dataset(tmp_path / "d")
+    monkeypatch.setattr(module, "SAMPLE", 20)
+    first, again = stream_dataset(tmp_path / "d"), stream_dataset(tmp_path / "d", "test")
+    assert first.mean == again.mean and first.std == again.std and first.mean != exact.mean
+    np.testing.assert_allclose(first.mean, exact.mean, atol=0.03)
+
+
+def test_what_a_stream_holds_is_told_without_decoding_it(photos: Path, tmp_path: Path):
+    (photos / "train" / "a" / "broken.png").write_bytes(b"")
+    found = describe(photos, img_size=(8, 8), stream=True)
+    train, test = found["splits"]["train"], found["splits"]["test"]
+    assert (train["images"], test["images"]) == (41, 1) and train["targets"] == {"class": 3}
+    assert train["skipped"] == [["a/broken.png", "not an image"]]
+    assert 0 < train["first_batch_seconds"] < 60 and found["img_size"] == [8, 8]
+    cached = describe(photos, img_size=(8, 8), cache_dir=tmp_path / "cache")
+    assert (
+        cached["mean"] == found["mean"] and "first_batch_seconds" not in cached["splits"]["train"]
+    )
+    command = [sys.executable, "-m", "sparsejepa", "data", "check", str(photos), "--img-size", "8"]
+    done = subprocess.run([*command, "--stream"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "first_batch_seconds" in done.stdout.replace(" ", "_")
+    command[4] = "get"
+    done = subprocess.run([*command, "--stream"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "only for data check" in done.stderr + done.stdout
+
+
+@pytest.fixture
+def holes(tmp_path: Path, save: Save) -> Path:
+    """Twenty images of which 3, 4 and 19 cannot be read."""
+    for i in range(20):
+        save(tmp_path / "holes" / "train" / f"{i:02d}.png")
+    for i in (3, 4, 19):
+        (tmp_path / "holes" / "train" / f"{i:02d}.png").write_bytes(b"x" * i)
+    save(tmp_path / "holes" / "test" / "0.png")
+    return tmp_path / "holes"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_unreadable_images_are_replaced_by_the_next(holes: Path, opened, workers: int):
+    stream = stream_dataset(holes)
+    assert [name for name, _ in stream.skipped] == ["03.png", "04.png", "19.png"]
+    images = opened(stream, workers)
+    whole = [i for i in range(20) if i not in (3, 4, 19)]
+    batches = list(images.batches(numbers([4, 0, 3], [19, 7], [3, 3], whole)))
+    want = [images.take(torch.tensor(index)) for index in ([5, 0, 5], [0, 7], [5, 5], whole)]
+    assert all((a == b).all() for a, b in zip(batches, want, strict=True))
+    reasons = dict(images.skipped)
+    assert len(images.skipped) == 3
+    assert reasons == dict.fromkeys(["03.png", "04.png", "19.png"], "not an image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_images_stop(holes: Path, opened, workers: int):
+    order = [torch.arange(20)]
+    assert len(list(opened(stream_dataset(holes, max_unreadable=0.15), workers).batches(order)))
+    with pytest.raises(UserError, match=r"train: 3 of 20 images cannot be read, the first is 03"):
+        stream_dataset(holes, max_unreadable=0.1)
+    stream = stream_dataset(holes, max_unreadable=0.15)
+    (holes / "train" / "11.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"4 of 20 .*\(not an image\).*--max-unreadable"):
+        list(opened(stream, workers).batches(order))
+
+
+def test_the_share_counts_from_a_hundred_images_on(tmp_path: Path, save: Save, opened):
+    for i in range(400):
+        save(tmp_path / "d" / "train" / f"{i:03d}.png", (4, 4))
+    save(tmp_path / "d" / "test" / "0.png", (4, 4))
+    stream = stream_dataset(tmp_path / "d", max_unreadable=0.1)
+    for i in range(15):
+        (tmp_path / "d" / "train" / f"{i:03d}.png").write_bytes(b"")
+    images, seen = opened(stream, 0), 0
+    with pytest.raises(UserError, match=r"15 of 100 images"):
+        for batch in images.batches(torch.arange(400).split(20)):
+            seen += len(batch)
+    assert seen == 80
+    late = opened(stream, 0)  # fewer than that share by then
+    assert len(list(late.batches(torch.arange(399, -1, -1).split(20)))) == 20
+
+
+def test_nothing_readable_at_all(tmp_path: Path):
+    for split in ("train", "test"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "d" / split / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="3 of 3 images cannot be read"):
+        stream_dataset(tmp_path / "d", max_unreadable=1.0)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGKILL, r"killed \(SIGKILL\), perhaps for want of memory; use fewer --workers"),
+        (signal.SIGSEGV, r"died of SIGSEGV; --workers 0"),
+    ],
+)
+def test_a_dead_worker_is_one_line(photos: Path, opened, number: int, message: str):
+    images = opened(stream_dataset(photos, img_size=(8, 8)))
+    batches = images.batches(iter(lambda: torch.arange(8), None))
+    next(batches)
+    (crew,) = images._crews
+    os.kill(crew._processes[1].pid, number)
+    with pytest.raises(UserError, match=message) as caught:
+        for _ in range(1000):
+            next(batches)
+    assert "\n" not in str(caught.value)
+    assert all(process.poll() is not None for process in crew._processes)
+
+
+def test_no_worker_outlives_its_trainer(photos: Path):
+    """A trainer that is killed leaves nobody behind; nor does one that forgets to close."""
+    code = f"""
+import os, signal, torch
+from sparsejepa.data.catalog import stream_dataset
+from sparsejepa.data.stream import open_images
+images = open_images(stream_dataset({str(photos)!r}, img_size=(8, 8)), "cpu", 2)
+batches = images.batches(iter(lambda: torch.arange(8), None))
+next(batches)
+print(*(process.pid for process in images._crews[0]._processes), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pids = list(map(int, done.stdout.split()))
+    assert done.returncode == -signal.SIGKILL and len(pids) == 2
+    for pid in pids:
+        for _ in range(500):
+            if not _alive(pid):
+                break
+            os.sched_yield()
+            subprocess.run(["sleep", "0.02"], check=True)
+        assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_workers_load_no_torch(photos: Path, opened):
+    images = opened(stream_dataset(photos, img_size=(8, 8)))
+    next(images.batches(iter(lambda: torch.arange(8), None)))
+    code = "import sys, sparsejepa.data.crew; print({'torch', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+STREAM = """
+import sys, time
+began = time.perf_counter()
+import torch
+from sparsejepa.data.catalog import stream_dataset
+from sparsejepa.data.stream import open_images
+loaded = time.perf_counter()
+stream = stream_dataset(sys.argv[1])
+images = open_images(stream, "cpu", 2)
+order = torch.randperm(len(stream), generator=torch.Generator().manual_seed(0)).split(64)
+batches = images.batches(order)
+for step, batch in enumerate(batches):
+    if step == 0:
+        first = time.perf_counter() - loaded
+    if step == 100:
+        break
+pids = ["self", *(str(process.pid) for process in images._crews[0]._processes)]
+texts = [open(f"/proc/{pid}/smaps_rollup").read() for pid in pids]
+kinds = ("Pss_Anon:", "Pss_Shmem:")  # not libraries, which other programs may share just now
+pss = [int(line.split()[1]) for t in texts for line in t.splitlines() if line.startswith(kinds)]
+print(len(stream), sum(pss) / 1024, first)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [1, 1000])
+def test_ten_times_the_files_take_no_more_memory(tmp_path: Path, classes: int):
+    """20,000 against 200,000 small files, links to sixty-four: memory within 10 % (PSS of the
+    trainer and its workers), the first batch within 5 s."""
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
+    found = {}
+    for count in (20_000, 200_000):
+        root = tmp_path / str(count)
+        for number in range(classes):
+            (root / "train" / f"{number:04d}").mkdir(parents=True)
+        (root / "val").mkdir()
+        os.link(tmp_path / "0.jpg", root / "val" / "0.jpg")
+        for i in range(count):
+            target = root / "train" / f"{i % classes:04d}" / f"ILSVRC2012_{i:08d}.jpg"
+            os.link(tmp_path / f"{i % 64}.jpg", target)
+        command = [sys.executable, "-c", STREAM, str(root)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+        images, memory, first = map(float, done.stdout.split())
+        assert images == count
+        found[count] = memory, first
+        subprocess.run(["rm", "-rf", str(root)], check=True)
+    print(found)
+    assert found[200_000][0] < 1.1 * found[20_000][0]
+    assert found[200_000][1] < 5
+
+
+TINY: dict[str, Any] = {
+    "steps": 9, "batch_size": 16, "encoder": "nano", "predictor_depth": 1, "num_groups": 4,
+    "device": "cpu", "eval_every": 4, "checkpoint_every": 3, "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path / "cache"))
+
+
+def encoder_of(run: Path) -> bytes:
+    return (run / "encoder.safetensors").read_bytes()
+
+
+def test_a_streamed_run_equals_a_cached_one_and_resumes_at_the_next_image(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Interrupted in the middle of an epoch: 96 images are six batches."""
+    config = preset("nano").replace(data=str(tiny_images), **TINY)
+    pretrain(config, out=tmp_path / "cached")
+    streamed = config.replace(stream=True, workers=2)
+    pretrain(streamed, out=tmp_path / "streamed")
+    assert encoder_of(tmp_path / "streamed") == encoder_of(tmp_path / "cached")
+
+    taken: list[int] = []
+    batches = StreamImages.batches
+
+    def watched(images: StreamImages, indices: Any) -> Iterator[torch.Tensor]:
+        for number, batch in enumerate(batches(images, indices)):
+            if taken and number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(StreamImages, "batches", watched)
+    taken.append(1)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(streamed, out=tmp_path / "twice")
+    taken.clear()
+    pretrain(streamed.replace(workers=1), out=tmp_path / "twice", resume=True)
+    assert encoder_of(tmp_path / "twice") == encoder_of(tmp_path / "cached")
+
+
+def test_settings_of_a_stream(tiny_images: Path, tmp_path: Path):
+    config = preset("nano").replace(data=str(tiny_images), stream=True, **TINY)
+    with pytest.raises(UserError, match="--corruption noise: not for streamed images"):
+        load_images(config.replace(corruption="noise"))
+    assert len(load_images(config.replace(limit=20, holdout=30))) == 20
+    with pytest.raises(UserError, match="--stream: the images of scenes are drawn"):
+        load_images(config.replace(data="scenes"))
+    with pytest.raises(UserError, match=r"--batch-size 16 is more than the 10"):
+        load_images(config.replace(limit=10))
+
+
+@given(
+    st.lists(st.integers(0, 40), max_size=30), st.integers(0, 5), st.integers(0, 5),
+    st.integers(1, 100),
+)  # fmt: skip
+def test_block_order(blocks: list[int], seed: int, epoch: int, window: int):
+    lengths = np.array(blocks, np.int64)
+    order = block_order(lengths, seed, epoch, window)
+    assert sorted(order.tolist()) == list(range(sum(blocks)))
+    assert (block_order(lengths, seed, epoch, window) == order).all()
+    block = np.repeat(np.arange(len(blocks)), lengths)
+    shortest = min((b for b in blocks if b), default=1)
+    for part in order.split(window):  # what must be in memory at once
+        assert len(np.unique(block[part.numpy()])) <= window // shortest + 2
+    first_and_last: dict[int, list[int]] = {}
+    for place, one in enumerate(block[order.numpy()].tolist()):
+        first_and_last.setdefault(one, [place, place])[1] = place
+    for one, (first, last) in first_and_last.items():  # a stretch is done with soon
+        assert last - first < blocks[one] + 2 * window
+
+
+def test_block_order_mixes():
+    """Over epochs an image is equally likely anywhere, and neighbours are strangers."""
+    blocks, window, epochs = np.full(50, 20), 200, 400
+    places = np.empty((epochs, 1000))
+    same = 0.0
+    for epoch in range(epochs):
+        order = block_order(blocks, 0, epoch, window).numpy()
+        places[epoch, order] = np.arange(1000)
+        same += np.mean(order[1:] // 20 == order[:-1] // 20) / epochs
+    # The mean of `epochs` places, uniform: standard error 1000 / sqrt(12 * epochs).
+    assert abs(places.mean(0) - 499.5).max() < 5 * 1000 / np.sqrt(12 * epochs)
+    counts = np.histogram(places[:, 0], 10, (0, 1000))[0]
+    assert abs(counts - epochs / 10).max() < 5 * np.sqrt(epochs / 10)
+    assert same < 1.2 * 19 / 199  # as if a window were one heap
+    different = [block_order(blocks, s, e, window) for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert not (different[0] == different[1]).all() and not (different[0] == different[2]).all()
