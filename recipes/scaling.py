@@ -5,7 +5,8 @@
     python recipes/scaling.py --measure  # take steps on this CPU first (minutes, up to 3 GB)
 
 A table stands between <!-- NAME:begin --> and <!-- NAME:end -->; the rest is written by hand.
-Measurements are kept in results/scaling.jsonl.
+Measurements are kept in results/scaling.jsonl; what `python -m sparsejepa.benchmarks.scaling` and
+`... .loading` write with --json, in results/efficiency.jsonl and results/loading.jsonl.
 """
 
 from __future__ import annotations
@@ -275,11 +276,49 @@ def share_table() -> str:
     return table(header, lines)
 
 
-def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the page with every table made anew. Raises UserError for missing markers."""
+def efficiency_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Two processes that train one model beside two that train two."""
+    header = ["ViT at 32 pixels", "together by", "images per process", "ms alone", "ms together",
+              "efficiency (quartiles)", "load before"]  # fmt: skip
+    rows = [row for line in lines for row in line["scaling"]]
+
+    def share(row: dict[str, Any]) -> str:
+        low, high = row["efficiency_low"], row["efficiency_high"]
+        return f"{row['efficiency']:.0%} ({low:.0%} to {high:.0%})"
+
+    return table(
+        header,
+        [
+            [row["case"], row["parallel"], f"{row['batch']}", f"{1000 * row['alone_s']:.0f}",
+             f"{1000 * row['together_s']:.0f}",
+             share(row), f"{row['load']:.1f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def loading_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Images per second of each contender, and by what factor ours is faster."""
+    found = [
+        [row["name"], f"{row['images_per_second']:,.0f}",
+         f"{row['x_ours_faster']:.2f} ({row['x_ours_faster_low']:.2f} to "
+         f"{row['x_ours_faster_high']:.2f})"]
+        for line in lines for row in line["loading"]
+    ]  # fmt: skip
+    return table(["", "images/s", "ours is faster by"], found)
+
+
+def page(text: str, results: Path) -> str:
+    """Return the page with every table made anew, measurements from the folder `results`.
+
+    Raises UserError for missing markers.
+    """
+    rows = read_checked(results / "scaling.jsonl")
     made = {
         "models": model_table(), "measured": measured_table(rows), "memory": memory_table(),
         "gpus": gpu_table(), "scale": scale_table(), "shares": share_table(),
+        "efficiency": efficiency_table(read_checked(results / "efficiency.jsonl")),
+        "loading": loading_table(read_checked(results / "loading.jsonl")),
     }  # fmt: skip
     for name, lines in made.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -298,15 +337,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="take steps on this CPU first")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to read and write")
     args = parser.parse_args(argv)
-    path, kept = args.root / "docs" / "scaling.md", args.root / "results" / "scaling.jsonl"
+    path, results = args.root / "docs" / "scaling.md", args.root / "results"
     try:
         if args.measure:
             rows = []
             for name, config in measured_cases().items():
                 rows.append(measure(name, config))
-                write_text(kept, "".join(json.dumps(row) + "\n" for row in rows))
+                write_text(
+                    results / "scaling.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+                )
         text = path.read_text(encoding="utf-8")
-        new = page(text, read_checked(kept))
+        new = page(text, results)
     except UserError as error:
         print(f"scaling.py: error: {error}", file=sys.stderr)
         return 2

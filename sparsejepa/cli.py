@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -28,7 +29,7 @@ import tyro
 from sparsejepa import __version__
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.distributed import World, joined, speaks_for
-from sparsejepa.errors import UserError, flag, nearest
+from sparsejepa.errors import Interrupted, UserError, flag, nearest
 from sparsejepa.report.terminal import printable
 from sparsejepa.verbs import VERBS
 from sparsejepa.verbs.training import Settings
@@ -45,15 +46,16 @@ _STYLE = (
 # Reasons of the system that are the user's to mend, as against a file that this program lost.
 _SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-    errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.EIO,
 }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0: done; 2: a mistake that one line on standard error names; 130: Ctrl-C; 141: the reader of
-    standard output went away. Of several processes the main one speaks for all.
+    0: done; 2: a mistake that one line on standard error names; 130: Ctrl-C; 143: SIGTERM, where
+    it saves; 141: the reader of standard output went away. Of several processes the main one speaks
+    for all.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     world = World()
@@ -63,12 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = World.from_environment()
         _run(words, world)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        status = 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
         if not world.main:
-            return _leave(130)
-        again = _continuation(words)
+            return _leave(status)
+        again = _continuation(words, world)
         said = f"interrupted; continue with: {again}" if again else "interrupted"
-        return _fail(said, 130, kind="")
+        return _fail(said, status, kind="")
     except BrokenPipeError:
         # What is still buffered has no reader; without this, Python complains at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         speaker = speaks_for(world, error)
         if speaker is None:
             return _leave(2)
-        line = _explain(error, words)
+        line = _explain(error, words, world)
         if line is None:
             raise
         return _fail(speaker + line, 2)
@@ -157,22 +160,25 @@ def _leave(status: int) -> int:
     return status
 
 
-def _continuation(words: list[str]) -> str | None:
-    """Return the command that goes on where this one stopped, if there is one."""
+def _continuation(words: list[str], world: World) -> str | None:
+    """Return what goes on where this command stopped, if anything does."""
     resumes = VERBS[words[0]][0].resumes if words and words[0] in VERBS else None
     if resumes is None:
         return None
-    return shlex.join([PROGRAM, *words, *(word for word in resumes if word not in words)])
+    more = [word for word in resumes if word not in words]
+    if world.size > 1:  # the launcher's own words are not among these
+        return " ".join(["the same command again", *(["with", *more] if more else [])])
+    return shlex.join([PROGRAM, *words, *more])
 
 
-def _explain(error: Exception, words: list[str]) -> str | None:
+def _explain(error: Exception, words: list[str], world: World) -> str | None:
     """Return the line for an error that is the user's to mend, None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     file = getattr(error, "filename", None)
     if "No space left on device" in str(error):  # not every library raises OSError for it
         where = f"{file}: " if file else ""
-        again = _continuation(words) or "the same command again"
+        again = _continuation(words, world) or "the same command again"
         return f"{where}no space left on device; free some, then run {again}"
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         return f"{file or 'file system'}: {error.strerror}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# The first process of a machine may decode a whole data set while the others wait for it. A process
-# that dies is noticed at once, by its closed connections.
+# The first process of a machine may decode a whole data set while the others wait for it. With gloo
+# a process that dies is noticed at once, by its closed connections. NCCL's peers wait for it inside
+# a kernel until their launcher ends them: torchrun does so, srun with --kill-on-bad-exit=1.
 _TIMEOUT = timedelta(hours=12)
 _PATIENCE = 3.0
 """Seconds in which an error that all processes have comes up in all of them."""
@@ -91,6 +93,8 @@ class World:
         import torch
 
         count = torch.cuda.device_count()
+        if count == 0:
+            raise UserError(f"--device {device}: no GPU on this machine; use --device cpu")
         if count == 1:  # the launcher shows each process its own
             return "cuda:0"
         if self.local_rank >= count:
@@ -170,12 +174,22 @@ def joined(world: World, device: str = "cpu") -> Iterator[None]:
         world_size=world.size,
         timeout=_TIMEOUT,
     )
+    leave = _abort if on_gpu else dist.destroy_process_group
     try:
         yield
+        leave = dist.destroy_process_group
     except Exception as error:
         raise _settled(error, world, store) from None
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def _abort() -> None:
+    """Drop the connections: NCCL's polite end would wait for exchanges that nobody takes part in.
+
+    Of torch's experimental interface; without it the group is left as it is, for the process's end.
+    """
+    getattr(_engine().distributed_c10d, "_abort_process_group", lambda: None)()
 
 
 _joins = itertools.count()
@@ -201,16 +215,31 @@ def _meeting_place(world: World) -> Any:
 def slurm_address(variables: Mapping[str, str]) -> tuple[str, int]:
     """Return host and port where the tasks of a SLURM step meet: its first machine.
 
-    MASTER_ADDR and MASTER_PORT go first. Otherwise the port is a function of job and step.
+    MASTER_ADDR and MASTER_PORT go first. Otherwise the port is a hash of job and step, below those
+    that the system gives to outgoing connections.
     """
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
     # "gpu[03-05,9],other": the prefix and the first number of the first entry.
     first = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,]*)", nodes)
     host = "".join(part or "" for part in first.groups()) if first else ""
     host = host or variables.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    job = int(variables.get("SLURM_JOB_ID", "0")), int(variables.get("SLURM_STEP_ID", "0"))
-    port = 20_000 + (7 * job[0] + job[1]) % 10_000
+    step = f"{variables.get('SLURM_JOB_ID')}.{variables.get('SLURM_STEP_ID')}"
+    digest = hashlib.blake2b(step.encode(), digest_size=8).digest()
+    port = 10_000 + int.from_bytes(digest) % 20_000
     return variables.get("MASTER_ADDR", host), int(variables.get("MASTER_PORT", port))
+
+
+def launch_name(variables: Mapping[str, str] = os.environ) -> str:
+    """Return what torchrun calls this job in all its attempts and no other; "" without torchrun.
+
+    That is its run id. Where nobody gave one it is "none" for every job, and the folder of this
+    job's logs, which has a random name, is taken instead.
+    """
+    name = variables.get("TORCHELASTIC_RUN_ID", "")
+    if name != "none":
+        return name
+    folder, attempt, _ = variables.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
+    return folder.rpartition("/")[2] if attempt else ""
 
 
 def on_main(world: World, work: Callable[[], Any]) -> Any:
@@ -299,7 +328,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 class Agreement:
-    """Whether any process wants to stop, known to all at the same step.
+    """The largest number that any process tells, such as a signal's, known to all at the same step.
 
     What is asked at one step is answered at the next: the exchange goes on beside the step, over
     the CPU, so that nothing waits for it or for a device. A single process knows at once.
@@ -315,27 +344,27 @@ class Agreement:
 
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
-    def __call__(self, wish: bool) -> bool:
-        """Tell the others this process's wish; return what all wished by the step before."""
+    def __call__(self, wish: int) -> int:
+        """Tell the others this process's number; return the largest of the step before."""
         if self._world.size == 1:
             return wish
         import torch
         import torch.distributed as dist
 
         before = self.close()
-        self._flag = torch.tensor([int(wish)])
+        self._flag = torch.tensor([wish])
         self._work = dist.all_reduce(
             self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True
         )
         return before
 
-    def close(self) -> bool:
-        """Wait for the last exchange and return its answer."""
+    def close(self) -> int:
+        """Wait for the last exchange and return its answer, 0 if there was none."""
         if self._work is None or self._flag is None:
-            return False
+            return 0
         self._work.wait()
         self._work = None
-        return bool(self._flag.item())
+        return int(self._flag.item())
 
 
 def speaks_for(world: World, error: BaseException) -> str | None:

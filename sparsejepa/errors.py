@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and the nearest-name hint that goes with it."""
+"""What ends a command: an error that is the user's to mend, with a hint at it, or a signal."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ class UserError(ValueError):
     def __init__(self, line: str) -> None:
         line = " ".join(line.splitlines())
         super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop, and what there was to save is saved.
+
+    The command line exits with 128 + `number`, as a process that the signal ended would.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

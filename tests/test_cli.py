@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import sparsejepa
 from sparsejepa import cli
 from sparsejepa.config import Config, flat_fields
-from sparsejepa.errors import UserError
+from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.verbs import VERBS
 from sparsejepa.verbs.looking import Info
 from sparsejepa.verbs.training import Pretrain, Settings
@@ -200,7 +200,11 @@ def fake(monkeypatch: pytest.MonkeyPatch, result: Any) -> None:
         (RuntimeError("x: No space left on device (os error 28)"), 2, "no space left on device"),
         (PermissionError(13, "Permission denied", "/some/x"), 2, "/some/x: Permission denied"),
         (MemoryError(), 2, "out of memory"),
+        (OSError(27, "File too large", "/some/x"), 2, "/some/x: File too large"),
+        (OSError(5, "Input/output error", "/some/x"), 2, "/some/x: Input/output error"),
         (KeyboardInterrupt(), 130, "sparsejepa: interrupted\n"),
+        (Interrupted(2), 130, "sparsejepa: interrupted\n"),
+        (Interrupted(15), 143, "sparsejepa: interrupted\n"),
     ],
 )
 def test_what_goes_wrong_below_becomes_one_line(

@@ -79,6 +79,7 @@ def processor(name: str) -> Processor:
 
     Raises UserError naming --gpu for an unknown one.
     """
+    name = name.lower()
     if name == "cpu":
         return measured_cpu()
     if name not in GPUS:

@@ -1,6 +1,6 @@
 """Reading and decoding image files: ours beside its own decoder alone and beside torchvision.
 
-    python -m sparsejepa.benchmarks.loading --workers 2 --rounds 7
+    python -m sparsejepa.benchmarks.loading --workers 2 --rounds 7 --json OUT
 
 All take turns on the same JPEG files, which lie in the page cache, with the same number of worker
 processes. Of each the images per second are counted in the steady state: between two batches of one
@@ -33,6 +33,8 @@ from sparsejepa.data.augment import Augment
 from sparsejepa.data.catalog import stream_dataset
 from sparsejepa.data.crew import worker_environment
 from sparsejepa.data.stream import open_images
+from sparsejepa.environment import environment
+from sparsejepa.files import write_text
 from sparsejepa.rng import generator
 
 CASES = ((375, 500, 224), (256, 256, 128), (64, 64, 64))
@@ -216,7 +218,7 @@ def main(words: list[str]) -> dict[str, Any]:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="shows that everything works")
-    parser.add_argument("--out", type=Path, help="file for the numbers as JSON")
+    parser.add_argument("--json", type=Path, help="file to write, of one line")
     args = parser.parse_args(words)
     found = measure(args.workers, args.rounds, quick=args.quick)
     for row in found.rows:
@@ -225,9 +227,10 @@ def main(words: list[str]) -> dict[str, Any]:
             "{x_ours_faster_low:.2f} to {x_ours_faster_high:.2f}) as fast".format(**row)
         )
     print(*found.notes, sep="\n")
-    if args.out:
-        args.out.write_text(json.dumps({"rows": found.rows, "notes": found.notes}, indent=1))
-    return {"rows": found.rows, "notes": found.notes}
+    line = {"workers": args.workers, "environment": environment(), "loading": found.rows}
+    if args.json:
+        write_text(args.json, json.dumps(line) + "\n")
+    return line
 
 
 if __name__ == "__main__":

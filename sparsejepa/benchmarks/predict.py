@@ -36,8 +36,9 @@ NETWORK = 50e9
 JPEG_BYTES = 147_897_477_120 / 1_281_167
 """Bytes of an ImageNet training image: the official tar file over its images."""
 IMAGENET = 1_281_167
-DECODES = 400.0
-"""Images of that size that a core decodes and cuts out per second: an assumption."""
+DECODES = 280.0
+"""Images of that size that a core decodes and cuts out per second: measured on a core of an EPYC
+(results/loading.jsonl, 500x375 to 224)."""
 ROOM = 0.85
 """Share of a processor's memory that the sum of parts may take; allocator, libraries and buffers
 have the rest: an assumption."""
@@ -203,6 +204,7 @@ class Prediction:
         last = min(messages, messages / calls) if calls else 0.0
         exposed = max(0.0, messages - hides, last)
         bound = "products" if products >= traffic else "memory"
+        bound = "messages" if exposed > compute else bound
         return Step(compute, optimiser, messages, exposed, sent, bound)
 
     def _messages(self, sharded: bool) -> tuple[float, int]:
@@ -229,6 +231,8 @@ class Prediction:
         for parallel in ("ddp", "fsdp") if self.fleet.count > 1 else ("ddp",):
             for checkpoint in (False, True):
                 need = self.memory(parallel, checkpoint)
+                changes = {"parallel": parallel, "checkpoint_activations": checkpoint}
+                other = replace(self, config=self.config.replace(**changes))
                 table.append(
                     {
                         "parallel": parallel,
@@ -239,6 +243,7 @@ class Prediction:
                         "copies_gb": need.copies / 1e9,
                         "activations_gb": need.activations / 1e9,
                         "peak_gb": need.peak / 1e9,
+                        "step_seconds": other.step().seconds,
                         "fits": need.peak < ROOM * chip.memory,
                         "chosen": (parallel, checkpoint)
                         == (run.parallel, run.checkpoint_activations),
@@ -325,7 +330,7 @@ def named_model(name: str) -> Config:
         size, patch, side = found[1], int(found[2]), int(found[3])
         settings = {"encoder": size, "patch_size": patch, "img_size": (side,)}
         return preset(large.get(size, "vit-b16")).replace(**settings)
-    known = [*ENCODER_SIZES, *PRESETS]
+    known = list(dict.fromkeys([*ENCODER_SIZES, *PRESETS]))
     raise UserError(
         f"--model {name}: unknown{nearest(name, known)}; there are {', '.join(known)} and timm's "
         "names such as vit_small_patch16_224"

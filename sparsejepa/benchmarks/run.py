@@ -26,6 +26,7 @@ SECTIONS = {
     "steps": "steps",
     "peers": "peers",
     "data": "data",
+    "loading": "loading",
     "probe": "probes",
     "memory": "memory",
     "growth": "growth",

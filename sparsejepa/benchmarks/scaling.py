@@ -140,7 +140,7 @@ def _step(config: Config, world: World) -> TrainStep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, help="file to write, of one line")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
@@ -152,7 +152,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), file=sys.stderr)
     found = {"environment": environment() | {"threads": 1}, "scaling": rows}
     if args.json:
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
+        write_text(args.json, json.dumps(found) + "\n")
     print(json.dumps(found))
 
 

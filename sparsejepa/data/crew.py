@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 
 from sparsejepa.data.decode import check_same_size, read_image, shown
-from sparsejepa.data.readers import Reader
+from sparsejepa.data.readers import Reader, Rows
 from sparsejepa.errors import UserError
 
 _TASK = struct.Struct("=ii")  # slot of the ring, number of images
@@ -96,7 +96,7 @@ class Crew:
         self._ring = _memory(slots * _slot_bytes(self._shape))
         self._memory = mmap.mmap(self._ring.fileno(), slots * _slot_bytes(self._shape))
         self._rows, self._pixels = _slots(self._memory, slots, self._shape)
-        order = pickle.dumps((decoder.head, decoder.places, slots, self._shape))
+        order = pickle.dumps((decoder.head, decoder.places, slots, self._shape, workers))
         self._tasks: list[int] = []
         self._select = selectors.DefaultSelector()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -243,8 +243,11 @@ def worker_environment() -> dict[str, str]:
 def _work(shared: int, ring: int, tasks: int, answer: int) -> None:
     """Decode until there is nothing more to read from `tasks`. All four are file descriptors."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    head, places, slots, shape = pickle.load(sys.stdin.buffer)  # from the process that started us
+    order = pickle.load(sys.stdin.buffer)  # from the process that started us
+    head, places, slots, shape, workers = order
     decoder: Decoder = _mapped(shared, head, places)
+    if isinstance(decoder.reader, Rows):
+        decoder.reader.memory //= workers
     rows, pixels = _slots(mmap.mmap(ring, slots * _slot_bytes(shape)), slots, shape)
     while len(task := os.read(tasks, _TASK.size)) == _TASK.size:
         slot, count = _TASK.unpack(task)

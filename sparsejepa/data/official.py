@@ -149,7 +149,7 @@ def _inaturalist(root: Path) -> dict[str, _Found]:
         targets = {"species": Target(values, species), "supercategory": kind.take(values)}
         unusable = tuple((file, "no annotation") for i, file in files.items() if i not in labels)
         listings[split] = _Found(
-            root, _names(files[i] for i in files if i in labels), targets, unusable
+            root, _names(path, (files[i] for i in files if i in labels)), targets, unusable
         )
     return listings
 
@@ -186,8 +186,8 @@ def _places(root: Path) -> dict[str, _Found]:
                 f"{root / file}: its class {foreign[0]} is not among the {len(scenes)} of {path}; "
                 "fetch both again"
             )
-        names = _names(image.lstrip("/") for image, _ in lines)
-        listings[split] = _Found(folder, names, {"scene": Target(values, scenes)})
+        files = _names(root / file, (image.lstrip("/") for image, _ in lines))
+        listings[split] = _Found(folder, files, {"scene": Target(values, scenes)})
     return listings
 
 
@@ -208,7 +208,8 @@ def _clevr(root: Path) -> dict[str, _Found]:
         for file, count in zip(files, counts, strict=True):
             if count not in _COUNTS:
                 raise UserError(f"{path}: {file} has {count} objects, not 3 to 10; fetch it again")
-        listings[split] = _Found(folder, _names(files), {"count": index_target(counts, _COUNTS)})
+        counted = index_target(counts, _COUNTS)
+        listings[split] = _Found(folder, _names(path, files), {"count": counted})
     return listings
 
 
@@ -303,8 +304,20 @@ def _read_lines(path: Path) -> list[tuple[str, int]]:
         return [(name, int(number)) for name, number in parts]
 
 
-def _names(files: Iterable[str]) -> Names:
-    return Names.of(map(os.fsencode, files))
+def _names(path: Path, files: Iterable[str]) -> Names:
+    """Pack the files that the list `path` names.
+
+    Raises UserError for one that would lie outside the folder of images.
+    """
+
+    def checked() -> Iterator[bytes]:
+        for file in files:
+            if os.path.isabs(file) or ".." in re.split(r"[/\\]", file):
+                raise ValueError(f"'{shown(file)}' leads out of the folder of images")
+            yield os.fsencode(file)
+
+    with _as_released(path):
+        return Names.of(checked())
 
 
 def _need_folder(folder: Path) -> None:

@@ -118,9 +118,13 @@ class Members:
         self.shard, self.place = shard, place
         """Which of the shards [N], and offset and length there [N, 2] int64."""
         self._files: dict[int, IO[bytes]] = {}
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _files={}, _lock=threading.Lock())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -130,7 +134,13 @@ class Members:
 
     def source(self, row: int) -> bytes:
         offset, length = self.place[row].tolist()
-        return os.pread(self._file(int(self.shard[row])).fileno(), length, offset)
+        # Held while it is read: another thread may put it out, and what nobody holds is closed.
+        file = self._file(int(self.shard[row]))
+        if hasattr(os, "pread"):
+            return os.pread(file.fileno(), length, offset)
+        with self._lock:  # Windows: threads share the place in the file
+            file.seek(offset)
+            return file.read(length)
 
     def block(self, rows: np.ndarray) -> None:
         return None
@@ -140,13 +150,14 @@ class Members:
         return [array.tobytes() for array in arrays]
 
     def _file(self, shard: int) -> IO[bytes]:
-        file = self._files.get(shard)
-        if file is None:
-            file = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115
-            if len(self._files) >= self._OPEN:  # closed when the last thread is done with it
-                self._files.pop(next(iter(self._files)), None)
-            self._files[shard] = file
-        return file
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115
+                if len(self._files) >= self._OPEN:
+                    del self._files[next(iter(self._files))]
+                self._files[shard] = file
+            return file
 
 
 REMOTE = "hf://"
@@ -164,16 +175,20 @@ def open_parquet(shard: str) -> Any:
     return pq.ParquetFile(HfFileSystem().open(shard.removeprefix(REMOTE), "rb"))
 
 
+MEMORY = 2**30
+"""Bytes of row groups that all readers of a stream keep, beside the newest of each."""
+
+
 class Rows:
     """Images in a column of parquet files, of which a row group is read at once."""
-
-    _KEEP = 2**28  # bytes of row groups that stay in memory, beside the newest
 
     def __init__(self, shards: Sequence[str], column: str, groups: Sequence[Sequence[int]]) -> None:
         """`groups` has the rows of each row group of each shard."""
         self.shards, self.column = tuple(shards), column
         self._of = [(s, g) for s, own in enumerate(groups) for g in range(len(own))]
         self._ends = np.cumsum([rows for own in groups for rows in own], dtype=np.int64)
+        self.memory = MEMORY
+        """Bytes of row groups that stay in memory beside the newest."""
         self._read: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -200,16 +215,22 @@ class Rows:
         return np.searchsorted(self._ends, rows, side="right")
 
     def parts(self) -> list[bytes]:
-        return ["\n".join(map(os.path.basename, self.shards)).encode(), self._ends.tobytes()]
+        names = "\n".join(map(os.path.basename, self.shards))
+        return [os.fsencode(names), self._ends.tobytes()]
+
+    def group_bytes(self) -> int:
+        """Return the size in memory of the largest row group that is there now."""
+        with self._lock:
+            return max((column.nbytes for column in self._read.values()), default=0)
 
     def _group(self, group: int) -> Any:
         with self._lock:
             column = self._read.pop(group, None)
             if column is None:
                 column = self._fetch(*self._of[group])
-            self._read[group] = column  # the newest is last
-            while len(self._read) > 1 and sum(c.nbytes for c in self._read.values()) > self._KEEP:
+            while sum(c.nbytes for c in self._read.values()) > self.memory:
                 del self._read[next(iter(self._read))]
+            self._read[group] = column  # the newest is last
             return column
 
     def _fetch(self, shard: int, group: int) -> Any:

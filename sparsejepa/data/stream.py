@@ -24,9 +24,10 @@ from torch import Tensor
 
 from sparsejepa.data.crew import Crew, Decoder, Shared
 from sparsejepa.data.decode import check_readable, decode, shown
-from sparsejepa.data.readers import source_of
+from sparsejepa.data.readers import MEMORY, Rows, source_of
 from sparsejepa.data.sources import Listing
 from sparsejepa.data.store import ChannelMoments, DeviceImages, Divisible, ImageSet, Target
+from sparsejepa.distributed import World
 from sparsejepa.errors import UserError
 from sparsejepa.rng import generator
 
@@ -37,6 +38,8 @@ _SAMPLE_BLOCKS = 4  # stretches from which they are taken where images come in s
 _TASK = 32  # images that a worker decodes at once, at most
 _RING_BYTES = 2**28  # decoded images that wait at once, at most
 _FEW = 100  # images seen before a share of unreadable ones says anything
+_MIXED = 4096  # images of stretches that are mixed with one another, about
+_MIXED_BLOCKS = 8, 64  # stretches that are: enough for some workers; so few that memory holds them
 
 
 class _Names(Sequence[str]):
@@ -147,6 +150,8 @@ def open_stream(
     decoder = Decoder(listing.check().reader, listing.origin, first[1][:2], own, upscale)
     if listing is not train:
         unreadable = []
+    else:
+        _warn_of_huge_groups(train)
     return ImageStream(
         listing.name,
         listing.split,
@@ -167,14 +172,34 @@ def open_images(
     """Return batches of images on a device; a stream's are decoded by `workers` processes.
 
     By default one per CPU core that this process has, shared among those of its job on this
-    machine. With 0 the images are decoded when they are asked for, by threads.
+    machine. With 0, and on Windows always, the images are decoded when they are asked for, by
+    threads.
     """
     if isinstance(images, ImageSet):
         return DeviceImages(images, device)
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return StreamImages(images, device, workers)
+    if os.name != "posix":  # no pipes that can be waited for, nor files that children inherit
+        workers = 0
+    return StreamImages(images, device, _cores() if workers is None else workers)
+
+
+def _cores() -> int:
+    """Return the CPU cores for this process; those of a machine are divided among its processes.
+
+    Not once more where each was given its own: by SLURM, or by torchrun's --numa-binding.
+    """
+    count = os.cpu_count() or 1
+    local = World.from_environment().local_size
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, count // local)
+    own = len(os.sched_getaffinity(0))
+    if local == 1:
+        return own
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun: the parent has the cores of all
+        count = min(count, max(own, len(os.sched_getaffinity(os.getppid()))))
+    else:
+        granted = os.environ.get("SLURM_CPUS_ON_NODE", "")
+        count = int(granted) if granted.isdecimal() else count
+    return max(1, min(own, count // local))
 
 
 class _Chunk(NamedTuple):
@@ -218,12 +243,17 @@ class StreamImages:
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device, decoded now; index: [B] int64."""
         batch, positions = self._empty(len(index)), self._known(index)
-        rows = self.stream.rows[positions].tolist()
-        with ThreadPoolExecutor(max(1, self.workers)) as pool, warnings.catch_warnings():
+        images, places = batch.numpy(), np.arange(len(index))
+        block = self.stream.decoder.reader.block(self.stream.rows[positions])
+        if block is not None:
+            places = _together(block)
+        rows = self.stream.rows[positions[places]].tolist()
+        with ThreadPoolExecutor(self.workers or _cores()) as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
             results = pool.map(self.stream.decoder.read, rows)
-            for into, position, image in zip(batch.numpy(), positions, results, strict=True):
-                into[:] = self._next_to(int(position), image) if isinstance(image, str) else image
+            for place, image in zip(places, results, strict=True):
+                bad = isinstance(image, str)
+                images[place] = self._next_to(int(positions[place]), image) if bad else image
         self._see(positions)
         return self._send(batch)
 
@@ -261,20 +291,21 @@ class StreamImages:
             crew.close()
 
     def _chunks(self, indices: Iterable[Tensor], capacity: int) -> Iterator[_Chunk]:
-        """Divide batches; images of one stretch go to one worker, which fetches it once."""
+        """Divide batches; images of one stretch go to one worker, one after the other."""
+        owners = _Owners(self.workers)
         for index in indices:
             positions, places = self._known(index), np.arange(len(index))
             owner = np.zeros(len(index), np.int64)
             block = self.stream.decoder.reader.block(self.stream.rows[positions])
             if block is not None:
-                owner = block % self.workers
+                places = _together(block)
+                owner = owners(block[places])
             parts = [
-                part
-                for worker in np.unique(owner)
+                (worker, part)
+                for worker in np.unique(owner).tolist()
                 for part in _cut(places[owner == worker], capacity)
-            ] or [places]
-            for number, part in enumerate(parts, 1):
-                worker = int(owner[part[0]]) if len(part) else 0
+            ] or [(0, places)]
+            for number, (worker, part) in enumerate(parts, 1):
                 last = number == len(parts)
                 yield _Chunk(len(index), positions[part], part, worker, last)
 
@@ -361,26 +392,64 @@ class StreamImages:
         check_readable(self.stream.decoder.origin, self.skipped, seen, limit)
 
 
-def block_order(blocks: np.ndarray, seed: int, epoch: int, window: int = 4096) -> Tensor:
+class _Owners:
+    """Which worker reads which stretch: new ones in turn, and each keeps what is still in use.
+
+    So a stretch is fetched by one worker, and the workers have equally many.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._now, self._turn = workers, 0, 0
+        self._owner: dict[int, int] = {}
+        self._used: dict[int, int] = {}
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """Return the worker [n] for each image by its stretch [n]; to be asked in order."""
+        self._now += len(block)
+        for one in [b for b, used in self._used.items() if used < self._now - _MIXED - len(block)]:
+            del self._used[one], self._owner[one]
+        for one in dict.fromkeys(block.tolist()):
+            if one not in self._owner:
+                self._owner[one] = self._turn % self._workers
+                self._turn += 1
+            self._used[one] = self._now
+        return np.array([self._owner[one] for one in block.tolist()], np.int64)
+
+
+def _together(block: np.ndarray) -> np.ndarray:
+    """Return the places [n] of images so that those of one stretch [n] follow one another.
+
+    Stretches stay in the order of their first image: what is read no more comes first.
+    """
+    _, first, inverse = np.unique(block, return_index=True, return_inverse=True)
+    return np.argsort(first[inverse.reshape(-1)], kind="stable")
+
+
+def mixed_blocks(count: int, images: int, window: int = _MIXED) -> int:
+    """Return how many of `count` stretches of `images` are mixed with one another."""
+    fewest, most = _MIXED_BLOCKS
+    return min(most, max(fewest, window * count // max(1, images)))
+
+
+def block_order(blocks: np.ndarray, seed: int, epoch: int, window: int = _MIXED) -> Tensor:
     """Return the order [N] int64 of an epoch over images that come in stretches.
 
     Args:
         blocks: lengths of the stretches, in the order of the images.
         seed, epoch: what the order is a function of.
-        window: images that are mixed with one another.
+        window: images that are mixed with one another, about: always those of 8 to 64 stretches.
 
-    The stretches are shuffled, and then the images within consecutive windows: whoever reads on
-    needs no more stretches at a time than a window spans.
+    The stretches are shuffled, and then the images of every few: whoever reads on needs those few
+    at a time, and none of them again.
     """
     keyed = generator(seed, epoch, "order")
     ends = torch.from_numpy(np.cumsum(blocks))
     starts = ends - torch.from_numpy(np.asarray(blocks))
     shuffled = torch.randperm(len(blocks), generator=keyed)
-    parts = [torch.arange(int(starts[i]), int(ends[i])) for i in shuffled]
-    order = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    mixed = [
-        part[torch.randperm(len(part), generator=keyed)] for part in order.split(max(1, window))
-    ]
+    mixed, none = [], torch.empty(0, dtype=torch.int64)
+    for few in shuffled.split(mixed_blocks(len(blocks), int(np.sum(blocks)), window)):
+        part = torch.cat([none, *(torch.arange(int(starts[i]), int(ends[i])) for i in few)])
+        mixed.append(part[torch.randperm(len(part), generator=keyed)])
     return torch.cat(mixed)
 
 
@@ -399,6 +468,22 @@ def _sample(listing: Listing) -> np.ndarray:
     chosen = rng.permutation(np.unique(block))[:_SAMPLE_BLOCKS]
     share = SAMPLE // len(chosen)
     return np.concatenate([rows[block == one][:share] for one in np.sort(chosen)])
+
+
+def _warn_of_huge_groups(listing: Listing) -> None:
+    """Say that row groups, of which the sample is still there, do not fit into the memory."""
+    if not isinstance(listing.reader, Rows):
+        return
+    count = len(np.unique(listing.reader.block(listing.rows)))
+    few = min(count, mixed_blocks(count, len(listing.rows)))
+    each = listing.reader.group_bytes()
+    if few * each > MEMORY:
+        warnings.warn(
+            f"{listing.origin}: row groups of {each / 1e6:,.0f} MB, of which {few} do "
+            f"not fit into {MEMORY / 1e9:.1f} GB, so that each is fetched several times an epoch; "
+            f"write the files anew with row groups of at most {MEMORY / few / 1e6:.0f} MB",
+            stacklevel=3,
+        )
 
 
 def _fingerprint(listing: Listing) -> str:

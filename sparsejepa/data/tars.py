@@ -133,18 +133,22 @@ class _Index:
                         ending = next((e for e in EXTENSIONS if e[1:] in sample.members), None)
                         if ending is None:
                             name = shown(os.fsdecode(sample.key))
-                            self.unusable.append((f"{stem.decode()}/{name}", "no image with it"))
+                            where = f"{shown(os.fsdecode(stem))}/{name}"
+                            self.unusable.append((where, "no image with it"))
                             continue
                         row = len(self.shard)
                         self.shard.append(number)
                         self.place.extend(sample.members[ending[1:]])
                         for field, (offset, length) in sample.members.items():
                             if field in ("cls", "txt", "json") and length <= _LARGEST_LABEL:
-                                self._label(row, field, os.pread(file.fileno(), length, offset))
+                                file.seek(offset)
+                                self._label(row, field, file.read(length))
                         yield stem + b"/" + sample.key + ending.encode()
             except (OSError, tarfile.TarError, EOFError, ValueError) as error:
                 reason = shown(str(error).split("\n")[0])
-                raise UserError(f"{shard}: damaged tar file ({reason}); copy it again") from None
+                raise UserError(
+                    f"{shown(shard)}: damaged tar file ({reason}); copy it again"
+                ) from None
 
     def _label(self, row: int, field: str, content: bytes) -> None:
         text = content.decode("utf-8", "replace").strip()
@@ -178,6 +182,13 @@ def _samples(shard: str) -> Iterator[_Sample]:
             sample.members.setdefault(ending.lower(), (info.offset_data, info.size))
         if sample.members:
             yield sample
+    with open(shard, "rb") as file:  # tarfile takes a damaged header, or a cut, for the end
+        file.seek(tar.offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {tar.offset}")
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut short at byte {tar.offset}, it has no end mark")
 
 
 def _json_fields(text: str) -> dict[str, str]:
@@ -269,11 +280,11 @@ def _shards(folder: Path) -> dict[str, list[str]]:
 def _checked(shard: str) -> str:
     if shard.lower().endswith(_COMPRESSED):
         raise UserError(
-            f"{shard}: compressed, so that it cannot be read at random positions; unpack it to a "
-            "plain .tar (images are compressed already)"
+            f"{shown(shard)}: compressed, so that it cannot be read at random positions; unpack it "
+            "to a plain .tar (images are compressed already)"
         )
     if not os.path.isfile(shard):
-        raise UserError(f"{shard}: no such file")
+        raise UserError(f"{shown(shard)}: no such file")
     return shard
 
 

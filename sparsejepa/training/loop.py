@@ -30,11 +30,12 @@ from sparsejepa.distributed import (
     first_here,
     gather_texts,
     joined,
+    launch_name,
     mean_of,
     on_main,
 )
 from sparsejepa.environment import environment, resolve_device
-from sparsejepa.errors import UserError, flag
+from sparsejepa.errors import Interrupted, UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
 from sparsejepa.model.encoder import ViT
@@ -69,7 +70,14 @@ SKIPPED = "skipped.txt"
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
 _FREE_ON_RESUME = {
     "data_root", "device", "threads", "compile", "checkpoint_every", "preset",
-    "keep_checkpoints", "workers", "parallel", "checkpoint_activations",
+    "keep_checkpoints", "workers", "parallel", "checkpoint_activations", "max_unreadable",
+}  # fmt: skip
+
+
+# Of a finished run's summary.json, what is shown of it.
+_SUMMARY = {
+    "arm": str, "steps": int, "seconds": (int, float), "images_per_second": (int, float),
+    "final": dict, "alarms": list,
 }  # fmt: skip
 
 
@@ -99,7 +107,7 @@ def pretrain(
     `data` names the images (see ``sparsejepa data list``) or is a whole `Config`; `settings` are
     the flat names of `Config` (``lam=0.01, epochs=20, preset="nano"``). The run is written to
     `out`; with `resume` it goes on from the newest checkpoint there, if there is one. Ctrl-C and
-    SIGTERM write a checkpoint and raise KeyboardInterrupt.
+    SIGTERM write a checkpoint and raise Interrupted, a KeyboardInterrupt.
 
     Called by every process that torchrun or SLURM started, the processes train one model together;
     when torchrun starts them anew, they go on where they were.
@@ -119,15 +127,23 @@ def pretrain(
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with joined(world, device):
-        resume = resume or world.restarts > 0
-        summary = on_main(world, lambda: open_run(run_dir, config, resume))
+
+        def look() -> dict[str, Any] | None:
+            # What an attempt before this one began is gone on with, an older run is not.
+            anew = world.restarts > 0 and _about(run_dir).get("launch") == launch_name()
+            return open_run(run_dir, config, resume or anew)
+
+        summary = on_main(world, look)
         if summary is None:
             images = first_here(world, lambda: load_images(config))
             model = build_model(config, images.img_size, total_steps(config, len(images)))
             on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
             with run_lock(run_dir, world), _stop_on_signal() as stop:
-                place = torch.device(device)
-                summary = _train(run_dir, config, world, images, model, place, stop, console)
+                # Another job may have begun or finished here while the images were loaded.
+                summary = on_main(world, look)
+                if summary is None:
+                    place = torch.device(device)
+                    summary = _train(run_dir, config, world, images, model, place, stop, console)
     return Run(run_dir, config, summary)
 
 
@@ -178,7 +194,7 @@ def _train(
 
     with (
         report.between(start, total, batch),
-        contextlib.closing(log),
+        log,
         contextlib.closing(images),
         contextlib.closing(agreed),
     ):
@@ -188,8 +204,9 @@ def _train(
             row = step % config.run.log_every
             pending[row] = train_step(pixels, step)
             done, last = step + 1, step + 1 == total
-            stopping = agreed(bool(stop))  # read once: a signal from here on waits for a next step
-            saving = last or done % save_every == 0 or stopping
+            # Read once: a signal from here on waits for a next step.
+            stopping = agreed(stop[0] if stop else 0)
+            saving = last or done % save_every == 0 or stopping > 0
             # The only point that waits for the device.
             if saving or row == config.run.log_every - 1:
                 values = mean_of(pending[: row + 1]).tolist()
@@ -220,7 +237,7 @@ def _train(
                     saved = f"the last good checkpoint is that of step {done}"
                     since = time.perf_counter()
                 if stopping and not last:
-                    raise KeyboardInterrupt
+                    raise Interrupted(stopping)
         skipped = _list_skipped(run_dir, images, world)
         if skipped:
             report.say(f"{skipped} images could not be read: {run_dir / SKIPPED}")
@@ -236,8 +253,11 @@ def _begin(run_dir: Path, config: Config) -> None:
     """Write what a run directory says of its run before the first step."""
     for partial in partial_files(run_dir):
         partial.unlink(missing_ok=True)
+    about = environment(code_of(run_dir))
+    if launch_name():
+        about["launch"] = launch_name()
     write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
-    write_text(run_dir / "environment.json", json.dumps(environment(code_of(run_dir)), indent=1))
+    write_text(run_dir / "environment.json", json.dumps(about, indent=1))
 
 
 def _metrics(
@@ -340,17 +360,32 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
                 f"{flag(name)} {value}: the run in {run_dir} has {stored[name]}; resume with the "
                 "same settings or name a new folder with --out"
             )
-    if (run_dir / "summary.json").exists():
-        return read_json(run_dir / "summary.json")
-    return None
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    for name, kind in _SUMMARY.items():
+        if not isinstance(summary, dict) or not isinstance(summary.get(name), kind):
+            raise UserError(
+                f"{path}: damaged, '{name}' is missing or of another kind; remove it and start "
+                "again with --resume"
+            )
+    return summary
 
 
 def code_of(run_dir: Path) -> str:
     """Return the code that a run was trained with so far, as `environment` names it."""
     if not has_checkpoint(run_dir) and not (run_dir / "summary.json").exists():
         return ""
+    code = _about(run_dir).get("code")
+    return code if isinstance(code, str) else "unknown"
+
+
+def _about(run_dir: Path) -> dict[str, Any]:
+    """Return a run's environment.json, nothing if there is none or it is no object."""
     path = run_dir / "environment.json"
-    return read_json(path).get("code", "unknown") if path.exists() else "unknown"
+    found = read_json(path) if path.exists() else None
+    return found if isinstance(found, dict) else {}
 
 
 def read_config(run_dir: Path) -> Config:
@@ -403,7 +438,7 @@ def _stop_on_signal() -> Iterator[list[int]]:
 
     def handle(number: int, frame: Any) -> None:
         if caught:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         caught.append(number)
 
     previous = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sparsejepa.data.augment import normalize
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.distributed import World, gather_rows, own_rows
+from sparsejepa.errors import UserError
 from sparsejepa.evaluation.information import rankme, std_per_dimension
 from sparsejepa.evaluation.probe import knn_accuracy
 from sparsejepa.evaluation.sparsity import summary
@@ -33,7 +35,8 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """metrics.jsonl, one JSON object a line. Lines at or after `step` are dropped on a resume.
 
-    Of several processes, which all see the same numbers, one has `write` and keeps the file.
+    So are lines that this program cannot have written. Of several processes, which all see the same
+    numbers, one has `write` and keeps the file. Raises UserError where the disk does not take it.
     """
 
     def __init__(self, run_dir: Path, step: int, *, write: bool = True) -> None:
@@ -43,30 +46,53 @@ class MetricsLog:
         self.kept: list[dict[str, Any]] = []
         """The rows of earlier parts of the run, oldest first."""
         if step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:  # the line that a kill cut short
+                except (ValueError, RecursionError):  # the line that a kill cut short
                     continue
-                if row["step"] < step:
+                if _is_row(row) and row["step"] < step:
                     self.kept.append(row)
                     self._remember(row)
         self._file = None
         if write:
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
-            self._file = self.path.open("a", encoding="utf-8")
+            with self._to_disk():
+                write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
+                self._file = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # what went wrong first counts
+                raise
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, as JSON knows none."""
         clean = {k: _finite(v) for k, v in row.items()}
         self._remember(clean)
         if self._file:
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
+            with self._to_disk():
+                self._file.write(json.dumps(clean) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with self._to_disk():
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _to_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: {error.strerror or error}; make room or mend the disk, then go on "
+                "with --resume"
+            ) from None
 
     def _remember(self, row: dict[str, Any]) -> None:
         if "alarm" in row:
@@ -80,7 +106,8 @@ class OnlineEvaluation:
 
     A fixed random part of *train* serves as bank and queries, so no test image is looked at while
     training. Without labels only RankMe and the spread are reported. Each process of `world` embeds
-    its share of the images; all get the same numbers.
+    its share of the images; all get the same numbers. Images that are fetched in stretches are
+    those of a few, and read in order.
     """
 
     def __init__(
@@ -90,9 +117,14 @@ class OnlineEvaluation:
         count: int = 2048,
         world: World = World(),  # noqa: B008  (it is frozen)
     ) -> None:
-        count = min(count, len(image_set))
-        order = np.random.default_rng(0).permutation(len(image_set))[:count]
-        self._index, self._count = torch.from_numpy(own_rows(order, world)), count
+        rng, self._mixed = np.random.default_rng(0), None
+        blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+        if blocks is None:
+            order = rng.permutation(len(image_set))[:count]
+        else:
+            order = _of_few(blocks, count, rng)
+            self._mixed = torch.from_numpy(rng.permutation(len(order)))
+        self._index, self._count = torch.from_numpy(own_rows(order, world)), len(order)
         self._images, self._mean, self._std = images, image_set.mean, image_set.std
         target = next(iter(image_set.targets.values()), None)
         self._labels = None if target is None else torch.from_numpy(target.values[order])
@@ -100,8 +132,8 @@ class OnlineEvaluation:
     @torch.no_grad()
     def __call__(self, encoder: ViT, autocast: torch.autocast) -> dict[str, float]:
         features = []
-        for part in self._index.split(256):
-            pixels = normalize(self._images.take(part), self._mean, self._std)
+        for images in self._images.batches(self._index.split(256)):
+            pixels = normalize(images, self._mean, self._std)
             with autocast:
                 tokens = encoder(pixels.to(encoder.pos_embed.dtype))
                 features.append(tokens.float().mean(1).cpu())
@@ -115,8 +147,24 @@ class OnlineEvaluation:
         if self._labels is not None:
             cut = 3 * len(x) // 4
             y = self._labels
+            if self._mixed is not None:  # in order, bank and queries would have different classes
+                x, y = x[self._mixed], y[self._mixed]
             row["knn"] = float(knn_accuracy(x[:cut], y[:cut], x[cut:], y[cut:]))
         return row
+
+
+def _of_few(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose `count` images of stretches of lengths `blocks`, ascending: of eight, or of more.
+
+    Fewer images where the stretches are of very different lengths.
+    """
+    share, starts = -(-count // min(8, len(blocks))), np.cumsum(blocks) - blocks
+    chosen, found = [], 0
+    for one in rng.permutation(len(blocks)):
+        if found < count:
+            chosen.append(starts[one] + np.arange(min(int(blocks[one]), share)))
+            found += len(chosen[-1])
+    return np.sort(np.concatenate(chosen)[:count])
 
 
 class Alarms:
@@ -137,6 +185,7 @@ class Alarms:
     def check(self, row: dict[str, Any], progress: float) -> list[str]:
         """Return the new alarms of a metrics row; `progress` is the share of the run done."""
         found = []
+        row = {name: value for name, value in row.items() if value is not None}
         if "loss" in row:
             usual = median(self._losses) if len(self._losses) >= 20 else math.inf
             if progress > 0.1 and abs(row["loss"]) > 4 * abs(usual):
@@ -161,11 +210,13 @@ class Alarms:
                 "(raise --lam or set --density)"
             )
         self.observe(row)
-        rank = row.get("rankme")  # None also if the features were not finite
-        if rank is not None and (rank < max(1.5, 0.1 * self._first_rank) or row["std_mean"] < 1e-4):
+        rank, spread = row.get("rankme"), row.get("std_mean")  # not there unless finite
+        if rank is None or spread is None:
+            pass
+        elif rank < max(1.5, 0.1 * self._first_rank) or spread < 1e-4:
             found.append(
-                f"collapse: RankMe {rank:.1f}, mean spread {row['std_mean']:.1e}; the embeddings "
-                "lose their dimensions (raise --beta or --ema, lower --lr)"
+                f"collapse: RankMe {rank:.1f}, mean spread {spread:.1e}; the embeddings lose their "
+                "dimensions (raise --beta or --ema, lower --lr)"
             )
         new = [text for text in found if text.split(":")[0] not in self._raised]
         self._raised.update(text.split(":")[0] for text in new)
@@ -222,6 +273,19 @@ def group_state(groups: GroupMap | None) -> dict[str, float]:
         "dead_groups": int(numbers["dead_groups"]),
         "max_usage": float(usage.max() / usage.sum().clamp_min(1e-12)),
     }
+
+
+def _is_row(row: Any) -> bool:
+    """Return whether a line is one of those that `MetricsLog` writes: numbers, null, an alarm."""
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return False
+    largest = sys.float_info.max
+    return all(
+        isinstance(value, str)
+        if name == "alarm"
+        else value is None or (isinstance(value, int | float) and abs(value) <= largest)
+        for name, value in row.items()
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from sparsejepa.config import Config
-from sparsejepa.data.stream import open_images
+from sparsejepa.data.stream import ImageStream, open_images
+from sparsejepa.distributed import World
 from sparsejepa.environment import resolve_device
 from sparsejepa.training.build import (
     arm_name,
@@ -20,14 +22,14 @@ from sparsejepa.training.build import (
     load_images,
     total_steps,
 )
-from sparsejepa.training.loop import EpochOrder
+from sparsejepa.training.loop import EpochOrder, check_shares
 from sparsejepa.training.monitor import METRICS
 from sparsejepa.training.step import TrainStep
 
 
 def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
     """Return what a run would do, after timing a few steps of it."""
-    config.check()
+    check_shares(config.check(), World())
     device = torch.device(resolve_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -36,12 +38,14 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
     model = build_model(config, image_set.img_size, total).to(device)
     images = open_images(image_set, device, config.run.workers)
     train_step = TrainStep(config, model, build_augment(config, image_set), total)
-    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device)
+    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device, blocks)
     times = []
-    for step in range(timed_steps + 1):
-        began = time.perf_counter()
-        train_step(images.take(order(0)), step).tolist()  # waits for the device
-        times.append(time.perf_counter() - began)
+    with contextlib.closing(images):
+        for step in range(timed_steps + 1):
+            began = time.perf_counter()
+            train_step(images.take(order(0)), step).tolist()  # waits for the device
+            times.append(time.perf_counter() - began)
     seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
     memory = (
         torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _peak_rss_mb()

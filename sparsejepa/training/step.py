@@ -13,6 +13,7 @@ from sparsejepa.config import Config
 from sparsejepa.data.augment import Augment
 from sparsejepa.distributed import Share, World
 from sparsejepa.environment import has_bf16
+from sparsejepa.errors import UserError
 from sparsejepa.model.jepa import Losses, SparseJEPA
 from sparsejepa.rng import derive_seed, generator
 from sparsejepa.training.build import build_optimizer
@@ -130,6 +131,8 @@ class TrainStep:
             torch._dynamo.mark_dynamic(masks.targets, 2)
         if self._compile == "works":
             return run()
+        from torch._dynamo.exc import TorchDynamoException
+
         try:
             self.model.losses = torch.compile(self.model.losses)
             losses = run()
@@ -137,6 +140,10 @@ class TrainStep:
             return losses
         except Exception as error:  # whatever compilers fail with; a true fault fails again below
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if self._world.size > 1:  # the others may be within the step and cannot begin it anew
+                if not isinstance(error, TorchDynamoException):
+                    raise
+                raise UserError(f"--compile: not possible here ({reason}); leave it out") from None
             self._say(f"--compile: not possible here, going on without it ({reason})")
         self._compile = "no"
         self.model.__dict__.pop("losses", None)  # the attribute that hides the method

@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff
 from sparsejepa.config import Config
 from sparsejepa.errors import UserError, flag
 
-DATA = "a name (sparsejepa data list), hub:OWNER/NAME or a folder of images"
+DATA = "a name (sparsejepa data list), hub:OWNER/NAME, a folder of images or tar shards"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Bench(Verb):
     """Measure this machine: matrix products, our step beside others', data, probe, memory."""
 
     sections: tuple[str, ...] = ()
-    """Of products, parts, steps, peers, data, probe, memory and growth; all if not given."""
+    """Of products, parts, steps, peers, data, loading, probe, memory and growth; all if not
+    given."""
     encoder: str = "tiny"
     """Size of the vision transformer."""
     patch_size: int = 4

@@ -302,8 +302,9 @@ class Info(Verb):
     """Passes over the images."""
     images: int = 1_281_167
     """Training images; ImageNet's if not given."""
-    gpu: str = "h100"
-    """a100-40gb, a100-80gb, h100, h200, b200, l40s, rtx4090, t4; or cpu: this one, measured."""
+    gpu: str | None = None
+    """a100-40gb, a100-80gb, h100 (if not given), h200, b200, l40s, rtx4090, t4; or cpu: this one,
+    measured."""
     gpus: int = 1
     """GPUs of the run."""
     gpus_per_machine: int = 8
@@ -379,12 +380,19 @@ def _predict(args: Info, console: Console) -> dict[str, Any]:
     if args.batch is not None:
         changes["batch_size"] = args.batch
     config = config.replace(**{k: v for k, v in changes.items() if v not in (None, ())})
-    fleet = Fleet(processor(args.gpu), args.gpus, args.gpus_per_machine, args.network * 1e9 / 8)
+    fleet = Fleet(
+        processor(args.gpu or "h100"), args.gpus, args.gpus_per_machine, args.network * 1e9 / 8
+    )
     found = Prediction(config, fleet, args.mfu).describe(args.images, args.price)
     facts = {name: value for name, value in found.items() if name != "memory"}
     show_facts(console, facts, f"prediction: {args.preset or args.model}")
     console.print("memory per GPU at the step's peak", style="bold")
     show_rows(console, found["memory"])
+    fitting = [row for row in found["memory"] if row["fits"]]
+    if not fitting:
+        console.print("None fits: more GPUs, a smaller --batch or a larger --accumulate.")
+    elif not min(fitting, key=lambda row: row["step_seconds"])["chosen"]:
+        console.print("The settings' choice is not the fastest row that fits: see --parallel.")
     console.print(f"Assumed: {args.mfu:g} of the peak rate (--mfu); the rest: docs/scaling.md.")
     return found
 

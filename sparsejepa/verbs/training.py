@@ -21,6 +21,7 @@ from sparsejepa.config import (
     OptimConfig,
     RunConfig,
 )
+from sparsejepa.distributed import World
 from sparsejepa.errors import UserError
 from sparsejepa.report.terminal import show_facts
 from sparsejepa.verbs.base import DATA, Verb, split_names
@@ -121,6 +122,11 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
 
     run_dir = args.out or default_run_dir(config)
     if args.dry_run:
+        if (size := World.from_environment().size) > 1:
+            raise UserError(
+                f"--dry-run: for one process and {size} were started; start it without torchrun or "
+                "srun"
+            )
         from sparsejepa.training.plan import plan
 
         found = plan(config) | {"would_write": str(run_dir)}

@@ -462,3 +462,35 @@ def test_where_to_put_what_is_not_there(tmp_path: Path):
     (tmp_path / "places365").mkdir()
     (row,) = [row for row in list_datasets(tmp_path) if row.name == "places365"]
     assert row.found == str(tmp_path / "places365") and row.splits == ("train", "test")
+
+
+@pytest.mark.parametrize("name", ["../../outside.png", "a/../../../outside.png", "/outside.png"])
+@pytest.mark.parametrize("release", ["places365", "inaturalist2018", "clevr-count"])
+def test_lists_name_only_files_in_their_folder(
+    release: str, name: str, places: Any, inaturalist: Any, clevr: Any, tmp_path: Path, save: Save
+):
+    save(tmp_path / "outside.png")
+    folder = tmp_path / release
+    if release == "places365":
+        if name[0] == "/":  # as all are in this list
+            name = "/../.." + name
+        path = folder / "places365_val.txt"
+        path.write_text(f"{path.read_text()}{name} 0\n")
+    elif release == "inaturalist2018":
+        path = folder / "val2018.json"
+        edit(path, lambda content: content["images"][0].update(file_name=name))
+    else:
+        path = folder / "CLEVR_v1.0" / "scenes" / "CLEVR_val_scenes.json"
+        edit(path, lambda content: content["scenes"][0].update(image_filename=name))
+    message = rf"^{path}: not as .* \('.*outside\.png' leads out of the folder of images\); fetch"
+    for read in (stream_dataset, load_dataset):
+        with pytest.raises(UserError, match=message) as caught:
+            read(release, "test", data_root=tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_no_text_is_one_line(inaturalist: Any, tmp_path: Path):
+    path = tmp_path / "inaturalist2018" / "val2018.json"
+    edit(path, lambda content: content["images"][0].update(file_name="\ud800.png"))
+    with pytest.raises(UserError, match=rf"^{path}: not as officially released"):
+        stream_dataset("inaturalist2018", data_root=tmp_path)

@@ -21,7 +21,7 @@ from sparsejepa.config import preset
 from sparsejepa.data import stream as module
 from sparsejepa.data.catalog import describe, load_dataset, stream_dataset
 from sparsejepa.data.store import DeviceImages
-from sparsejepa.data.stream import StreamImages, block_order, open_images
+from sparsejepa.data.stream import StreamImages, block_order, mixed_blocks, open_images
 from sparsejepa.errors import UserError
 from sparsejepa.training.build import load_images
 from sparsejepa.training.loop import pretrain
@@ -436,15 +436,13 @@ def test_block_order(blocks: list[int], seed: int, epoch: int, window: int):
     order = block_order(lengths, seed, epoch, window)
     assert sorted(order.tolist()) == list(range(sum(blocks)))
     assert (block_order(lengths, seed, epoch, window) == order).all()
-    block = np.repeat(np.arange(len(blocks)), lengths)
-    shortest = min((b for b in blocks if b), default=1)
-    for part in order.split(window):  # what must be in memory at once
-        assert len(np.unique(block[part.numpy()])) <= window // shortest + 2
-    first_and_last: dict[int, list[int]] = {}
-    for place, one in enumerate(block[order.numpy()].tolist()):
-        first_and_last.setdefault(one, [place, place])[1] = place
-    for one, (first, last) in first_and_last.items():  # a stretch is done with soon
-        assert last - first < blocks[one] + 2 * window
+    block = np.repeat(np.arange(len(blocks)), lengths)[order.numpy()]
+    few = mixed_blocks(len(blocks), sum(blocks), window)
+    assert 8 <= few <= 64 and (few == 8 or few * sum(blocks) <= window * len(blocks))
+    places = [np.flatnonzero(block == one) for one in np.unique(block)]
+    spans = [(int(place[0]), int(place[-1])) for place in places]
+    for first, last in spans:  # what must be in memory at once
+        assert sum(a <= last and b >= first for a, b in spans) <= few
 
 
 def test_block_order_mixes():

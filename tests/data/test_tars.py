@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,3 +190,56 @@ def test_mutated_shards_are_read_or_named(tmp_path_factory: pytest.TempPathFacto
         assert all_images(stream).shape == (len(stream), 4, 4, 3)
     except UserError as error:
         assert "mutant.tar" in str(error) and "\n" not in str(error)
+
+
+def test_names_of_shards_need_not_be_text(tmp_path: Path):
+    """Nor does the name of a sample without an image; messages can be printed."""
+    image = png(RNG.integers(0, 256, (4, 4, 3), np.uint8))
+    folder = tmp_path / "d"
+    folder.mkdir()
+    odd = os.fsdecode(b"train-\xff\n.tar")
+    write(folder / odd, [(f"{i}.png", image) for i in range(6)] + [("alone.cls", b"1")])
+    write(folder / "test-0.tar", [("0.png", image)])
+    stream = stream_dataset(folder)
+    assert len(all_images(stream, 2)) == 6
+    assert os.fsencode(stream.files[0]) == b"train-\xff\n/0.png"
+    assert stream.skipped == ((r"train-\udcff\n/alone", "no image with it"),)
+    (folder / odd).write_bytes(b"no tar" * 999)
+    with pytest.raises(UserError, match="damaged tar file") as caught:
+        stream_dataset(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_of_shards_and_other_things(tmp_path: Path):
+    """Only the shards count; one that is damaged, wherever it comes, is named in one line."""
+    folder = tmp_path / "d"
+    parts = [shard(folder / f"x-{i}.tar", 4, 4 * i) for i in range(3)]
+    for junk in ("README.md", "sizes.json", "x-0.tar.md5", ".x-9.tar", "x-1.tar.part", "x.idx"):
+        (folder / junk).write_bytes(b"junk\n")
+    (folder / "empty").mkdir()
+    (folder / "logs").mkdir()
+    (folder / "logs" / "log.txt").write_text("junk")
+    streams = [stream_dataset(folder, split) for split in ("train", "test")]
+    assert sum(map(len, streams)) == 12
+    pixels = np.concatenate(parts)
+    assert all((all_images(s) == pixels[s.rows]).all() for s in streams)
+    whole = (folder / "x-1.tar").read_bytes()
+    for damage in (whole[:3000], b"junk" * 1000, whole[:1024] + b"x" * 512 + whole[1536:], b""):
+        (folder / "x-1.tar").write_bytes(damage)
+        with pytest.raises(UserError, match=rf"^{folder}/x-1.tar: damaged tar file \(") as caught:
+            stream_dataset(folder)
+        assert str(caught.value).isprintable()
+
+
+def test_a_shard_cut_anywhere_is_refused(tmp_path: Path):
+    shard(tmp_path / "whole" / "train-0.tar", 6, cls=[0, 1] * 3)
+    content = (tmp_path / "whole" / "train-0.tar").read_bytes()
+    end = len(content.rstrip(b"\0"))
+    end += -end % 512  # of the last member
+    stream_dataset(tmp_path / "whole", img_size=(5, 5))
+    for at in range(0, end + 511, 256):  # within headers and data and between members
+        cut = tmp_path / f"cut{at}" / "train-0.tar"
+        cut.parent.mkdir()
+        cut.write_bytes(content[:at])
+        with pytest.raises(UserError, match=r"train-0\.tar"):
+            stream_dataset(cut.parent, img_size=(5, 5))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sparsejepa.config import Config, preset
 from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.training.build import load_images
 from sparsejepa.training.loop import pretrain
@@ -44,6 +45,8 @@ def test_corruption_replaces_what_would_have_been_trained_on(folder: Path, corru
     true = load_images(config_of(folder, **settings))
     settings["corruption"] = corruption
     made, again = (load_images(config_of(folder, seed=s, **settings)) for s in (0, 1))
+    assert isinstance(true, ImageSet)
+    assert isinstance(made, ImageSet) and isinstance(again, ImageSet)
     assert len(made) == 20 and made.files == true.files
     assert made.targets["class"].values.tolist() == true.targets["class"].values.tolist()
     assert (made.images != true.images).any((1, 2, 3)).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsejepa import distributed
 from sparsejepa.config import Config
-from sparsejepa.distributed import Share, World, own_rows, slurm_address
+from sparsejepa.distributed import Share, World, launch_name, own_rows, slurm_address
 from sparsejepa.errors import UserError
 from sparsejepa.training.loop import check_shares, pretrain
 
@@ -191,8 +194,8 @@ def test_a_signal_to_one_process_ends_all_and_one_process_goes_on(
 ) -> None:
     config = small(folder, steps=60)
     found = stopped(config, tmp_path / "run", told=by_slurm)
-    assert [status for status, _, _ in found] == [130, 130]
-    assert "continue with" in found[0][2] and "--resume" in found[0][2]
+    assert [status for status, _, _ in found] == [143, 143]
+    assert "interrupted; continue with: the same command again with --resume\n" in found[0][2]
     assert found[1][1] == "" and "interrupted" not in found[1][2]
     assert not (tmp_path / "run" / "summary.json").exists()
     pretrain(config, out=tmp_path / "run", resume=True)
@@ -209,7 +212,7 @@ def test_a_run_goes_on_with_any_number_of_processes(
     for kind, size in ((first, 2), (then, 4), (first, 1), (then, 2)):
         words = ["--parallel", kind, *(["--resume"] if out.exists() else [])]
         found = stopped(config, out, words, size=size)
-        assert {status for status, _, _ in found} <= {130, 0}, found
+        assert {status for status, _, _ in found} <= {143, 0}, found
     run(command(config, out, "--parallel", then, "--resume"))
     pretrain(config, out=tmp_path / "whole")
     assert_equal_weights(weights(tmp_path / "whole"), weights(out))
@@ -259,9 +262,12 @@ def test_an_error_of_all_is_said_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verbs_for_one_process_refuse_several() -> None:
-    found = end(start(["-m", "sparsejepa", "info"]))
-    assert [status for status, _, _ in found] == [2, 2]
-    assert "info is for one process and 2 were started" in found[0][2]
+    words = {"info": "info", "pretrain scenes --dry-run": "--dry-run:"}
+    for given, named in words.items():
+        found = end(start(["-m", "sparsejepa", *given.split()]))
+        assert [status for status, _, _ in found] == [2, 2]
+        assert found[0][2].count("\n") == 1 and f"error: {named}" in found[0][2]
+        assert "for one process and 2 were started" in found[0][2] and found[1][2] == ""
 
 
 @pytest.mark.slow
@@ -278,6 +284,32 @@ def test_torchrun_starts_anew_and_goes_on(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pretrain(config, out=tmp_path / "whole")
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("standalone", [True, False])
+def test_a_restart_does_not_take_over_what_the_start_refused(
+    folder: Path, tmp_path: Path, standalone: bool
+) -> None:
+    config, out = small(folder, steps=8), tmp_path / "run"
+    where = ["--standalone"] if standalone else ["--master-port", str(free_port())]
+    launcher = ["-m", "torch.distributed.run", *where, "--nproc-per-node", "2"]
+
+    def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *launcher, "--max-restarts", "1", *map(str, words)],
+            capture_output=True, text=True, timeout=240,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    settings = json.dumps({**config.to_dict(), "how": "kill"})
+    done = launched(SCRIPT, "fail", tmp_path, "6", settings)
+    assert done.returncode == 0, done.stderr  # what this very job began is gone on with
+    (out / "summary.json").unlink()
+    before = (out / "environment.json").read_bytes()
+    done = launched(*command(config, out))
+    assert done.returncode != 0 and done.stderr.count("already holds a run") == 2, done.stderr
+    assert (out / "environment.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -311,6 +343,47 @@ def test_who_a_process_is() -> None:
         World.from_environment({"RANK": "0", "WORLD_SIZE": "two"})
     with pytest.raises(UserError, match="--device cuda:1"):
         World(0, 2).place("cuda:1")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU on this machine; use --device cpu"):
+            World(0, 2).place("cuda")
+
+
+def test_what_names_a_launch() -> None:
+    logs = "/tmp/torchelastic_x/none_4fz/attempt_{}/0/error.json"
+    for attempt in range(2):
+        told = {"TORCHELASTIC_RUN_ID": "none"}
+        assert launch_name({**told, "TORCHELASTIC_ERROR_FILE": logs.format(attempt)}) == "none_4fz"
+        assert launch_name(told) == launch_name({}) == ""
+    named = {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_ERROR_FILE": logs.format(0)}
+    assert launch_name(named) == "a1"
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "ends"),
+    [("cuda:0", None, "destroy"), ("cuda:0", KeyError, "abort"), ("cpu", KeyError, "destroy"),
+     ("cuda:0", KeyboardInterrupt, "abort")],
+)  # fmt: skip
+def test_after_an_error_nobody_waits_for_the_others_on_gpus(
+    device: str, error: type[BaseException] | None, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    engine = SimpleNamespace(
+        is_initialized=lambda: False, PrefixStore=lambda *_: None,
+        init_process_group=lambda *_, **__: None,
+        destroy_process_group=lambda: ended.append("destroy"),
+        distributed_c10d=SimpleNamespace(_abort_process_group=lambda: ended.append("abort")),
+    )  # fmt: skip
+    monkeypatch.setattr(distributed, "_engine", lambda: engine)
+    monkeypatch.setattr(distributed, "_meeting_place", lambda world: None)
+    monkeypatch.setattr(distributed, "_settled", lambda error, *_: error)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with (
+        pytest.raises(error) if error else contextlib.nullcontext(),
+        distributed.joined(World(0, 2), device),
+    ):
+        if error:
+            raise error
+    assert ended == [ends]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +393,13 @@ def test_who_a_process_is() -> None:
 def test_where_slurm_tasks_meet(nodes: str, host: str) -> None:
     variables = {"SLURM_STEP_NODELIST": nodes, "SLURM_LAUNCH_NODE_IPADDR": "9.9.9.9"}
     variables |= {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3"}
-    assert slurm_address(variables) == (host, 20_087)
+    assert slurm_address(variables)[0] == host
+    ports = {
+        slurm_address({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[1]
+        for job in range(0, 50_000, 1000)
+        for step in range(4)
+    }
+    assert len(ports) > 190 and min(ports) >= 10_000 and max(ports) < 30_000
     given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "77"}
     assert slurm_address({**variables, **given}) == ("10.0.0.1", 77)
 

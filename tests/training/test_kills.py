@@ -229,7 +229,7 @@ def test_a_hundred_kills_lose_nothing(server: Server, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_ends_with_status_130_and_the_rest_follows_to_the_bit(
+def test_a_signal_saves_ends_with_its_status_and_the_rest_follows_to_the_bit(
     server: Server, folder: Path, tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
     stopped, log = tmp_path / "stopped", tmp_path / "log"
@@ -238,7 +238,7 @@ def test_a_signal_saves_ends_with_status_130_and_the_rest_follows_to_the_bit(
     while server.running() and not steps_logged(stopped):
         time.sleep(0.002)
     os.kill(server.pid, number)
-    assert server.status() == 130, log.read_text()
+    assert server.status() == 128 + number, log.read_text()
     assert "--resume" in log.read_text()
     (saved,) = checkpoints_of(stopped)
     assert 0 < int(saved.name[5:]) < STEPS and not (stopped / ".lock").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from sparsejepa.config import Config, preset
-from sparsejepa.errors import UserError
+from sparsejepa.data.stream import ImageStream, StreamImages
+from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.training import loop
+from sparsejepa.training import plan as planning
 from sparsejepa.training.loop import EpochOrder, pretrain
 from sparsejepa.training.monitor import Alarms, MetricsLog, OnlineEvaluation
 from sparsejepa.training.plan import plan
@@ -167,6 +172,75 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(folder: Path, tmp_path
         pretrain(config_of(folder), out=tmp_path / "other")
 
 
+def test_a_run_that_another_job_began_or_ended_meanwhile_is_left_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so while this one loads its images, before it has the lock."""
+    out, config = tmp_path / "run", config_of(folder, steps=4)
+    slow = loop.load_images
+
+    def overtaken(given: Config) -> Any:
+        monkeypatch.setattr(loop, "load_images", slow)
+        theirs = pretrain(config, out=out)
+        theirs.path.joinpath("environment.json").write_text("theirs")
+        return slow(given)
+
+    for resume in (False, True):
+        shutil.rmtree(out, ignore_errors=True)
+        monkeypatch.setattr(loop, "load_images", overtaken)
+        if resume:
+            found = pretrain(config, out=out, resume=True).summary
+            assert found == json.loads((out / "summary.json").read_text())
+        else:
+            with pytest.raises(UserError, match="already holds a run"):
+                pretrain(config, out=out)
+        assert (out / "environment.json").read_text() == "theirs"
+
+
+def test_a_restart_goes_on_with_its_own_run_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "run", config_of(folder, steps=4)
+
+    def attempt(number: int, launch: str) -> None:
+        told = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": number}
+        told |= {"TORCHELASTIC_RUN_ID": launch}
+        with monkeypatch.context() as patch:
+            for name, value in told.items():
+                patch.setenv(name, str(value))
+            pretrain(config, out=out)
+
+    attempt(0, "first")
+    for number in (0, 1):
+        with pytest.raises(UserError, match="already holds a run"):
+            attempt(number, "second")
+    attempt(1, "first")
+    (out / "environment.json").unlink()
+    with pytest.raises(UserError, match="already holds a run"):
+        attempt(1, "first")
+
+
+def test_what_only_bounds_unreadable_images_may_change(folder: Path, tmp_path: Path) -> None:
+    run = pretrain(config_of(folder, steps=4), out=tmp_path / "run")
+    again = pretrain(config_of(folder, steps=4, max_unreadable=0.9), out=run.path, resume=True)
+    assert again.summary == run.summary
+
+
+def test_a_damaged_summary_or_environment_is_one_line(folder: Path, tmp_path: Path) -> None:
+    config, out = config_of(folder, steps=4), tmp_path / "run"
+    whole = pretrain(config, out=out).summary
+    damaged = [{k: v for k, v in whole.items() if k != name} for name in ("arm", "final")]
+    for content in (*damaged, whole | {"seconds": "3"}, [1], 3):
+        (out / "summary.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"summary\.json: damaged, '\w+' is .* --resume"):
+            pretrain(config, out=out, resume=True)
+    # The remedy works, also where it is not known with what code the run began.
+    (out / "summary.json").unlink()
+    (out / "environment.json").write_text("[1]")
+    assert pretrain(config, out=out, resume=True).summary["final"] == whole["final"]
+    assert json.loads((out / "environment.json").read_text())["code"].startswith("unknown+")
+
+
 def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(config_of(folder), out=out)
@@ -207,8 +281,9 @@ def test_a_signal_during_the_evaluation_still_saves_before_it_stops(
 
     monkeypatch.setattr(OnlineEvaluation, "__call__", interrupted)
     config = config_of(folder, log_every=2, eval_every=4, checkpoint_every=100)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as stop:
         pretrain(config, out=tmp_path / "run")
+    assert stop.value.number == signal.SIGINT
     assert last_checkpoint(tmp_path / "run") == 5
 
 
@@ -261,6 +336,19 @@ def test_plan_agrees_with_the_run(folder: Path) -> None:
     assert got["images_per_second"] > 0 and got["parameters"]["encoder"] > 600_000
 
 
+def test_a_plan_is_made_as_the_run_would_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(StreamImages, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(ImageStream, "blocks", np.array([32, 32]))
+    seen: list[Any] = []
+    order = planning.EpochOrder
+    monkeypatch.setattr(planning, "EpochOrder", lambda *a: seen.extend(a) or order(*a))
+    plan(config_of(folder, stream=True, workers=0), timed_steps=1)
+    assert len(closed) == 1 and seen[4] is ImageStream.blocks
+    with pytest.raises(UserError, match="--accumulate 3"):
+        plan(config_of(folder, accumulate=3))
+
+
 def test_order_visits_every_image_once_an_epoch() -> None:
     order = EpochOrder(50, 10, seed=3)
     seen = torch.cat([order(s) for s in range(5)])
@@ -310,6 +398,37 @@ def test_metrics_log_drops_what_a_resume_repeats(tmp_path: Path) -> None:
     assert rows[-1]["loss"] is None
 
 
+def test_metrics_of_a_damaged_file_are_those_that_are_left(tmp_path: Path) -> None:
+    good = [{"step": 0, "loss": 1.0, "knn": None}, {"step": 1, "alarm": "collapse: so it is"}]
+    lines = [b"123", b"[]", b'"x"', b"null", b'{"loss": 2.0}', b'{"step": "1"}', b"\xff\xfe\x00",
+             b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": [1]}', b'{"step": 1, "alarm": 3}',
+             b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+             b"[" * 100_000]  # fmt: skip
+    whole = [json.dumps(row).encode() for row in good]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([whole[0], *lines, whole[1]]))
+    with MetricsLog(tmp_path, 2) as log:
+        assert log.kept == good and log.alarms == ["collapse: so it is"]
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == whole
+
+
+def test_a_disk_that_takes_no_metrics_is_named_and_hides_no_earlier_error(tmp_path: Path) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def broken(name: str) -> MetricsLog:
+        log = MetricsLog(tmp_path, 0)
+        works: dict[str, Any] = dict.fromkeys(("write", "flush", "close"), lambda *_: None)
+        log._file = SimpleNamespace(**{**works, name: failing})  # type: ignore[assignment]
+        return log
+
+    with pytest.raises(UserError, match=r"metrics\.jsonl: Input/output error; .* --resume"):
+        broken("write").write({"step": 0})
+    with pytest.raises(UserError, match=r"metrics\.jsonl: Input/output"), broken("close"):
+        pass
+    with pytest.raises(UserError, match="a loss exploded"), broken("close"):
+        raise UserError("a loss exploded")
+
+
 def test_metrics_are_whole_when_a_resume_cannot_rewrite_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +439,7 @@ def test_metrics_are_whole_when_a_resume_cannot_rewrite_them(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space"):
         patch.setattr(os, "fsync", full)
         MetricsLog(tmp_path, 1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}

@@ -44,7 +44,7 @@ ALLOWED = 1024.0
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_is_flat_over_2000_steps(folder: Path, tmp_path: Path) -> None:
-    """The slope of the resident memory is below two standard errors or 1 KiB a step."""
+    """The resident memory grows by less than 1 KiB a step, 2 MB in all."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "run")],
         capture_output=True, text=True, timeout=800,
@@ -61,4 +61,4 @@ def test_memory_is_flat_over_2000_steps(folder: Path, tmp_path: Path) -> None:
         f"{memory[0] / 2**20:.1f} first, {memory[-1] / 2**20:.1f} last, {memory.max() / 2**20:.1f} "
         f"at most; slope {slope:.0f} bytes a step, standard error {error:.0f}"
     )
-    assert slope < max(2 * error, ALLOWED)
+    assert slope < ALLOWED
