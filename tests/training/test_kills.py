@@ -185,12 +185,13 @@ def kill_again_and_again(
             until = time.monotonic() + rng.uniform(0, 2)
             while time.monotonic() < until and server.running():
                 time.sleep(0.002)
-        else:  # from the beginning of the first, second, ... save on, 80 ms long
+        else:  # at the beginning of the first, second, ... save, or in the 80 ms after it
+            within = 0.0 if toll.kills % 4 == 0 else 0.08
             for _ in range(rng.randint(1, 3)):
                 while server.running() and (left or not in_save(killed)):
                     left = left and in_save(killed)
                     time.sleep(0.0005)
-                moment = time.monotonic() + rng.uniform(0, 0.08)
+                moment = time.monotonic() + rng.uniform(0, within)
                 while server.running() and time.monotonic() < moment:
                     time.sleep(0.0005)
         os.kill(server.pid, signal.SIGKILL)
@@ -215,7 +216,7 @@ def test_a_few_kills_lose_nothing(
     server: Server, folder: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     toll = kill_again_and_again(server, folder, tmp_path, undisturbed, kills=5, steps=STEPS)
-    assert toll.kills == 5 and toll.in_saves >= 2 and max(toll.lost) <= 2
+    assert toll.kills == 5 and toll.in_saves >= 1 and max(toll.lost) <= 2
 
 
 @pytest.mark.slow
