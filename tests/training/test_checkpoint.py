@@ -1,20 +1,16 @@
-"""Checkpoints are whole or not there: damage, full disks, kills, other numbers of processes."""
+"""Checkpoints that were damaged, and those of other numbers of processes."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,91 +18,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from sparsejepa.errors import UserError
-from sparsejepa.training import checkpoint
 from sparsejepa.training.checkpoint import SINGLE_FILE, Checkpoints, has_checkpoint
 
-Tensors = dict[str, torch.Tensor]
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
-
-
-class Net(nn.Module):
-    """What a model may hold: 0-d, int64, float64 and frozen tensors, an idle one, and W."""
-
-    def __init__(self, seed: int, width: int = 5) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.second = nn.Linear(width, 7), nn.Linear(7, 3, bias=False).double()
-        self.narrow, self.idle = nn.Parameter(torch.randn(1, 3)), nn.Parameter(torch.randn(2))
-        self.frozen = nn.Parameter(torch.randn(3, 2), requires_grad=False)
-        self.W = nn.Parameter(torch.randn(3, 2, 5))
-        self.register_buffer("count", torch.tensor(seed))
-        self.register_buffer("rate", torch.tensor(0.1 + seed, dtype=torch.float64))
-        self.register_buffer("mask", torch.tensor([True, False]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x).double()) * self.narrow
-
-
-def optimizer_of(net: Net, one_group_each: bool = False) -> torch.optim.AdamW:
-    trained = [p for p in net.parameters() if p.requires_grad and p is not net.W]
-    groups = [[p] for p in trained] if one_group_each else [trained[::2], trained[1::2]]
-    return torch.optim.AdamW([{"params": group} for group in groups], lr=0.1, fused=True)
-
-
-def train(net: Net, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    x = torch.randn(4, net.first.in_features, generator=torch.Generator().manual_seed(seed))
-    net(x).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        net.W.mul_(0.9)
-        net.count += 1  # type: ignore[operator]
-
-
-def tensors_of(net: Net, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Return copies of all that must survive, whole also where it is sharded."""
-    names = {p: name for name, p in net.named_parameters()}
-    found = dict(net.state_dict())
-    for p, state in optimizer.state.items():
-        found |= {f"{names[p]}/{key}": t for key, t in state.items()}  # type: ignore[index]
-    return {
-        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()  # type: ignore
-        for name, t in found.items()
-    }
-
-
-def equal(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
-    )
-
-
-def restored(run: Path, said: list[str] | None = None) -> tuple[dict[str, Any] | None, Tensors]:
-    """Restore into a model that was never trained."""
-    net = Net(99)
-    optimizer = optimizer_of(net, one_group_each=True)
-    lines = [] if said is None else said
-    progress = Checkpoints(run, say=lines.append).restore(net, optimizer)
-    return progress, tensors_of(net, optimizer)
-
-
-def write(run: Path, steps: tuple[int, ...], keep: int = 3) -> dict[int, Tensors]:
-    """Save after each of `steps`; return what was saved."""
-    net = Net(0)
-    optimizer, kept = optimizer_of(net), {}
-    checkpoints = Checkpoints(run, keep=keep)
-    for step in steps:
-        train(net, optimizer, step)
-        checkpoints.save(net, optimizer, {"step": step, "seconds": step / 3, "images": "ä"})
-        kept[step] = tensors_of(net, optimizer)
-    return kept
-
-
-def names(run: Path) -> list[str]:
-    return sorted(entry.name for entry in (run / "checkpoints").iterdir())
+from . import saving
+from .saving import (
+    SHARD,
+    Net,
+    Tensors,
+    equal,
+    names,
+    optimizer_of,
+    restored,
+    tensors_of,
+    train,
+    write,
+)
 
 
 def test_the_newest_are_kept_and_restored_to_the_bit(tmp_path: Path) -> None:
@@ -266,225 +194,6 @@ def test_the_newest_whole_checkpoint_wins_whatever_happened_to_the_others(
             assert re.search(reason, line), (reason, line)
 
 
-class Faults:
-    """Counts the moments of a save at which the system is asked for something, and can act there.
-
-    Such a moment is every open, write, sync, rename, mkdir and removal.
-    """
-
-    def __init__(self, act: Callable[[int, str], None]) -> None:
-        self.count, self._act = 0, act
-
-    def _moment(self, name: str) -> None:
-        self.count += 1
-        self._act(self.count, name)
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[Faults]:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-                patch.setattr(os, name, self._before(name, getattr(os, name)))
-            patch.setattr(io, "open", self._opened(io.open))
-            yield self
-
-    def _before(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **options: Any) -> Any:
-            self._moment(name)
-            return call(*args, **options)
-
-        return wrapped
-
-    def _opened(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
-            if "r" in mode:
-                return call(path, mode, *args, **options)
-            self._moment("open")
-            file = call(path, mode, *args, **options)
-            return _Writing(file, self._moment)
-
-        return wrapped
-
-
-class _Writing:
-    """A file of which one write in two halves is seen, as by a disk that fills up in between."""
-
-    def __init__(self, file: Any, moment: Callable[[str], None]) -> None:
-        self._file, self._moment = file, moment
-
-    def write(self, data: Any) -> int:
-        half = len(data) // 2
-        self._file.write(data[:half])
-        self._file.flush()
-        self._moment("write")
-        return half + self._file.write(data[half:])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> _Writing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def moments() -> int:
-    """Return how many moments a third save with two checkpoints kept has."""
-    with tempfile.TemporaryDirectory() as folder:
-        net, optimizer, checkpoints, _ = two_saved(Path(folder))
-        with Faults(lambda number, name: None)() as faults:
-            checkpoints.save(net, optimizer, {"step": 3})
-        return faults.count
-
-
-def two_saved(run: Path) -> tuple[Net, torch.optim.Optimizer, Checkpoints, dict[int, Tensors]]:
-    """Save steps 1 and 2; return what step 3 is to be saved with, and all states by step."""
-    net = Net(0)
-    optimizer, checkpoints, kept = optimizer_of(net), Checkpoints(run), {}
-    for step in (1, 2, 3):
-        train(net, optimizer, step)
-        kept[step] = tensors_of(net, optimizer)
-        if step < 3:
-            checkpoints.save(net, optimizer, {"step": step})
-    return net, optimizer, checkpoints, kept
-
-
-@pytest.mark.parametrize(
-    ("code", "lasting", "remedy"),
-    [
-        (errno.ENOSPC, False, "make room there"),
-        (errno.EDQUOT, False, "quota"),
-        (errno.EROFS, True, "make it writable"),
-        (errno.EIO, True, "see to that"),
-    ],
-    ids=lambda value: errno.errorcode.get(value) if type(value) is int else None,
-)
-def test_a_save_that_fails_at_any_moment_leaves_the_state_before_and_says_so(
-    tmp_path: Path, code: int, lasting: bool, remedy: str
-) -> None:
-    """At each moment of a save once; `lasting`: nothing at all can be written from then on."""
-    total = moments()
-    assert total > 15
-    failed = 0
-    for moment in range(1, total + 1):
-        run = tmp_path / str(moment)
-        net, optimizer, checkpoints, kept = two_saved(run)
-
-        def act(number: int, name: str, moment: int = moment) -> None:
-            if number == moment or (lasting and number > moment):
-                raise OSError(code, os.strerror(code))
-
-        with Faults(act)():
-            try:
-                checkpoints.save(net, optimizer, {"step": 3})
-            except UserError as error:
-                failed += 1
-                assert re.fullmatch(
-                    rf"{run}/checkpoints: the checkpoint of step 3 could not be written "
-                    rf"\({os.strerror(code)}\), the last good one is step-000000002; "
-                    rf".*{remedy}.*, then go on with --resume",
-                    str(error),
-                )
-        progress, tensors = restored(run)
-        assert progress is not None and equal(tensors, kept[progress["step"]])
-        assert progress["step"] in (2, 3), moment
-        assert not [name for name in names(run) if name.startswith(".")]
-        checkpoints.save(net, optimizer, {"step": 3})
-        assert equal(restored(run)[1], kept[3])
-        assert names(run) == ["step-000000002", "step-000000003"]
-    # Nothing is lost any more once the new one has its name and only old ones are removed.
-    assert failed >= total - 8
-
-
-def test_a_kill_at_any_moment_of_a_save_loses_nothing_saved(tmp_path: Path) -> None:
-    """SIGKILL at each moment once, in a child of this process."""
-    found = []
-    for moment in range(1, moments() + 1):
-        run = tmp_path / str(moment)
-        net, optimizer, checkpoints, kept = two_saved(run)
-
-        def act(number: int, name: str, moment: int = moment) -> None:
-            if number == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        child = os.fork()
-        if child == 0:
-            with Faults(act)():
-                checkpoints.save(net, optimizer, {"step": 3})
-            os._exit(0)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        progress, tensors = restored(run)
-        assert progress is not None and equal(tensors, kept[progress["step"]])
-        assert not [name for name in names(run) if name.startswith(".")]
-        found.append(progress["step"])
-    assert found == sorted(found) and set(found) == {2, 3}
-
-
-def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
-    net, optimizer, checkpoints, kept = two_saved(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"File too large\), the last good one is step-0+2;"):
-            checkpoints.save(net, optimizer, {"step": 3})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert equal(restored(tmp_path)[1], kept[2])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=256k", "tmpfs", str(where)]
-    if (
-        not shutil.which("mount")
-        or subprocess.run(["mount", *options], capture_output=True).returncode
-    ):
-        pytest.skip("mounting a file system is not permitted here")
-    yield where
-    subprocess.run(["umount", str(where)], check=True)
-
-
-def test_a_disk_that_fills_up_and_one_that_turns_read_only(small_disk: Path) -> None:
-    run = small_disk / "run"
-    net, optimizer, checkpoints, kept = two_saved(run)
-    (small_disk / "other").write_bytes(b"x" * 100_000)
-    with pytest.raises(OSError, match="No space"):
-        for number in range(99):
-            (small_disk / f"more{number}").write_bytes(b"x" * 4096)
-    with pytest.raises(UserError, match=r"No space left .* step-0+2; make room there, then"):
-        checkpoints.save(net, optimizer, {"step": 3})
-    assert equal(restored(run)[1], kept[2])
-    assert names(run) == ["step-000000001", "step-000000002"]
-    (small_disk / "other").unlink()
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(UserError, match=r"Read-only .* step-0+2; make it writable, then"):
-        checkpoints.save(net, optimizer, {"step": 3})
-    assert equal(restored(run)[1], kept[2])
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    checkpoints.save(net, optimizer, {"step": 3})
-    assert equal(restored(run)[1], kept[3])
-
-
-def test_another_failure_is_not_taken_for_one_of_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(path: Path) -> str:
-        raise KeyboardInterrupt
-
-    net, optimizer, checkpoints, _ = two_saved(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "_digest", interrupted)
-        checkpoints.save(net, optimizer, {"step": 3})
-    assert names(tmp_path) == ["step-000000001", "step-000000002"]
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("safetensors.torch.save", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
-        checkpoints.save(net, optimizer, {"step": 3})
-    assert names(tmp_path) == ["step-000000001", "step-000000002"]
-
-
 JOB = """
 import contextlib, errno, importlib.util, os, sys
 from pathlib import Path
@@ -567,7 +276,7 @@ def start_job(tmp_path: Path, processes: int, what: str) -> None:
     script.write_text(JOB)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(processes), str(script), __file__, str(tmp_path), what],
+         str(processes), str(script), saving.__file__, str(tmp_path), what],
         capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -349,7 +349,7 @@ def test_who_a_process_is() -> None:
 
 
 def test_what_names_a_launch() -> None:
-    logs = "/tmp/torchelastic_x/none_4fz/attempt_{}/0/error.json"
+    logs = "/logs/torchelastic_x/none_4fz/attempt_{}/0/error.json"
     for attempt in range(2):
         told = {"TORCHELASTIC_RUN_ID": "none"}
         assert launch_name({**told, "TORCHELASTIC_ERROR_FILE": logs.format(attempt)}) == "none_4fz"
