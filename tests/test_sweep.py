@@ -405,7 +405,7 @@ from sparsejepa.config import preset
 
 if __name__ == "__main__":
     config = preset("nano").replace(
-        data=sys.argv[2], steps=60, batch_size=16, device="cpu", log_every=1, eval_every=1000,
+        data=sys.argv[2], steps=600, batch_size=16, device="cpu", log_every=1, eval_every=1000,
         checkpoint_every=1000,
     )
     run_sweep(config, lams=[], seeds=1, out=Path(sys.argv[1]), jobs=2)
@@ -438,7 +438,7 @@ def test_workers_stop_with_a_checkpoint_and_go_on(
     assert not any(log.with_name("summary.json").exists() for log in logs)
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [row["steps"] for row in read_rows(out / "results.jsonl")] == [60, 60]
+    assert [row["steps"] for row in read_rows(out / "results.jsonl")] == [600, 600]
 
 
 def test_a_folder_of_several_sizes_is_probed_at_the_size_of_pretraining(

@@ -102,7 +102,7 @@ class Embed(Verb):
     run: Positional[str | None] = None
     """Run directory or timm:NAME."""
     data: str = ""
-    """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder."""
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     out: Path = Path("features.parquet")
     """File to write: .parquet, .npz or .safetensors."""
     split: Literal["train", "test"] = "train"

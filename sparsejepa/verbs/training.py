@@ -98,7 +98,7 @@ class Pretrain(Settings):
     resumes = ("--resume",)
 
     data: Positional[str | None] = None
-    """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder."""
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     out: Path | None = None
     """Run directory; runs/DATA-ARM-sSEED if not given."""
     resume: FlagCreatePairsOff[bool] = False
@@ -162,7 +162,7 @@ class Sweep(Settings):
     resumes = ()
 
     data: Positional[str | None] = None
-    """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder."""
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     lam: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1)
     """Group-lasso penalties, one arm each."""
     density: tuple[float, ...] = ()
