@@ -71,8 +71,16 @@ class Server:
     def running(self) -> bool:
         found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         assert found is None, "the server has died"
-        state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z"
+        return self._state() != "Z"
+
+    def hold(self) -> None:
+        """Stop the run where it is, unless it has ended."""
+        os.kill(self.pid, signal.SIGSTOP)
+        while self._state() not in "TZ":
+            time.sleep(0.0005)
+
+    def _state(self) -> str:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def status(self) -> int:
         """Wait for the end of the run; a signal's number is negative."""
@@ -185,14 +193,21 @@ def kill_again_and_again(
             until = time.monotonic() + rng.uniform(0, 2)
             while time.monotonic() < until and server.running():
                 time.sleep(0.002)
-        else:  # at the beginning of the first, second, ... save, or in the 80 ms after it
-            within = 0.0 if toll.kills % 4 == 0 else 0.08
+        else:  # from the beginning of the first, second, ... save on, 80 ms long
             for _ in range(rng.randint(1, 3)):
                 while server.running() and (left or not in_save(killed)):
                     left = left and in_save(killed)
                     time.sleep(0.0005)
-                moment = time.monotonic() + rng.uniform(0, within)
+                moment = time.monotonic() + rng.uniform(0, 0.08)
                 while server.running() and time.monotonic() < moment:
+                    time.sleep(0.0005)
+            # Every other one certainly within a save, however busy the machine is.
+            while toll.kills % 4 == 0 and server.running():
+                server.hold()
+                if in_save(killed):
+                    break
+                os.kill(server.pid, signal.SIGCONT)
+                while server.running() and not in_save(killed):
                     time.sleep(0.0005)
         os.kill(server.pid, signal.SIGKILL)
         status = server.status()
@@ -216,7 +231,7 @@ def test_a_few_kills_lose_nothing(
     server: Server, folder: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     toll = kill_again_and_again(server, folder, tmp_path, undisturbed, kills=5, steps=STEPS)
-    assert toll.kills == 5 and toll.in_saves >= 1 and max(toll.lost) <= 2
+    assert toll.kills == 5 and toll.in_saves >= 2 and max(toll.lost) <= 2
 
 
 @pytest.mark.slow
