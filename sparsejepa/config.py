@@ -70,6 +70,11 @@ class EncoderConfig:
 
     encoder: Literal["nano", "tiny", "small", "base", "large", "huge"] = "tiny"
     """Size of the vision transformer."""
+    encoder_dims: tuple[int, ...] = ()
+    """Width, depth and heads, instead of a named size."""
+    init: str | None = None
+    """Go on from these weights instead of random ones: a run directory, timm:NAME, hub:OWNER/NAME or
+    a file of weights. Sizes and patches are theirs."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     stem: Literal["linear", "hierarchical"] = "linear"
@@ -218,6 +223,8 @@ class RunConfig:
     """Compile the step: faster steps after a minute or two of compiling (needs a C++ compiler)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Show numbers and pictures there too; metrics.jsonl is always written."""
     eval_every: int | None = None
     """Steps between online evaluations (k-NN, RankMe); ten a run if not given."""
     checkpoint_every: int | None = None
@@ -288,6 +295,9 @@ class Config:
     @property
     def encoder_shape(self) -> tuple[int, int, int]:
         """Width, depth and heads of the encoder."""
+        if self.model.encoder_dims:
+            width, depth, heads = self.model.encoder_dims
+            return width, depth, heads
         return ENCODER_SIZES[self.model.encoder]
 
     @property
