@@ -18,7 +18,7 @@ from sparsejepa.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 # What the numbers of a run depend on; the sizes and defaults of `config` count with it.
-_CODE = ("rng.py", "model", "data", "interop.py", "evaluation", "training")
+_CODE = ("rng.py", "model", "data", "interop", "evaluation", "training")
 
 
 def environment(begun: str = "") -> dict[str, Any]:

@@ -47,8 +47,7 @@ def version(folder: Path, source: str, room: str = "model") -> str:
     path = folder / room / "box.py"
     path.parent.mkdir(parents=True)
     path.write_text(source, encoding="utf-8")
-    for alone in ("interop.py", "rng.py"):
-        (folder / alone).touch()
+    (folder / "rng.py").touch()
     code_version.cache_clear()
     return code_version(folder)
 
