@@ -1,17 +1,22 @@
-# `make demo`, `make bench` and `make test`. Each sets itself up in .venv on its first call.
+# `make demo`, `make bench`, `make test` and `make docs` set themselves up in .venv on their first
+# call; `make matrix` and `make install-check` make environments of their own and remove them.
 PYTHON ?= python3
 BIN := .venv/bin
 # Where the versions are pinned and where the package says what it needs.
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo bench test lint clean
+.PHONY: help demo bench test lint docs dist matrix install-check clean
 
 help:
 	@echo "make demo    built-in scenes, dense against sparse: a table and a page in runs/demo"
 	@echo "make bench   measure this machine: tables, bench.jsonl and bench.png in runs/bench"
 	@echo "make test    lint, types and tests"
 	@echo "make lint    lint and types only"
-	@echo "make clean   remove .venv and caches (keeps runs/)"
+	@echo "make docs    build the pages of docs/ into site/"
+	@echo "make dist    build wheel and sdist into dist/"
+	@echo "make matrix  the tests on every supported Python and torch that is at hand; hours"
+	@echo "make install-check   wheel and sdist in new environments, and the demo there"
+	@echo "make clean   remove .venv, caches, site/ and dist/ (keeps runs/)"
 
 demo: .venv/installed
 	$(BIN)/sparsejepa demo --out runs/demo
@@ -27,8 +32,20 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+docs: .venv/installed-dev
+	$(BIN)/python -m mkdocs build --strict
+
+dist: .venv/installed-dev
+	$(BIN)/python -m hatchling build
+
+matrix:
+	.ci/matrix
+
+install-check:
+	PYTHON=$(PYTHON) .ci/install-check
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv installs: if it is there, the environment is whole.

@@ -7,8 +7,9 @@ Everything public is reachable from here and imported only when it is first used
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
 
 _EXPORTS = {
     "Config": "sparsejepa.config",
@@ -20,11 +21,13 @@ _EXPORTS = {
     "SparseJEPA": "sparsejepa.model.jepa",
     "load_dataset": "sparsejepa.data.catalog",
     "load": "sparsejepa.interop",
+    "SparseJEPAEncoder": "sparsejepa.interop.module",
     "embed": "sparsejepa.evaluation.features",
     "LogisticProbe": "sparsejepa.evaluation.probe",
     "RidgeProbe": "sparsejepa.evaluation.probe",
     "KNNProbe": "sparsejepa.evaluation.probe",
     "PostHocGroups": "sparsejepa.evaluation.posthoc",
+    "SparseJEPAFeatures": "sparsejepa.evaluation.pipeline",
     "pretrain": "sparsejepa.training.loop",
     "build_model": "sparsejepa.training.build",
     "run_sweep": "sparsejepa.sweep",
@@ -37,12 +40,14 @@ if TYPE_CHECKING:
     from sparsejepa.data.catalog import load_dataset as load_dataset
     from sparsejepa.errors import UserError as UserError
     from sparsejepa.evaluation.features import embed as embed
+    from sparsejepa.evaluation.pipeline import SparseJEPAFeatures as SparseJEPAFeatures
     from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
     from sparsejepa.evaluation.probe import KNNProbe as KNNProbe
     from sparsejepa.evaluation.probe import LogisticProbe as LogisticProbe
     from sparsejepa.evaluation.probe import RidgeProbe as RidgeProbe
     from sparsejepa.explain.run import run_explain as run_explain
     from sparsejepa.interop import load as load
+    from sparsejepa.interop.module import SparseJEPAEncoder as SparseJEPAEncoder
     from sparsejepa.model.encoder import ViT as ViT
     from sparsejepa.model.groups import GroupMap as GroupMap
     from sparsejepa.model.jepa import SparseJEPA as SparseJEPA
@@ -50,11 +55,6 @@ if TYPE_CHECKING:
     from sparsejepa.sweep import run_sweep as run_sweep
     from sparsejepa.training.build import build_model as build_model
     from sparsejepa.training.loop import pretrain as pretrain
-
-try:
-    __version__ = version("sparsejepa")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

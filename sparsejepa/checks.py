@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _FEWEST_PATCHES = 9
 _BIG = 1e9
+_LARGEST_DIM = 1 << 16
 _RANGES: dict[str, tuple[float, float]] = {
     "img_size": (4, 4096), "limit": (2, _BIG), "holdout": (0, _BIG),
     "crop_scale": (0.01, 1), "randaugment": (0, 30),
@@ -43,15 +44,17 @@ def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, 
         flat, hints: value and type of every setting, by flat name.
     """
     for name, hint in hints.items():
-        if get_origin(hint) is not Literal:
+        several = get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal
+        if get_origin(hint) is not Literal and not several:
             if not _fits(flat[name], hint):
                 raise UserError(f"{flag(name)} {_shown(flat[name])}: must be {_described(hint)}")
             continue
-        options = get_args(hint)
-        if flat[name] not in options:
-            hint = nearest(str(flat[name]), options)
-            known = ", ".join(options)
-            raise UserError(f"{flag(name)} {flat[name]}: unknown{hint}; there are {known}")
+        options = get_args(get_args(hint)[0] if several else hint)
+        for word in flat[name] if several else (flat[name],):
+            if word not in options:
+                near = nearest(str(word), options)
+                known = ", ".join(options)
+                raise UserError(f"{flag(name)} {word}: unknown{near}; there are {known}")
     for name, (low, high) in _RANGES.items():
         values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
         for value in values:
@@ -64,17 +67,18 @@ def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, 
             raise UserError(f"{flag(name)}: the smaller number comes first, got {flat[name]}")
     if len(config.images.img_size) > 2:
         raise UserError("--img-size takes one number or height and width")
-    if config.groups.groups != "none":
+    _check_encoder(config)
+    if config.groups.groups != "none" and _known(config):
         width, count = config.encoder_shape[0], config.groups.num_groups
         if count > width:
             raise UserError(
-                f"--num-groups {count} is more than the {width} latents of --encoder "
-                f"{config.model.encoder}; use at most {width}"
+                f"--num-groups {count} is more than the {width} latents of {_named(config)}; use "
+                f"at most {width}"
             )
         if config.groups.groups == "feature" and width % count:
             raise UserError(
-                f"--num-groups {count} does not divide the width {width} of --encoder "
-                f"{config.model.encoder}, which --groups feature needs; use e.g. "
+                f"--num-groups {count} does not divide the width {width} of {_named(config)}, "
+                "which --groups feature needs; use e.g. "
                 f"{max(g for g in range(1, count) if width % g == 0)}"
             )
         if config.groups.density is not None and config.groups.density < 1 / count:
@@ -87,6 +91,36 @@ def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, 
     if config.model.predictor_dim % 4:
         raise UserError(f"--predictor-dim {config.model.predictor_dim}: must be a multiple of 4")
     _check_objective(config)
+
+
+def _check_encoder(config: Config) -> None:
+    """Refuse --encoder-dims of which no encoder can be made."""
+    dims = config.model.encoder_dims
+    if not dims:
+        return
+    shown = f"--encoder-dims {_shown(dims)}"
+    if len(dims) != 3 or min(dims) < 1 or max(dims) > _LARGEST_DIM:
+        raise UserError(f"{shown}: width, depth and heads, three whole numbers above 0")
+    width, _, heads = dims
+    if width % heads or width % 4:
+        raise UserError(f"{shown}: the width must be a multiple of 4 and of the heads")
+
+
+def _known(config: Config) -> bool:
+    """Return whether the settings say how large the encoder is; else --init does, later."""
+    return config.model.init is None or bool(config.model.encoder_dims)
+
+
+def _named(config: Config) -> str:
+    """Return the setting that says how large the encoder is."""
+    model = config.model
+    if model.init is not None:
+        return f"--init {model.init}"
+    return (
+        f"--encoder-dims {_shown(model.encoder_dims)}"
+        if model.encoder_dims
+        else (f"--encoder {model.encoder}")
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -137,10 +171,10 @@ def _check_objective(config: Config) -> None:
         if config.groups.density is None:
             raise UserError("--pattern random needs --density, the share of columns to keep")
     depth, layers = config.encoder_shape[1], config.loss.target_layers
-    if layers > depth:
+    if layers > depth and _known(config):
         raise UserError(
-            f"--target-layers {layers} is more than the {depth} blocks of --encoder "
-            f"{config.model.encoder}; use at most {depth}"
+            f"--target-layers {layers} is more than the {depth} blocks of {_named(config)}; use at "
+            f"most {depth}"
         )
     if config.loss.predict == "pixels":
         if config.groups.groups == "feature":

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_type_hints
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -32,6 +32,7 @@ from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
 from sparsejepa.report.terminal import printable
 from sparsejepa.verbs import VERBS
+from sparsejepa.verbs.completing import completions
 from sparsejepa.verbs.training import Settings
 
 PROGRAM = "sparsejepa"
@@ -112,9 +113,8 @@ def parse(words: Sequence[str]) -> Any:
         given = next((word for word in unknown if word.startswith("--")), unknown[0])
         word = given.partition("=")[0].replace("_", "-")
         if word.startswith("--"):
-            raise UserError(
-                f"unknown flag '{word}'{nearest(word, _flags(verb))}; see {PROGRAM} {name} --help"
-            )
+            meant = nearest(word, completions(verb))
+            raise UserError(f"unknown flag '{word}'{meant}; see {PROGRAM} {name} --help")
         raise UserError(f"unexpected argument '{given}'; see {PROGRAM} {name} --help")
     return parsed
 
@@ -258,19 +258,6 @@ def _read(verb: type, words: Sequence[str], **options: Any) -> tuple[Any, list[s
 
 def _is_rule(line: str) -> bool:
     return not line.strip("─-")
-
-
-def _flags(verb: type) -> list[str]:
-    """Return every flag of a verb, its sections' included."""
-    found: list[str] = []
-    hints = get_type_hints(verb)
-    for field in dataclasses.fields(verb):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found += _flags(hints[field.name])  # type: ignore[arg-type]
-        else:
-            found += [flag(field.name)]
-            found += [flag("no_" + field.name)] if hints[field.name] is bool else []
-    return found
 
 
 def _first_line(verb: type) -> str:

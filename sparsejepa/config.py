@@ -70,11 +70,11 @@ class EncoderConfig:
 
     encoder: Literal["nano", "tiny", "small", "base", "large", "huge"] = "tiny"
     """Size of the vision transformer."""
+    init: str | None = None
+    """Go on from these weights instead of random ones: a run directory, timm:NAME, hub:OWNER/NAME
+    or a file of weights. Sizes, patches and stem are theirs."""
     encoder_dims: tuple[int, ...] = ()
     """Width, depth and heads, instead of a named size."""
-    init: str | None = None
-    """Go on from these weights instead of random ones: a run directory, timm:NAME, hub:OWNER/NAME or
-    a file of weights. Sizes and patches are theirs."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     stem: Literal["linear", "hierarchical"] = "linear"
@@ -461,6 +461,8 @@ def _coerce(name: str, value: Any) -> Any:
     not be whole, so that equal settings are written and hashed alike.
     """
     if name == "img_size" and isinstance(value, int):
+        return (value,)
+    if name == "log" and isinstance(value, str):
         return (value,)
     if name == "data_root" and isinstance(value, str):
         return Path(value)

@@ -9,10 +9,10 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sparsejepa import __version__
 from sparsejepa.config import ENCODER_SIZES, Config
 from sparsejepa.errors import UserError
 
@@ -30,7 +30,7 @@ def environment(begun: str = "") -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "sparsejepa": _version("sparsejepa"),
+        "sparsejepa": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.system(),
@@ -82,13 +82,6 @@ def _is_text(node: Any) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

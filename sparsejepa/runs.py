@@ -8,6 +8,7 @@ more done on two cores than one process with two.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -18,10 +19,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsejepa.cluster import Cluster, outcomes
 from sparsejepa.config import Config
 from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
 
     from sparsejepa.interop import Encoder
 
+_MOST = 16  # runs at a time, unless more are asked for
 # Settings that change no number.
-_FREE = {"data_root", "device", "threads", "compile", "checkpoint_every", "log_every", "preset"}
+_FREE = {
+    "data_root", "device", "threads", "compile", "checkpoint_every", "log_every", "log", "preset",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,13 @@ class Task:
     trial: Mapping[str, Any] | None = None
     jobs: int = 1
 
-    @cached_property
+    @functools.cached_property
     def key(self) -> str:
         """Hash of all that the numbers depend on: settings, seed and probes."""
         return _key(self.config, asdict(self.probes))
+
+
+Outcomes = Generator[tuple[Task, dict[str, Any] | UserError], None, None]
 
 
 def row_key(row: Mapping[str, Any]) -> str:
@@ -112,6 +119,7 @@ def run_tasks(
     jobs: int | None = None,
     before: Sequence[dict[str, Any]] = (),
     again: Callable[[Mapping[str, Any]], object] = lambda row: False,
+    cluster: Cluster | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Train and probe each task that `results` has no line of; return the lines of all, in order.
@@ -119,10 +127,12 @@ def run_tasks(
     Args:
         results: JSON-lines file; one line is appended per finished run, and per run that ended
             because a loss was not finite or exploded: its "failed" says so.
-        jobs: runs at a time; on the CPU one per core, four at most, on a GPU one if not given.
+        jobs: runs at a time; if not given one per GPU, on the CPU one per core, four at most. They
+            take turns on the GPUs.
         before: lines of other files, which count as those of `results` do.
         again: says of a line whether its run is to be done again, from the start; the second one
             lies in RUN_DIR~2 and the last line counts.
+        cluster: where each run is a job; if not given they are processes of this one.
         console: where progress and finished runs are shown; silent if not given.
 
     Ctrl-C and SIGTERM stop every run after a checkpoint. Raises UserError before any work for data
@@ -144,8 +154,9 @@ def run_tasks(
             beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
             todo.append(replace(task, run_dir=beside))
     failed = []
-    with terminable(), contextlib.closing(_outcomes(todo, jobs, console, len(tasks))) as outcomes:
-        for task, outcome in outcomes:
+    found_here = _outcomes if cluster is None else functools.partial(_from_jobs, cluster.check())
+    with terminable(), contextlib.closing(found_here(todo, jobs, console, len(tasks))) as ended:
+        for task, outcome in ended:
             if isinstance(outcome, UserError):
                 failed.append(outcome)
             else:
@@ -360,19 +371,24 @@ def load_w(run_dir: Path) -> Any:
     return load_tensors(path)[0]["W"].numpy() if path.exists() else None
 
 
-def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
-    """Return the steps of every run and whether they go on the CPU, if data and folders are right.
+def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], int]:
+    """Return the steps of every run and how many GPUs they share, if data and folders are right.
 
-    Loading the data here also decodes it once, before several processes would do so at a time.
+    Loading the data here also decodes it once, before several processes would do so at a time. What
+    runs `elsewhere` has no GPU of this machine.
     """
+    import torch
+
     from sparsejepa.data.catalog import load_dataset
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.measured import check_measures
     from sparsejepa.evaluation.probe import check_protocols
     from sparsejepa.training.build import load_images, total_steps
+    from sparsejepa.training.loggers import check_loggers
     from sparsejepa.training.loop import open_run
 
     for task in tasks:
+        check_loggers(task.config.run.log)
         open_run(task.run_dir, task.config.check(), True)
         check_protocols(task.probes.protocols_on(task.probes.data[0]))
         check_measures(task.probes.measures)
@@ -392,17 +408,19 @@ def _check(tasks: Sequence[Task]) -> tuple[list[int], bool]:
     steps = [
         total_steps(task.config, counts[task.config.data, task.config.images]) for task in tasks
     ]
-    return steps, resolve_device(tasks[0].config.run.device) == "cpu"
+    device = "cpu" if elsewhere else resolve_device(tasks[0].config.run.device)
+    gpus = {"cpu": 0, "cuda": torch.cuda.device_count()}
+    return steps, gpus.get(device, 1)
 
 
 def _outcomes(
     tasks: Sequence[Task], jobs: int | None, console: Console | None, total: int
-) -> Generator[tuple[Task, dict[str, Any] | UserError], None, None]:
+) -> Outcomes:
     """Yield each task with its line, or with its UserError, as they finish."""
     if not tasks:
         return
     runs = [task.run_dir for task in tasks]
-    processes = min(jobs or min(4, cores()), len(tasks))
+    processes = min(jobs or min(_MOST, cores()), len(tasks))
     if processes == 1:
         steps, _ = _check(tasks)
         with RunsProgress(console, runs, steps, total, 1, bar=False) as progress:
@@ -416,25 +434,31 @@ def _outcomes(
         return
     with workers(processes) as submit:
         # Done by a worker, so that this process needs no torch, most of a small run's memory.
-        steps, on_cpu = submit(_check, tasks).result()
-        processes = processes if on_cpu or jobs else 1
+        steps, gpus = submit(_check, tasks).result()
+        processes = min(processes, jobs or gpus or 4)
         if tasks[0].config.run.threads is None:
             threads = max(1, cores() // processes)
             tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
-        tasks = [replace(task, jobs=processes) for task in tasks]
+        sharing = -(-processes // max(1, gpus))
+        tasks = [replace(task, jobs=sharing if gpus else processes) for task in tasks]
         # The raw-pixel floor, which all need, goes first; a run that ends finds it done.
         waiting = deque([(_pixel_floor, tasks[0]), *((_attempt, task) for task in tasks)])
-        running: dict[Future[Any], tuple[Any, Task]] = {}
+        running: dict[Future[Any], tuple[Any, Task, int]] = {}
         with RunsProgress(console, runs, steps, total, processes, bar=True) as progress:
             while waiting or running:
                 # Each worker gets one thing at a time, so that a stop has nothing to recall.
                 while waiting and len(running) < processes:
                     step, task = waiting.popleft()
+                    busy = {slot for *_, slot in running.values()}
+                    slot = next(slot for slot in range(processes) if slot not in busy)
+                    if gpus > 1 and task.config.run.device in ("auto", "cuda"):
+                        own = task.config.replace(device=f"cuda:{slot % gpus}")
+                        task = replace(task, config=own)
                     future = submit(step, task, threads=task.config.run.threads)
-                    running[future] = step, task
+                    running[future] = step, task, slot
                 done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for future in done:
-                    step, task = running.pop(future)
+                    step, task, _ = running.pop(future)
                     error = future.exception()
                     if error is not None and not isinstance(error, UserError):
                         raise error
@@ -443,6 +467,32 @@ def _outcomes(
                         progress.finished(task.run_dir, outcome)
                         yield task, outcome
                 progress.tick()
+
+
+def _from_jobs(
+    cluster: Cluster, tasks: Sequence[Task], jobs: int | None, console: Console | None, total: int
+) -> Outcomes:
+    """Yield as `_outcomes` does, each run being a job of a cluster."""
+    if not tasks:
+        return
+    steps, gpus = _check(tasks, cluster.kind == "slurm")
+    most = cluster.at_a_time(jobs, gpus)
+    if cluster.kind == "local" and most and tasks[0].config.run.threads is None:
+        threads = max(1, cores() // most)
+        tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
+    named = {f"{task.run_dir.name}.{task.key}": task for task in tasks}
+    say = console.print if console else lambda line: None
+    found = outcomes(cluster, named, _attempt, at_a_time=most, gpus=gpus, say=say)
+    runs, shown = [task.run_dir for task in tasks], min(most or len(tasks), len(tasks))
+    with (
+        RunsProgress(console, runs, steps, total, shown, bar=True) as progress,
+        contextlib.closing(found) as ended,
+    ):
+        for end in ended:
+            if end is not None:
+                progress.finished(end[0].run_dir, end[1])
+                yield end
+            progress.tick()
 
 
 def _pixel_floor(task: Task) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from sparsejepa.cluster import Cluster
     from sparsejepa.report.page import Picture
     from sparsejepa.report.summary import Summary, Verdict
 
@@ -88,6 +89,7 @@ def run_sweep(
     targets: Mapping[str, tuple[str, ...]] | None = None,
     probe_limit: int | None = None,
     jobs: int | None = None,
+    cluster: Cluster | None = None,
     console: Console | None = None,
     command: str | None = None,
     title: str | None = None,
@@ -99,7 +101,7 @@ def run_sweep(
         out: folder for one run directory per arm and seed, results.jsonl, figures and report.html.
         probe_data: labelled data sets to probe on; the pretraining data if not given.
         protocols, targets, probe_limit: see `runs.Probes`.
-        jobs, console: see `runs.run_tasks`.
+        jobs, cluster, console: see `runs.run_tasks`.
         command: what repeats this sweep, for rows and page; derived from the settings if not given.
 
     Finished runs are not repeated, others go on from their checkpoints. Runs that failed because a
@@ -133,7 +135,7 @@ def run_sweep(
         for seed in range(config.run.seed, config.run.seed + seeds)
         for arm in arms
     ]
-    rows = run_tasks(tasks, out / RESULTS, jobs=jobs, console=console)
+    rows = run_tasks(tasks, out / RESULTS, jobs=jobs, cluster=cluster, console=console)
     failed = [row for row in rows if row.get("failed")]
     rows = [row for row in rows if not row.get("failed")]
     remarks = [f"{row['arm']}, seed {row['seed']}: failed, {row['failed']}." for row in failed]
@@ -312,8 +314,12 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     from sparsejepa.model.masks import MaskSampler
     from sparsejepa.report.page import samples_picture, sweep_pictures
     from sparsejepa.training.build import load_images
+    from sparsejepa.training.loop import read_config
 
-    seed, image_set = config.run.seed, load_images(config)
+    seed = config.run.seed
+    runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
+    config = read_config(runs[arms[-1]])  # with the patches of an encoder that runs began from
+    image_set = load_images(config)
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
     masks = MaskSampler(grid, **vars(config.masks)).sample(SAMPLES, seed=seed, step=0)
@@ -321,7 +327,6 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     first = opened.take(torch.arange(SAMPLES)).numpy()
     opened.close()
     samples = samples_picture(first, masks, grid)
-    runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
     curves = {arm: read_rows(run / "metrics.jsonl") for arm, run in runs.items()}
     shown = result.verdict.arm or arms[-1]
     w = load_w(runs[shown])

@@ -37,8 +37,7 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
         return hand_over(_work, step, args, threads)
 
     def hand_over(step: Callable[..., Any], *args: Any) -> Future[Any]:
-        # Inherited by a new worker: until a step begins, there is nothing to be saved.
-        with _handled(signal.SIGINT, signal.SIG_IGN):
+        with unbothered():
             future = pool.submit(step, *args)
         crew.update({*multiprocessing.active_children()} - others)
         return future
@@ -81,6 +80,11 @@ def _cause(codes: Sequence[int | None]) -> str:
 def terminable() -> contextlib.AbstractContextManager[None]:
     """Take SIGTERM as Ctrl-C; outside the main thread nothing changes."""
     return _handled(signal.SIGTERM, signal.default_int_handler)
+
+
+def unbothered() -> contextlib.AbstractContextManager[None]:
+    """Ignore Ctrl-C for a moment; processes that are started meanwhile go on ignoring it."""
+    return _handled(signal.SIGINT, signal.SIG_IGN)
 
 
 def _start() -> None:

@@ -89,7 +89,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         }  # fmt: skip
 
     monkeypatch.setattr(runs, "run_and_probe", run_and_probe)
-    monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), True))
+    monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), 0))
     return ran
 
 

@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sparsejepa import files, interop
+from sparsejepa import files
 from sparsejepa.cli import main
 from sparsejepa.config import Config, preset
 from sparsejepa.data import cache, hub
@@ -165,7 +165,7 @@ def test_a_pickle_in_the_cache_is_not_unpickled(
     assert len(images) == 96 and not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["x.pth.tar", "x.pth"])
+@pytest.mark.parametrize("name", ["x.pth.tar", "x.pth", "x.pt", "x.bin"])
 def test_a_foreign_checkpoint_runs_no_code(name: str, tmp_path: Path, mark: Path) -> None:
     state = ViT(16, 4, embed_dim=192, depth=1, num_heads=3).state_dict()
     path = tmp_path / name
@@ -185,7 +185,7 @@ def test_timms_cached_weights_run_no_code(
     pytest.importorskip("timm")
     path = tmp_path / "pytorch_model.bin"
     torch.save({"norm.weight": torch.ones(192), "more": Bomb(mark)}, path)
-    monkeypatch.setattr(interop, "_cached_weights", lambda about: str(path))
+    monkeypatch.setattr("sparsejepa.interop.hub.cached_weights", lambda about: str(path))
     with pytest.raises(UserError, match="UnpicklingError"):
         load("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     assert not mark.exists()

@@ -162,7 +162,7 @@ def _load(
                 with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
                     if not upright:
                         ImageOps.exif_transpose(image, in_place=True)
-                rgb = _to_8_bit_rgb(image)
+                rgb = to_8_bit_rgb(image)
                 return rgb, reduced[1][2:] if reduced else rgb.size
     except Unreadable:
         raise
@@ -243,7 +243,8 @@ def _read_all(
     return [read_image(name, source, img_size, upscale) for name, source in items]
 
 
-def _to_8_bit_rgb(image: Image.Image) -> Image.Image:
+def to_8_bit_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB. Raises Unreadable for pixels whose scale is not known."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "F":

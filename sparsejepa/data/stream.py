@@ -228,7 +228,8 @@ class StreamImages:
         self.skipped: list[tuple[str, str]] = []
         """(file, reason) of the unreadable images met so far, each once."""
         self._instead: dict[int, int] = {}
-        self._bad: set[int] = set()
+        self.unreadable: set[int] = set()
+        """Their positions in the stream."""
         self._seen, self._count = np.zeros(len(stream), bool), 0
         self._crews: list[Crew] = []
 
@@ -359,7 +360,7 @@ class StreamImages:
         self._list(position, reason)
         other = self._instead.get(position, position)
         for _ in range(len(self)):
-            if other not in self._bad:
+            if other not in self.unreadable:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     image = decoder.read(int(rows[other]))
@@ -373,8 +374,8 @@ class StreamImages:
         raise UserError(f"{decoder.origin}: no image can be read; mend or replace them")
 
     def _list(self, position: int, reason: str) -> None:
-        if position not in self._bad:
-            self._bad.add(position)
+        if position not in self.unreadable:
+            self.unreadable.add(position)
             name = self.stream.decoder.reader.name(int(self.stream.rows[position]))
             self.skipped.append((shown(name), reason))
             self._see(np.array([position]))

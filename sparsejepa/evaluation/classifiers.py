@@ -1,8 +1,7 @@
-"""Three classifiers on frozen features, in the manner of scikit-learn.
+"""Three classifiers on frozen features, for scikit-learn: pipelines, searches, cross-validation.
 
-`fit` returns self, fitted attributes end in ``_``. All standardise features with the statistics of
-what they are fitted on, and all work in torch. Letters: n images, D features, r principal axes,
-K classes.
+All standardise features with the statistics of what they are fitted on, and all work in torch.
+Letters: n images, D features, r principal axes, K classes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
 from sparsejepa.errors import UserError
@@ -31,10 +32,13 @@ TEMPERATURE = 0.07
 """Of the votes of k nearest neighbours, as in DINO (Caron et al. 2021)."""
 
 
-class Probe(ABC):
+class Probe(ClassifierMixin, BaseEstimator, ABC):
     """What the probes share: labels of any kind to class numbers and back, and the score.
 
+    Features are a matrix of anything that scikit-learn takes, or a tensor on any device.
+
     Attributes:
+        n_features_in_: D; feature_names_in_, where the features came with names.
         classes_: the K labels met in `fit`, sorted; `predict` gives no others.
         settings_: the chosen hyperparameters, for tables.
         mean_, scale_: [D], what `fit` standardises features with.
@@ -54,26 +58,65 @@ class Probe(ABC):
 
     def predict(self, x: Any) -> np.ndarray:
         """Return a label for every row of x [n, D]."""
-        x = as_matrix(x, self.device).to(self.mean_.dtype)
-        wanted = len(self.mean_)
-        if x.shape[1] != wanted:
-            raise UserError(f"features of width {x.shape[1]}, but the probe was fitted on {wanted}")
-        parts = [self._predict(part) for part in x.split(max(1, BLOCK // wanted))]
+        x = self._new_rows(x)
+        parts = [self._predict(part) for part in x.split(max(1, BLOCK // x.shape[1]))]
         return self.classes_[torch.cat(parts).cpu().numpy()]
 
-    def score(self, x: Any, y: Any) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the share of rows whose label is predicted; labels not met in `fit` are misses."""
-        return float(np.mean(self.predict(x) == np.asarray(y)))
+        return float(np.average(self.predict(X) == np.asarray(y), weights=sample_weight))
 
     @abstractmethod
     def _predict(self, x: Tensor) -> Tensor:
         """Return a class number for every row of x."""
 
+    def _rows(self, x: Any, *, reset: bool) -> Tensor:
+        """Return x as a matrix [n, D] on the device; with `reset` it says what later ones have.
+
+        Raises UserError for what is no matrix of finite numbers or not of the width or with the
+        names of the fit.
+        """
+        if not isinstance(x, Tensor) and getattr(x, "ndim", 2) == 2:
+            try:
+                # What is not finite is looked for below, in tensors too.
+                x = validate_data(self, x, reset=reset, ensure_all_finite=False)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        x = as_matrix(x, self.device)
+        if reset:
+            self.n_features_in_ = x.shape[1]
+        elif x.shape[1] != self.n_features_in_:
+            raise UserError(
+                f"X has {x.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
+            )
+        return x
+
+    def _new_rows(self, x: Any) -> Tensor:
+        """Return x [n, D] in the precision of the fit."""
+        check_is_fitted(self)
+        return self._rows(x, reset=False).to(self.mean_.dtype)
+
+    def _space(self, x: Any) -> Standardized:
+        """Return the training features x on their principal axes, if they are not so already."""
+        if not isinstance(x, Standardized):
+            return Standardized(self._rows(x, reset=True))
+        self.n_features_in_ = len(x.mean)
+        return x
+
     def _labels(self, y: Any, n: int) -> Tensor:
         """Set `classes_` and return the class numbers [n] of the labels y."""
+        if y is None:
+            raise UserError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None"
+            )
         y = np.asarray(y)
+        if y.shape == (n, 1):
+            y = column_or_1d(y, warn=True)
         if y.shape != (n,):
             raise UserError(f"labels must be one per row, got shape {y.shape} for {n} rows")
+        if y.dtype.kind == "f" and not (np.isfinite(y) & (np.floor(y) == y)).all():
+            raise UserError("Unknown label type: continuous; a probe tells classes apart")
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise UserError("the labels name one class only; a probe needs two or more")
@@ -91,8 +134,9 @@ class LinearProbe(Probe):
     intercept_: Tensor
 
     def decision_function(self, x: Any) -> np.ndarray:
-        """Return the scores [n, K]."""
-        return self._scores(as_matrix(x, self.device).to(self.mean_.dtype)).cpu().numpy()
+        """Return the scores [n, K]; for two classes [n], the second's less the first's."""
+        scores = self._scores(self._new_rows(x)).cpu().numpy()
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def _scores(self, x: Tensor) -> Tensor:
         return torch.addmm(self.intercept_, (x - self.mean_) / self.scale_, self.coef_.T)
@@ -147,7 +191,7 @@ class LogisticProbe(LinearProbe):
         Raises UserError for features that are not finite, a single class, or too few images to
         choose C on.
         """
-        space = x if isinstance(x, Standardized) else Standardized(x, self.device)
+        space = self._space(x)
         rows = space.rotated
         labels = self._labels(y, len(rows))
         theta = self._start(rows, labels)
@@ -165,7 +209,11 @@ class LogisticProbe(LinearProbe):
 
     def predict_proba(self, x: Any) -> np.ndarray:
         """Return the probabilities [n, K] of the classes."""
-        return torch.from_numpy(self.decision_function(x)).softmax(1).numpy()
+        return self._scores(self._new_rows(x)).softmax(1).cpu().numpy()
+
+    def predict_log_proba(self, x: Any) -> np.ndarray:
+        """Return the logarithms [n, K] of the probabilities of the classes, float64."""
+        return self._scores(self._new_rows(x)).double().log_softmax(1).cpu().numpy()
 
     def _start(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return weights [r + 1, K] of zero, the intercepts (last row) at the class frequencies."""
@@ -227,7 +275,7 @@ class RidgeProbe(LinearProbe):
 
         Raises UserError for features that are not finite or a single class.
         """
-        space = x if isinstance(x, Standardized) else Standardized(x, self.device)
+        space = self._space(x)
         rows = space.rotated
         labels = self._labels(y, len(rows))
         share = labels.bincount().to(rows.dtype) / len(rows)
@@ -263,13 +311,13 @@ class KNNProbe(Probe):
 
     def __init__(self, k: int = 20, *, device: torch.device | str = "cpu") -> None:
         super().__init__(device)
-        if k < 1:
-            raise UserError(f"k {k}: a vote needs at least one neighbour")
         self.k = k
 
     def fit(self, x: Any, y: Any) -> Self:
         """Keep features x [n, D] and labels y [n]. Raises UserError as the other probes do."""
-        x = as_matrix(x, self.device)
+        if self.k < 1:
+            raise UserError(f"k {self.k}: a vote needs at least one neighbour")
+        x = self._rows(x, reset=True)
         self._bank_labels = self._labels(y, len(x))
         self.mean_, self.scale_ = moments(x)
         self._bank = _unit_rows(x, self.mean_, self.scale_)

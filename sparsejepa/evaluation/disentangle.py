@@ -142,8 +142,6 @@ def explicitness(
     per class the area of its probability against the rest on test points; averaged over classes,
     then factors. Classes that train or test points lack are left out. Units play no part.
     """
-    from scipy.special import log_softmax
-
     from sparsejepa.evaluation.classifiers import LogisticProbe
     from sparsejepa.evaluation.linear import Standardized
 
@@ -159,7 +157,7 @@ def explicitness(
         C = 1.0 if len(np.unique(fitted)) > 2 else 0.5
         # Ten times the default tolerance moves areas by less than 1e-4, in half the time.
         probe = LogisticProbe(C=C, tol=1e-3).fit(space, fitted)
-        scores = log_softmax(probe.decision_function(tested_on).astype(float), 1)
+        scores = probe.predict_log_proba(tested_on)
         areas = [
             roc_area(scores[:, k], true == label, weights)
             for k, label in enumerate(probe.classes_)

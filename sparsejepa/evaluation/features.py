@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,18 @@ def target(targets: dict[str, Target], name: str | None, source: str) -> Target:
     return targets[name]
 
 
+def batch_rows(encoder: Encoder, most: int = 512) -> int:
+    """Return how many images an encoder takes at once."""
+    tokens = MAX_TOKENS.get(encoder.device.type, MAX_TOKENS["cuda"])
+    return max(1, min(most, tokens // math.prod(encoder.grid_size)))
+
+
+def pooled(encoder: Encoder, images: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Return the pooled vectors [B, D'] of uint8 images [B, H, W, 3], and tokens [B, N, D]."""
+    layers = [encoder.tokens(images)] if pool == "mean" else encoder.layers(images, 4)
+    return torch.cat([x.mean(1) for x in layers], dim=1), layers[-1]
+
+
 def embed(
     encoder: Encoder,
     images: ImageSet | str,
@@ -90,18 +103,12 @@ def embed(
         images = load_dataset(images, split, data_root=data_root)
     start = time.perf_counter()
 
-    def pooled(batch: Tensor) -> Tensor:
-        if pool == "mean":
-            return encoder.tokens(batch).mean(1)
-        return torch.cat([x.mean(1) for x in encoder.layers(batch, 4)], dim=1)
-
     def compute() -> Tensor:
         source = DeviceImages(images, encoder.device)
-        rows, cols = encoder.grid_size
-        tokens = MAX_TOKENS.get(encoder.device.type, MAX_TOKENS["cuda"])
-        batch = max(1, min(batch_size, tokens // (rows * cols)))
+        batch = batch_rows(encoder, batch_size)
         index = torch.from_numpy(own_rows(np.arange(len(images)), current()))
-        own = torch.cat([pooled(source.take(part)).cpu() for part in index.split(batch)])
+        parts = (pooled(encoder, source.take(part), pool)[0] for part in index.split(batch))
+        own = torch.cat([x.cpu() for x in parts])
         return gather_rows(own, len(images))
 
     if cache_dir is None or current().size > 1:  # some might find it there and others not

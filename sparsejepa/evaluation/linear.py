@@ -5,6 +5,7 @@ Letters: n rows, D features, r principal axes, K classes.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,16 @@ class Standardized:
 
 def as_matrix(x: Any, device: torch.device | str = "cpu") -> Tensor:
     """Return x [n, D] as a float32 tensor (float64 stays); UserError unless it is finite."""
-    x = torch.as_tensor(x)
+    with warnings.catch_warnings():
+        # Of arrays that are read-only, and so is everything that is done with them here.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        x = torch.as_tensor(x)
     x = x.detach().to(device, x.dtype if x.dtype == torch.float64 else torch.float32)
     if x.ndim != 2 or not x.numel():
-        raise UserError(f"features must be a matrix with rows, got shape {tuple(x.shape)}")
+        shape = tuple(x.shape)
+        raise UserError(
+            f"features must be a matrix, got shape {shape}. Reshape your data to [n, D]"
+        )
     if not x.isfinite().all():
         raise UserError("features hold NaN or infinity; check the encoder that gave them")
     return x

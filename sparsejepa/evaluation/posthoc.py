@@ -15,16 +15,21 @@ T hidden patches.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from sparsejepa.errors import UserError
+from sparsejepa.evaluation.fitted import ABOUT, Fit, read_fit, write_fit
+from sparsejepa.evaluation.patterns import shuffle_pattern, strongest
 from sparsejepa.model.groups import DensityController, GroupMap, Kind
 from sparsejepa.model.jepa import gather_tokens
 from sparsejepa.model.masks import Masks, MaskSampler
@@ -48,10 +53,18 @@ _HIDDEN = 32
 _FLAT = 1e-6
 # A score takes each image as often as gives about so many.
 _SCORED = 2048
+# What `save` keeps beside the map, and the attributes that hold it.
+_STATE = {
+    "unit": "_unit", "rms": "rms_", "mean": "mean_", "scale": "scale_",
+    "patch_mean": "_patch_mean", "patch_scale": "_patch_scale", "loss_curve": "loss_curve_",
+}  # fmt: skip
 
 
-class PostHocGroups:
-    """Group map fitted to frozen tokens [n, N, D], in the manner of scikit-learn.
+class PostHocGroups(TransformerMixin, BaseEstimator):
+    """Group map fitted to frozen tokens [n, N, D], a transformer of scikit-learn's.
+
+    Tokens are an array or a tensor on any device. Tables are taken too: each row [N * D] is an
+    image, the tokens of its patches side by side, and activations come as a table [n, N * G] then.
 
     A hidden token is the target: per dimension, less the mean token of its patch, in units of
     the standard deviation of what remains. So an R^2 of 0 is what the place alone tells, and
@@ -72,7 +85,7 @@ class PostHocGroups:
         kind: what a group is, see `GroupMap`.
         steps, batch_size: of each of the two fits.
         context: smallest and largest share of the patches that the context is given.
-        grid_size: rows and columns of patches; a square if None.
+        grid_size: rows and columns of patches; a square if None, and to be given for tables.
         random_state: seed of weights, batches and masks.
 
     Attributes:
@@ -81,7 +94,7 @@ class PostHocGroups:
         rms_: [G], root mean square of ||W^(g) z|| over the tokens of the fit; 0 for a dead group.
         mean_, scale_: [D], which standardise tokens (a constant latent has scale 1).
         loss_curve_: [steps], mean squared error of each step of the second fit, about 1 - R^2.
-        n_features_in_: D.
+        n_features_in_: D; of a table N * D.
     """
 
     map_: GroupMap
@@ -105,20 +118,8 @@ class PostHocGroups:
         self.steps, self.batch_size, self.context = steps, batch_size, context
         self.grid_size, self.random_state = grid_size, random_state
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the arguments by name."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def set_params(self, **params: Any) -> Self:
-        """Set arguments by name; ValueError for one that there is not."""
-        for name, value in params.items():
-            if name not in (known := self.get_params()):
-                raise ValueError(f"no parameter '{name}'; there are {', '.join(known)}")
-            setattr(self, name, value)
-        return self
-
     def fit(self, tokens: Any, y: Any = None) -> Self:
-        """Fit the map to tokens [n, N, D], an array or a tensor on any device.
+        """Fit the map to tokens [n, N, D].
 
         Raises UserError for tokens that are too few, not finite or the same for every image, and
         for arguments that do not suit them; ValueError for another shape.
@@ -134,11 +135,14 @@ class PostHocGroups:
         x = self._check(tokens)
         rms = torch.as_tensor(self.rms_, device=x.device)
         parts = [self._activations(part) / rms.clamp_min(1e-30) for part in x.split(BLOCK)]
-        return torch.cat(parts).cpu().numpy()
+        found = torch.cat(parts).cpu().numpy()
+        return found.reshape(len(found), -1) if _is_table(tokens) else found
 
-    def fit_transform(self, tokens: Any, y: Any = None) -> np.ndarray:
-        """Fit to tokens [n, N, D] and return their activations [n, N, G]."""
-        return self.fit(tokens).transform(tokens)
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the names of the columns that a table's activations have: patch0_group0, ..."""
+        check_is_fitted(self)
+        patches, groups = range(math.prod(self._grid)), range(self.num_groups)
+        return np.array([f"patch{p}_group{g}" for p in patches for g in groups], object)
 
     @torch.no_grad()
     def score(self, tokens: Any, y: Any = None) -> float:
@@ -162,6 +166,34 @@ class PostHocGroups:
             raise ValueError("tokens equal the mean token of each patch; R^2 is not defined")
         return 1 - float(error / total)
 
+    def save(self, folder: Path | str) -> None:
+        """Write the fit to a folder: groups.safetensors, as a run directory has it, and the rest in
+        posthoc.safetensors and posthoc.json."""
+        check_is_fitted(self)
+        tensors = {key: torch.as_tensor(getattr(self, name)) for key, name in _STATE.items()}
+        fit = Fit(self.get_params(), self._grid, self.n_features_in_, self.map_, tensors)
+        write_fit(Path(folder), fit)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Return the fitted groups that `save` wrote.
+
+        Raises UserError for files that are missing, damaged or of two fits.
+        """
+        fit = read_fit(Path(folder))
+        try:
+            model = cls(**fit.params)
+            model._grid, model.n_features_in_ = fit.grid_size, fit.n_features
+            model._sampler = model._masks()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{Path(folder) / ABOUT}: damaged ({error}); fit again") from None
+        for key, name in _STATE.items():
+            value = fit.tensors[key]
+            setattr(model, name, value if name.startswith("_") else value.numpy())
+        model.map_ = fit.groups
+        model._describe()
+        return model
+
     def random_pattern_scores(
         self, tokens_train: Any, tokens_test: Any, repeats: int = 3
     ) -> dict[str, Any]:
@@ -181,7 +213,7 @@ class PostHocGroups:
         def other(pattern: Tensor | None, seed: int) -> float:
             params = {**self.get_params(), "lam": 0.0, "density": None}
             params["random_state"] = derive_seed(self.random_state, seed, "random-pattern")
-            fitted = PostHocGroups(**params)._fit(tokens_train, pattern)
+            fitted = type(self)(**params)._fit(tokens_train, pattern)
             fitted.random_state = self.random_state  # for the masks of the score
             return fitted.score(tokens_test)
 
@@ -196,31 +228,38 @@ class PostHocGroups:
 
     def _fit(self, tokens: Any, pattern: Tensor | None) -> Self:
         """Fit with the zero pattern bool [G, D]; without one, search for it unless lam is 0."""
-        x = _as_tokens(tokens)
+        x = self._read(tokens, reset=True)
         self._grid = self._check_arguments(x)
         self._sampler = self._masks()
-        self.n_features_in_ = x.shape[2]
         self._measure(x)
         if pattern is None and (self.lam > 0 or self.density is not None):
             self._start(x, "posthoc-search")
             _, norms = self._train(x, searching=True)
             pattern = self.map_.block_norms() > 0
             if self.density is not None:
-                pattern = _strongest(norms, self.density)
+                pattern = strongest(norms, self.density)
         self._start(x, "posthoc")
         if pattern is not None:
             with torch.no_grad():
                 self.map_.W.mul_(pattern.to(x.device)[:, None])
         self.loss_curve_, _ = self._train(x, searching=False)
         self.map_.requires_grad_(False)
-        self.W_ = self.map_.W.cpu().numpy()
-        self.block_norms_ = np.linalg.norm(self.W_, axis=1)
-        self.density_ = float((self.block_norms_ > 0).mean())
+        self._describe()
         squares = torch.zeros(self.num_groups, dtype=torch.float64, device=x.device)
         for part in x.split(BLOCK):
             squares += self._activations(part).double().square().sum((0, 1))
         self.rms_ = (squares / (len(x) * x.shape[1])).sqrt().float().cpu().numpy()
+        self._unit = torch.as_tensor(self.rms_)
+        if self.kind == "region":  # groups that read the mean token are measured on it
+            pooled = torch.cat([part.float().mean(1, keepdim=True) for part in x.split(BLOCK)])
+            self._unit = self.map_.group_activations(pooled).square().mean((0, 1)).sqrt().cpu()
         return self
+
+    def _describe(self) -> None:
+        """Set the attributes that follow from the map."""
+        self.W_ = self.map_.W.cpu().numpy()
+        self.block_norms_ = np.linalg.norm(self.W_, axis=1)
+        self.density_ = float((self.block_norms_ > 0).mean())
 
     def _start(self, x: Tensor, purpose: str) -> None:
         """Set `map_` to a fresh map whose normalisation has the statistics of the tokens."""
@@ -390,51 +429,52 @@ class PostHocGroups:
             raise ValueError(f"{patches} patches are no grid of {rows}x{cols}; give grid_size")
         return grid
 
+    def _read(self, tokens: Any, *, reset: bool) -> Tensor:
+        """Return tokens [n, N, D]; with `reset` they say how many features later ones have."""
+        if not _is_table(tokens):
+            x = _as_tokens(tokens)
+            if reset:
+                self.n_features_in_ = x.shape[2]
+            return x
+        rows: Any = validate_data(self, tokens, reset=reset, ensure_min_samples=2 if reset else 1)
+        return _as_tokens(self._patches(rows))
+
+    def _patches(self, rows: np.ndarray) -> np.ndarray:
+        """Return the tokens [n, N, D] of a table's rows [n, N * D]."""
+        patches = math.prod(self.grid_size or (0,))
+        if not patches or rows.shape[1] % patches:
+            raise ValueError(
+                f"tokens must be [n, N, D], got shape {rows.shape}; a table [n, N * D] needs "
+                "grid_size, rows and columns of its N patches"
+            )
+        return rows.reshape(len(rows), patches, -1)
+
     def _check(self, tokens: Any) -> Tensor:
         """Return tokens to be seen by the fitted map."""
-        if not hasattr(self, "rms_"):
-            raise ValueError("not fitted yet; call fit first")
-        x = _as_tokens(tokens)
-        wanted = (math.prod(self._grid), self.n_features_in_)
+        check_is_fitted(self, msg="%(name)s is not fitted yet; call fit first")
+        x = self._read(tokens, reset=False)
+        wanted = (math.prod(self._grid), len(self.mean_))
         if tuple(x.shape[1:]) != wanted:
             raise ValueError(f"tokens [n, N, D] of shape {tuple(x.shape)}; the fit had {wanted}")
         return x.to(self.map_.W.device)
 
-
-def shuffle_pattern(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a random bool [G, D] with the row and column sums of `pattern` [G, D].
-
-    Pairs of latents pool the groups that only one of them feeds and deal them out again at random,
-    each as many as before (the curveball algorithm, Strona et al. 2014).
-    """
-    pattern = np.array(pattern, bool)
-    if pattern.shape[1] < 2:
-        return pattern
-    for _ in range(10 * pattern.shape[1]):
-        a, b = rng.choice(pattern.shape[1], 2, replace=False)
-        differ = np.flatnonzero(pattern[:, a] != pattern[:, b])
-        mine = rng.permutation(differ)[: pattern[differ, a].sum()]
-        pattern[differ, a], pattern[differ, b] = False, True
-        pattern[mine, a], pattern[mine, b] = True, False
-    return pattern
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = []  # activations are float32 always
+        return tags
 
 
-def _strongest(norms: Tensor, density: float) -> Tensor:
-    """Return the share `density` of the blocks with the largest norms [G, D], bool [G, D].
-
-    Every latent keeps its largest; blocks of norm 0 never count.
-    """
-    ranked = norms.scatter(0, norms.argmax(0, keepdim=True), math.inf).flatten()
-    count = max(norms.shape[1], round(density * norms.numel()))
-    kept = torch.zeros_like(ranked, dtype=torch.bool)
-    kept[ranked.topk(count).indices] = True
-    return kept.view_as(norms) & (norms > 0)
+def _is_table(tokens: Any) -> bool:
+    """Whether tokens come as a matrix, or as what scikit-learn is to judge: lists, sparse ones."""
+    return getattr(tokens, "ndim", 2) == 2
 
 
 def _as_tokens(tokens: Any) -> Tensor:
     x = torch.as_tensor(tokens).detach()
     if x.ndim != 3 or not x.numel():
-        raise ValueError(f"tokens must be [n, N, D], got shape {tuple(x.shape)}")
+        shape = tuple(x.shape)
+        raise ValueError(f"tokens must be [n, N, D], got shape {shape}. Reshape your data")
     if not all(part.isfinite().all() for part in x.split(BLOCK)):
         raise UserError("tokens hold NaN or infinity; check the encoder that gave them")
     return x

@@ -16,7 +16,7 @@ import torch
 from sparsejepa.data.store import ImageSet
 from sparsejepa.explain.readout import Readout, Scale, read, read_train
 from sparsejepa.explain.subject import PostHoc, Subject, fit_groups
-from sparsejepa.interop import Encoder, load, load_groups
+from sparsejepa.interop import Encoder, folder_of, load, load_groups
 
 RUN, UNTRAINED, PCA, RANDOM = "this run", "untrained", "PCA", "random zeros"
 KMEANS, PLACES, SHUFFLED, ALL = "k-means", "places", "shuffled", "all connections"
@@ -129,7 +129,8 @@ def _control(
     random_state: int,
 ) -> dict[str, Column]:
     encoder = load(ref, like.device, like.precision)
-    groups = None if ref.startswith("timm:") else load_groups(Path(ref), encoder.grid_size)
+    folder = folder_of(ref)
+    groups = None if folder is None else load_groups(folder, encoder.grid_size)
     name, W = f"control {short_name(ref)}", None
     if groups is not None:
         W = groups.W.detach().cpu().numpy()

@@ -31,6 +31,7 @@ from sparsejepa.explain.subject import (
     NAMES,
     PostHoc,
     Subject,
+    is_public,
     open_subject,
     read_names,
     run_folder,
@@ -39,6 +40,7 @@ from sparsejepa.explain.subject import (
 from sparsejepa.explain.verdict import verdict
 from sparsejepa.files import save_tensors, write_text
 from sparsejepa.interop import Precision
+from sparsejepa.interop.runs import FITTED
 from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
 from sparsejepa.report.page import Picture, sweep_pictures
 from sparsejepa.report.summary import summarise, usable
@@ -108,7 +110,7 @@ def run_explain(
                 f"{data}: {len(images)} {images.split} images are too few to measure anything; use "
                 f"at least {LEAST_IMAGES} ({flag})"
             )
-    if out != home or out.is_dir() or ref.startswith("timm:"):  # else there is no such run
+    if out != home or out.is_dir() or is_public(ref):  # else there is no such run
         _check_folder(out)
     with clock("encoder and groups"):
         subject = open_subject(
@@ -196,6 +198,8 @@ def run_explain(
         },
         {"fingerprint": test.fingerprint, "data": data},
     )
+    if subject.estimator is not None:
+        subject.estimator.save(out / FITTED)
     write_text(out / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     write_explain_page(
         out / REPORT,
@@ -373,7 +377,7 @@ def _settings(subject: Subject, options: Options) -> str:
 
 def _sweep_pictures(ref: str) -> list[Picture]:
     """Return the Pareto plots of the sweep that a run belongs to, if it belongs to one."""
-    found = [] if ref.startswith("timm:") else read_rows(Path(ref).resolve().parent / RESULTS)
+    found = [] if is_public(ref) else read_rows(Path(ref).resolve().parent / RESULTS)
     rows = [row for row in found if usable(row)]
     if not rows:
         return []

@@ -22,7 +22,7 @@ from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.explain.readout import token_batches
 from sparsejepa.files import read_json, write_text
-from sparsejepa.interop import Encoder, Precision, load, load_groups
+from sparsejepa.interop import Encoder, Precision, folder_of, load, load_groups
 from sparsejepa.model.groups import GroupMap, Kind
 from sparsejepa.training.loop import read_config
 
@@ -61,6 +61,8 @@ class Subject:
     """What a group is."""
     fitted: dict[str, Estimate] = field(default_factory=dict)
     """Held-out R^2 of post-hoc groups: learned, unpenalised, and random patterns like theirs."""
+    estimator: PostHocGroups | None = None
+    """What the groups were fitted with, if they were."""
 
     @property
     def norms(self) -> np.ndarray:
@@ -92,7 +94,7 @@ def open_subject(
     Raises UserError if there is no such encoder or it has fewer latents than groups are asked for.
     """
     encoder = load(ref, device, precision)
-    run_dir = None if ref.startswith("timm:") else Path(ref)
+    run_dir = folder_of(ref)
     config = read_config(run_dir) if run_dir and (run_dir / "config.toml").exists() else None
     groups = load_groups(run_dir, encoder.grid_size) if run_dir else None
     if groups is not None:
@@ -112,7 +114,7 @@ def open_subject(
             ),
         }
     W = torch.as_tensor(estimator.W_).float()
-    return Subject(ref, encoder, W, None, config, posthoc.kind, scores)
+    return Subject(ref, encoder, W, None, config, posthoc.kind, scores, estimator)
 
 
 def fit_groups(
@@ -146,11 +148,16 @@ def _tokens(encoder: Encoder, images: ImageSet, limit: int) -> Tensor:
     return torch.cat([x.cpu() for x in token_batches(encoder, part)])
 
 
+def is_public(ref: str) -> bool:
+    """Whether an encoder is named by where it is published, not by a path."""
+    return ref.startswith(("timm:", "hub:"))
+
+
 def run_folder(ref: str) -> Path:
     """Return where the report of an encoder goes if no folder is named: the run directory."""
-    if not ref.startswith("timm:") and not Path(ref).is_file():
+    if not is_public(ref) and not Path(ref).is_file():
         return Path(ref)
-    name = ref.removeprefix("timm:") if ref.startswith("timm:") else Path(ref).name
+    name = ref.partition(":")[2] if is_public(ref) else Path(ref).name
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return Path("runs") / f"explain-{name}"
 

@@ -150,13 +150,18 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(
@@ -289,6 +294,7 @@ class ViT(nn.Module):
         class_token: put a learned token before the patches; it is not among the outputs.
         pos_embed: fixed sine-cosine positions (zero for the class token), or learned ones.
         stem: from a patch to its token, a linear map or a `HierarchicalStem`, which timm lacks.
+        norm_eps: what the norms of the blocks and the last one add to the variance.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
 
     Attributes:
@@ -311,6 +317,7 @@ class ViT(nn.Module):
         class_token: bool = False,
         pos_embed: Literal["sincos", "learned"] = "sincos",
         stem: Literal["linear", "hierarchical"] = "linear",
+        norm_eps: float = 1e-6,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -329,6 +336,7 @@ class ViT(nn.Module):
         self.num_prefix_tokens = int(class_token)
 
         self.stem = stem
+        self.positions = pos_embed
         embed = PatchEmbed if stem == "linear" else HierarchicalStem
         self.patch_embed = embed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -338,9 +346,9 @@ class ViT(nn.Module):
         )
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.Sequential(
-            *(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+            *(Block(embed_dim, num_heads, mlp_ratio, rate, norm_eps) for rate in rates)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.recompute = False
 
         self.apply(init_weights)
@@ -432,7 +440,7 @@ class ViT(nn.Module):
         if self.cls_token is None:
             return x
         prefix = (self.cls_token + self.pos_embed[:, : self.num_prefix_tokens]).to(x.dtype)
-        return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -287,11 +287,16 @@ class SparseJEPA(nn.Module):
     def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return (matrices, the rest) of all that AdamW trains: everything but W and the target.
 
-        Weight decay belongs to the first list only.
+        Weight decay belongs to the first list only, to which learned positions and the class token
+        do not count.
         """
         w = self.groups.W if self.groups is not None else None
         trained = [p for p in self.parameters() if p.requires_grad and p is not w]
-        return [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        encoder = self.context_encoder
+        places = {id(encoder.pos_embed), id(encoder.cls_token)}
+        decays = [p.ndim >= 2 and id(p) not in places for p in trained]
+        matrices = [p for p, decay in zip(trained, decays, strict=True) if decay]
+        return matrices, [p for p, decay in zip(trained, decays, strict=True) if not decay]
 
 
 @torch.no_grad()

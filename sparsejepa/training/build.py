@@ -23,6 +23,7 @@ from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
 from sparsejepa.model.regularizers import Regularizers
 from sparsejepa.rng import derive_seed
 from sparsejepa.training.schedule import Schedule
+from sparsejepa.training.start import Start, find_start
 
 
 def arm_name(config: Config) -> str:
@@ -41,11 +42,14 @@ def run_name(config: Config) -> str:
     return f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
 
 
-def load_images(config: Config) -> ImageSet | ImageStream:
+def load_images(config: Config, start: Start | None = None) -> ImageSet | ImageStream:
     """Load the training images, or open their stream, or what a corruption puts in their place.
 
-    Raises UserError if they do not suit the settings.
+    Mean and standard deviation are those of `start`; without --init those of the data. Raises
+    UserError if the images do not suit the settings.
     """
+    start = start or find_start(config)
+    config = start.settings(config) if start else config
     wanted = config.images
     streamed = wanted.stream or only_streamed(config.data)
     if streamed and wanted.corruption != "none":
@@ -78,7 +82,7 @@ def load_images(config: Config) -> ImageSet | ImageStream:
             patch_size=config.model.patch_size,
             cache_dir=cache_folder(None),
         )
-    return image_set
+    return start.scaled(image_set) if start else image_set
 
 
 def total_steps(config: Config, num_images: int) -> int:
@@ -86,11 +90,14 @@ def total_steps(config: Config, num_images: int) -> int:
     return config.optim.steps or config.optim.epochs * (num_images // config.optim.batch_size)
 
 
-def build_model(config: Config, img_size: tuple[int, int], total: int) -> SparseJEPA:
+def build_model(
+    config: Config, img_size: tuple[int, int], total: int, start: Start | None = None
+) -> SparseJEPA:
     """Build the model of a run of `total` steps on images of `img_size` (h, w) pixels.
 
-    Each part's initial weights are keyed on (seed, part): runs with one seed start from the same
-    encoder and predictor whatever their arm.
+    With `start` the encoder is that one, and `config` has its sizes. Each part's initial weights
+    are keyed on (seed, part): runs with one seed start from the same encoder and predictor whatever
+    their arm.
     """
     config.check().check_image(img_size)
     seed, (width, depth, heads) = config.run.seed, config.encoder_shape
@@ -109,15 +116,18 @@ def build_model(config: Config, img_size: tuple[int, int], total: int) -> Sparse
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, 0, "init-encoder"))
-        encoder = ViT(
-            img_size,
-            patch,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            stem=config.model.stem,
-            drop_path=config.model.drop_path,
-        )
+        if start is not None:
+            encoder = start.encoder(img_size, config.model.drop_path)
+        else:
+            encoder = ViT(
+                img_size,
+                patch,
+                embed_dim=width,
+                depth=depth,
+                num_heads=heads,
+                stem=config.model.stem,
+                drop_path=config.model.drop_path,
+            )
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
         dim, layers = config.model.predictor_dim, config.model.predictor_depth
         if config.model.predictor == "mlp":

@@ -38,6 +38,7 @@ from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
+from sparsejepa.interop.module import measure_rms
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
@@ -53,24 +54,30 @@ from sparsejepa.training.build import (
 from sparsejepa.training.checkpoint import Checkpoints, has_checkpoint
 from sparsejepa.training.guard import Guard
 from sparsejepa.training.lock import LOCK, run_lock
+from sparsejepa.training.loggers import Loggers, check_loggers
 from sparsejepa.training.monitor import (
     Alarms,
     MetricsLog,
     OnlineEvaluation,
     ProgressLine,
+    choose_images,
     group_state,
 )
 from sparsejepa.training.parallel import whole_encoder
+from sparsejepa.training.pictures import Pictures
 from sparsejepa.training.schedule import Schedule
+from sparsejepa.training.start import FROM_START, START, find_start
 from sparsejepa.training.step import TERMS, TrainStep
 
+MEASURED = 1024
+"""Training images over which the groups' units are measured, at most."""
 SKIPPED = "skipped.txt"
 """File and reason, a line each, of images that could not be read while training."""
 
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
 _FREE_ON_RESUME = {
     "data_root", "device", "threads", "compile", "checkpoint_every", "preset",
-    "keep_checkpoints", "workers", "parallel", "checkpoint_activations", "max_unreadable",
+    "keep_checkpoints", "workers", "parallel", "checkpoint_activations", "max_unreadable", "log",
 }  # fmt: skip
 
 
@@ -120,6 +127,7 @@ def pretrain(
     else:
         config = preset(settings.pop("preset", "best")).replace(data=data, **settings)
     config.check()
+    check_loggers(config.run.log)
     world = World.from_environment()
     check_shares(config, world)
     run_dir = Path(out) if out is not None else default_run_dir(config)
@@ -135,13 +143,17 @@ def pretrain(
 
         summary = on_main(world, look)
         if summary is None:
-            images = first_here(world, lambda: load_images(config))
-            model = build_model(config, images.img_size, total_steps(config, len(images)))
+            start = first_here(world, lambda: find_start(config, run_dir))
+            config = start.settings(config) if start else config
+            images = first_here(world, lambda: load_images(config, start))
+            model = build_model(config, images.img_size, total_steps(config, len(images)), start)
             on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
             with run_lock(run_dir, world), _stop_on_signal() as stop:
                 # Another job may have begun or finished here while the images were loaded.
                 summary = on_main(world, look)
                 if summary is None:
+                    if start is not None:
+                        on_main(world, lambda: start.write(run_dir))
                     place = torch.device(device)
                     summary = _train(run_dir, config, world, images, model, place, stop, console)
     return Run(run_dir, config, summary)
@@ -188,6 +200,8 @@ def _train(
     for row in log.kept:
         guard.observe(row)
         alarms.observe(row)
+    loggers = Loggers(config.run.log if world.main else (), run_dir, config, log.kept, report.say)
+    pictures = Pictures(image_set, images, config.run.seed, world) if config.run.log else None
     pending = torch.zeros(config.run.log_every, len(TERMS), device=device)
     agreed = Agreement(world)
     model.train()
@@ -195,6 +209,7 @@ def _train(
     with (
         report.between(start, total, batch),
         log,
+        loggers,
         contextlib.closing(images),
         contextlib.closing(agreed),
     ):
@@ -220,6 +235,7 @@ def _train(
                 numbers = _metrics(model, train_step.schedule, step, values[-1])
                 rate = batch * (done - counted) / max(elapsed, 1e-9)
                 numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
+                drawn: dict[str, np.ndarray] = {}
                 seconds, since, counted = seconds + elapsed, time.perf_counter(), done
                 guard.observe(numbers)
                 log.write(numbers)
@@ -227,10 +243,13 @@ def _train(
                 if last or done % eval_every == 0:
                     numbers = {"step": step, **evaluate(model.target_encoder, train_step.autocast)}
                     log.write(numbers)
+                    if pictures is not None:
+                        drawn = pictures(model, train_step.autocast, step)
                     since = time.perf_counter()
                 for alarm in alarms.check({**log.last, **numbers}, done / total):
                     log.write({"step": step, "alarm": alarm})
                     report.say(f"alarm, step {step}: {alarm}")
+                loggers.show({**log.newest, **drawn})
                 if saving:
                     progress = {"step": done, "seconds": seconds, "images": image_set.fingerprint}
                     checkpoints.save(model, train_step.optimizer, progress)
@@ -244,7 +263,7 @@ def _train(
         encoder = whole_encoder(model.target_encoder, world.main)
         summary = _summary(config, model, total, seconds, log) | {"skipped": skipped}
         if encoder is not None:
-            _finish(run_dir, config, image_set, encoder, model.groups, summary)
+            _finish(run_dir, config, image_set, images, encoder, model.groups, summary)
     # Nobody leaves before everything is written.
     return on_main(world, lambda: summary)
 
@@ -297,11 +316,12 @@ def _finish(
     run_dir: Path,
     config: Config,
     image_set: ImageSet | ImageStream,
+    images: DeviceImages | StreamImages,
     encoder: ViT,
     groups: GroupMap | None,
     summary: dict[str, Any],
 ) -> None:
-    """Write the encoder, the groups and, last of all, summary.json."""
+    """Write the encoder, the groups with their units and, last of all, summary.json."""
     save_encoder(
         run_dir,
         encoder,
@@ -310,7 +330,11 @@ def _finish(
         extra={"data": config.data, "arm": arm_name(config), "seed": config.run.seed},
     )
     if groups is not None:
-        save_groups(run_dir, groups)
+        index = torch.from_numpy(choose_images(image_set, MEASURED, np.random.default_rng(0)))
+        about = {"name": run_dir.name, "mean": image_set.mean, "std": image_set.std}
+        frozen = Encoder(encoder.float(), **about).to(groups.W.device)
+        rms = measure_rms(frozen, groups, images.batches(index.split(64)))
+        save_groups(run_dir, groups, rms)
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
@@ -345,7 +369,7 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file; name a folder")
     if not (run_dir / "config.toml").exists():
-        own = {run_dir / LOCK, *partial_files(run_dir)}
+        own = {run_dir / LOCK, run_dir / START, *partial_files(run_dir)}
         if run_dir.is_dir() and set(run_dir.iterdir()) - own:
             raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
         return None
@@ -354,8 +378,9 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
             f"--out {run_dir} already holds a run; continue it with --resume or name a new folder"
         )
     stored = read_config(run_dir).flat()
+    free = _FREE_ON_RESUME | (FROM_START if config.model.init else set())
     for name, value in config.flat().items():
-        if name not in _FREE_ON_RESUME and stored[name] != value:
+        if name not in free and stored[name] != value:
             raise UserError(
                 f"{flag(name)} {value}: the run in {run_dir} has {stored[name]}; resume with the "
                 "same settings or name a new folder with --out"

@@ -28,6 +28,7 @@ from sparsejepa.evaluation.sparsity import summary
 from sparsejepa.files import write_text
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.training.loggers import merge
 
 METRICS = "metrics.jsonl"
 
@@ -45,6 +46,8 @@ class MetricsLog:
         self.alarms: list[str] = []
         self.kept: list[dict[str, Any]] = []
         """The rows of earlier parts of the run, oldest first."""
+        self.newest: dict[str, Any] = {}
+        """The rows of the newest step as one."""
         if step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
@@ -95,6 +98,9 @@ class MetricsLog:
             ) from None
 
     def _remember(self, row: dict[str, Any]) -> None:
+        if row["step"] != self.newest.get("step"):
+            self.newest = {}
+        merge(self.newest, row)
         if "alarm" in row:
             self.alarms.append(row["alarm"])
         else:
@@ -118,11 +124,8 @@ class OnlineEvaluation:
         world: World = World(),  # noqa: B008  (it is frozen)
     ) -> None:
         rng, self._mixed = np.random.default_rng(0), None
-        blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
-        if blocks is None:
-            order = rng.permutation(len(image_set))[:count]
-        else:
-            order = _of_few(blocks, count, rng)
+        order = choose_images(image_set, count, rng)
+        if isinstance(image_set, ImageStream) and image_set.blocks is not None:
             self._mixed = torch.from_numpy(rng.permutation(len(order)))
         self._index, self._count = torch.from_numpy(own_rows(order, world)), len(order)
         self._images, self._mean, self._std = images, image_set.mean, image_set.std
@@ -151,6 +154,19 @@ class OnlineEvaluation:
                 x, y = x[self._mixed], y[self._mixed]
             row["knn"] = float(knn_accuracy(x[:cut], y[:cut], x[cut:], y[cut:]))
         return row
+
+
+def choose_images(
+    image_set: ImageSet | ImageStream, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Choose about `count` images at random; of images fetched in stretches, in order and of few.
+
+    Returns their indices.
+    """
+    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+    if blocks is None:
+        return rng.permutation(len(image_set))[:count]
+    return _of_few(blocks, count, rng)
 
 
 def _of_few(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -24,6 +24,7 @@ from sparsejepa.training.build import (
 )
 from sparsejepa.training.loop import EpochOrder, check_shares
 from sparsejepa.training.monitor import METRICS
+from sparsejepa.training.start import START, find_start
 from sparsejepa.training.step import TrainStep
 
 
@@ -33,9 +34,11 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
     device = torch.device(resolve_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    image_set = load_images(config)
+    start = find_start(config)
+    config = start.settings(config) if start else config
+    image_set = load_images(config, start)
     total, batch = total_steps(config, len(image_set)), config.optim.batch_size
-    model = build_model(config, image_set.img_size, total).to(device)
+    model = build_model(config, image_set.img_size, total, start).to(device)
     images = open_images(image_set, device, config.run.workers)
     train_step = TrainStep(config, model, build_augment(config, image_set), total)
     blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
@@ -70,8 +73,9 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
         "minutes": total * seconds / 60,
         "peak_memory_mb": memory,
         "would_write": str(default_run_dir(config)),
-        "files": ["config.toml", "environment.json", METRICS, "checkpoints", "encoder.safetensors",
-                  "config.json", *(["groups.safetensors"] if model.groups else []), "summary.json"],
+        "files": ["config.toml", "environment.json", *([START] if start else []), METRICS,
+                  "checkpoints", "encoder.safetensors", "config.json",
+                  *(["groups.safetensors"] if model.groups else []), "summary.json"],
     }  # fmt: skip
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparsejepa.verbs import benching, explaining, looking, training
+from sparsejepa.verbs import (
+    benching,
+    completing,
+    embedding,
+    explaining,
+    exporting,
+    looking,
+    training,
+)
 from sparsejepa.verbs.base import Verb
 
 VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
@@ -21,7 +29,9 @@ VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
     "compare": (explaining.Compare, explaining.compare),
     "masks": (looking.Masks, looking.masks),
     "data": (looking.Data, looking.data),
-    "embed": (looking.Embed, looking.embed),
+    "embed": (embedding.Embed, embedding.embed),
+    "export": (exporting.Export, exporting.export),
     "bench": (benching.Bench, benching.bench),
     "info": (looking.Info, looking.info),
+    "completion": (completing.Completion, completing.completion),
 }

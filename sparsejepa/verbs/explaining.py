@@ -83,6 +83,7 @@ def explain(args: Explain, console: Console) -> dict[str, Any]:
     names = _names(args.name)
     from sparsejepa.explain.run import METRICS, REPORT, Options, run_explain
     from sparsejepa.explain.subject import PostHoc, run_folder
+    from sparsejepa.interop.runs import FITTED
 
     out = args.out or run_folder(args.run)
     found = run_explain(
@@ -112,6 +113,8 @@ def explain(args: Explain, console: Console) -> dict[str, Any]:
     console.print(found["verdict"], highlight=False, markup=False)
     for remark in found["remarks"]:
         console.print(f"- {remark}", highlight=False, markup=False)
+    if found["groups"]["post_hoc"]:
+        console.print(f"The fitted groups, for --groups of embed and export: {out / FITTED}")
     console.print(f"The page: {out / REPORT}; the numbers: {out / METRICS}", highlight=False)
     return found
 

@@ -1,4 +1,4 @@
-"""The verbs that look at runs, data and masks: probe, embed, masks, data, info."""
+"""The verbs that look at runs, data and masks: probe, masks, data, info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,76 +92,6 @@ def probe(args: Probe, console: Console) -> dict[str, Any]:
     show_rows(console, table)
     console.print("Brackets: 95 % interval over the test images; it says nothing of other seeds.")
     return {"probes": [row.to_dict() for row in rows]}
-
-
-@dataclass(frozen=True)
-class Embed(Verb):
-    """Write the features of images to a file."""
-
-    run: Positional[str | None] = None
-    """Run directory or timm:NAME."""
-    data: str = ""
-    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
-    out: Path = Path("features.parquet")
-    """File to write: .parquet, .npz or .safetensors."""
-    split: Literal["train", "test"] = "train"
-    """Which part of the data."""
-    pool: Literal["mean", "concat4"] = "mean"
-    """mean: average of the last layer's patch tokens; concat4: of each of the last four layers."""
-    limit: int | None = None
-    """Only this many images, at random."""
-    img_size: tuple[int, ...] = ()
-    """Size that images are decoded to, one number or height and width; their own if not given."""
-    upscale: bool = False
-    """Enlarge images that are smaller than --img-size instead of refusing them."""
-    data_root: Path | None = None
-    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
-    not given."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-
-def embed(args: Embed, console: Console) -> dict[str, Any]:
-    """Embed a data set and write one row per image."""
-    check_counts(args, "limit")
-    if not args.run:
-        raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
-    if not args.data:
-        raise UserError(f"--data is needed: {DATA}")
-    from sparsejepa.data.catalog import load_dataset
-    from sparsejepa.distributed import current, first_here
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation import features
-    from sparsejepa.evaluation.export import check_path, write_features
-    from sparsejepa.interop import load
-
-    check_path(args.out)
-    encoder = load(args.run, resolve_device(args.device))
-    read = partial(
-        load_dataset,
-        args.data,
-        args.split,
-        img_size=image_size(args.img_size),
-        data_root=args.data_root,
-        upscale=args.upscale,
-    )
-    images = first_here(current(), read).subset(args.limit)
-    found = features.embed(encoder, images, pool=args.pool)
-    write_features(args.out, found, images.files)
-    facts = {
-        "out": args.out,
-        "encoder": encoder.name,
-        "license": encoder.license,
-        "data": args.data,
-        "split": args.split,
-        "images": len(found.x),
-        "features": found.x.shape[1],
-        "targets": list(found.targets),
-        "skipped": len(images.skipped),
-        "seconds": found.seconds,
-    }
-    show_facts(console, facts, f"wrote {args.out}")
-    return facts
 
 
 @dataclass(frozen=True)
@@ -268,15 +197,15 @@ def data(args: Data, console: Console) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Info(Verb):
-    """Versions, hardware and presets; settings and last numbers of a run; or, with --model, what a
-    run would take.
+    """Versions, hardware and presets; settings and last numbers of a run; architecture, licence and
+    groups of an encoder; or, with --model, what a run would take.
 
     sparsejepa info --model vit-h14 --gpu h100 --gpus 64 --price 3 predicts parameters, operations,
     memory, images per second, hours and cost. Nothing is built or started.
     """
 
     run: Positional[str | None] = None
-    """Run directory."""
+    """Run directory, timm:NAME, hub:OWNER/NAME, or a folder or file of weights."""
     model: str | None = None
     """Predict for this model: a preset, a size (nano to huge) or a timm name such as
     vit_small_patch16_224."""
@@ -318,7 +247,7 @@ class Info(Verb):
 
 
 def info(args: Info, console: Console) -> dict[str, Any]:
-    """Describe the installation or a run, or predict one."""
+    """Describe the installation, a run or an encoder, or predict a run."""
     if args.model is not None or args.preset is not None:
         return _predict(args, console)
     for one in dataclasses.fields(args):
@@ -335,6 +264,8 @@ def info(args: Info, console: Console) -> dict[str, Any]:
         show_facts(console, found["environment"], "environment")
         show_facts(console, {n: about["about"] for n, about in presets.items()}, "presets")
         return found
+    if not (Path(args.run) / "config.toml").exists():
+        return _show_encoder(args.run, console)
     from sparsejepa.training.loop import read_config
 
     folder = Path(args.run)
@@ -356,7 +287,39 @@ def info(args: Info, console: Console) -> dict[str, Any]:
     show_facts(console, config.flat(), f"{folder}: settings")
     state = "finished" if found["finished"] else "not finished; continue with --resume"
     show_facts(console, found["last"], f"{folder}: {state}")
-    return found
+    if not found["finished"]:
+        return found
+    try:
+        return found | _show_encoder(args.run, console)
+    except UserError as error:  # the rest of the run is there all the same
+        show_facts(console, {"encoder": str(error)}, f"{folder}: encoder")
+        return found
+
+
+def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
+    """Show what an encoder is, its groups, and what became of the tensors of a foreign file."""
+    from sparsejepa.interop import folder_of, load, load_groups
+
+    encoder, folder = load(ref), folder_of(ref)
+    groups = None if folder is None else load_groups(folder, encoder.grid_size)
+    found: dict[str, Any] = {
+        "encoder": ref,
+        **encoder.architecture,
+        "parameters": sum(p.numel() for p in encoder.model.parameters()),
+        "license": encoder.license,
+        "groups": None if groups is None else groups.kind,
+    }
+    if groups is not None:
+        norms = groups.block_norms()
+        found |= {
+            "num_groups": len(groups.W),
+            "density": float((norms > 0).float().mean()),
+        }
+    show_facts(console, found, f"{ref}: encoder")
+    if encoder.report is None:
+        return {"architecture": found}
+    show_facts(console, encoder.report.facts(), f"{ref}: tensors of the file")
+    return {"architecture": found, "tensors": dataclasses.asdict(encoder.report)}
 
 
 def _predict(args: Info, console: Console) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
@@ -22,12 +22,14 @@ from sparsejepa.config import (
     RunConfig,
 )
 from sparsejepa.distributed import World
-from sparsejepa.errors import UserError
+from sparsejepa.errors import UserError, flag
 from sparsejepa.report.terminal import show_facts
 from sparsejepa.verbs.base import DATA, Verb, split_names
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from sparsejepa.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,37 @@ class Sweep(Settings):
     """Labelled training images per probe, a random subset; all of them if not given."""
     out: Path | None = None
     """Folder of the sweep; runs/sweep-DATA if not given."""
+    cluster: Literal["none", "slurm", "local"] = "none"
+    """slurm: each run is a job of the cluster; local: of this machine. They go on when this command
+    ends, and the same command again collects them. For slurm --jobs is the most at a time."""
+    slurm_partition: str | None = None
+    """Partition of the jobs; the cluster's default if not given."""
+    slurm_time: int = 24 * 60
+    """Minutes after which a job saves and is queued again."""
+    slurm_gpus: int = 0
+    """GPUs of a job, 0 or 1. Local jobs take turns on all GPUs of the machine."""
+    slurm_cpus: int | None = None
+    """CPU cores of a job; the cluster's default if not given."""
+    slurm_more: tuple[str, ...] = ()
+    """Anything else that sbatch takes, as KEY=VALUE, such as account=vision mem=16G."""
     groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
     """The group-sparse map; --lam and --density are lists here."""
+
+
+def _cluster(args: Sweep, out: Path) -> Cluster | None:
+    """Return where runs are jobs, None if they are not. Raises UserError for flags without use."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    flags = {k.removeprefix("slurm_"): v for k, v in given.items() if k.startswith("slurm_")}
+    from sparsejepa.cluster import Cluster
+
+    if args.cluster == "none":
+        defaults = {f.name: f.default for f in dataclasses.fields(args)}
+        for name, value in given.items():
+            if name.startswith("slurm_") and value != defaults[name]:
+                raise UserError(f"{flag(name)} {value}: only with --cluster slurm")
+        return None
+    flags["minutes"] = flags.pop("time")
+    return Cluster(args.cluster, out / "jobs", **flags).check()
 
 
 def sweep(args: Sweep, console: Console) -> dict[str, Any]:
@@ -197,6 +228,7 @@ def sweep(args: Sweep, console: Console) -> dict[str, Any]:
         probe_data=split_names(args.data_eval) or None,
         probe_limit=args.probe_limit,
         jobs=args.jobs,
+        cluster=_cluster(args, out),
         console=console,
     )
     console.print(result.table)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation import posthoc
-from sparsejepa.evaluation.posthoc import PostHocGroups, shuffle_pattern
+from sparsejepa.evaluation.patterns import shuffle_pattern, strongest
+from sparsejepa.evaluation.posthoc import PostHocGroups
 
 BLOCKS = np.arange(12) // 3
 
@@ -150,7 +150,7 @@ def test_manners_of_scikit_learn():
     twin: Any = clone(model)  # type: ignore[type-var]
     assert twin is not model and twin.get_params() == model.get_params()
     assert twin.set_params(lam=0.1).lam == 0.1
-    with pytest.raises(ValueError, match="no parameter 'nonsense'"):
+    with pytest.raises(ValueError, match="Invalid parameter 'nonsense'"):
         twin.set_params(nonsense=1)
     got = model.fit_transform(TRAIN[:32])
     np.testing.assert_array_equal(got, model.transform(TRAIN[:32]))
@@ -215,7 +215,7 @@ def test_the_strongest_blocks_are_kept_and_one_of_every_latent(density: float, s
     norms = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
     norms[norms < 0.3] = 0
     norms[0] += 0.01
-    kept = posthoc._strongest(norms, density)
+    kept = strongest(norms, density)
     largest = torch.zeros(5, 7, dtype=torch.bool).scatter(0, norms.argmax(0, keepdim=True), True)
     assert kept[largest].all() and not (kept & (norms == 0)).any()
     assert kept.sum() == min(max(7, round(density * 35)), int((norms > 0).sum()))

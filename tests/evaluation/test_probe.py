@@ -314,14 +314,17 @@ def test_bad_input_is_one_clear_line(make) -> None:
         (np.where(x == x[0, 0], np.nan, x), y, "NaN"),
         (np.where(x == x[0, 0], np.inf, x), y, "NaN or infinity"),
         (x[:, 0], y, "matrix"),
-        (x[:0], y[:0], "matrix"),
+        (x[:0], y[:0], "0 sample"),
+        (torch.empty(0, 4), y[:0], "matrix"),
         (x, y[:-1], "one per row"),
         (x, y * 0, "one class only"),
     ):
         with pytest.raises(UserError, match=words):
             make().fit(bad, labels)
-    with pytest.raises(UserError, match="width 3"):
+    with pytest.raises(UserError, match=r"3 features, but .*Probe is expecting 4"):
         make().fit(x, y).predict(x[:, :3])
+    with pytest.raises(UserError, match=r"3 features, but .*Probe is expecting 4"):
+        make().fit(x, y).predict(torch.as_tensor(x[:, :3]))
 
 
 def test_one_image_per_class_leaves_nothing_to_choose_on() -> None:

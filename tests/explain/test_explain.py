@@ -14,10 +14,14 @@ import torch
 
 from sparsejepa import cli
 from sparsejepa.errors import UserError
+from sparsejepa.evaluation.activations import find_groups
+from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, _independent, run_explain
 from sparsejepa.explain.subject import PostHoc, run_folder
 from sparsejepa.files import load_tensors, save_tensors
+from sparsejepa.interop import load
+from sparsejepa.interop.runs import FITTED
 
 
 def rows_of(metrics: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -104,6 +108,12 @@ def test_a_dense_run_gets_fitted_groups_and_says_so(
     assert set(r2) == {RUN, RANDOM, "all connections"} and r2[RANDOM]["low"] <= r2[RANDOM]["high"]
     assert "fitted to the frozen encoder" in " ".join(found["remarks"])
     assert len(found["group_list"]) == 4 and found["images"] == {"train": 100, "test": 40}
+    # The fit is kept for embed and export, apart from what a run's own groups would be.
+    encoder = load(runs["dense"])
+    assert find_groups(str(tmp_path), "auto", encoder) is None
+    activations = find_groups(str(runs["dense"]), str(tmp_path), encoder)
+    assert activations is not None and activations.kind == "feature" and len(activations.W) == 4
+    np.testing.assert_array_equal(activations.W, PostHocGroups.load(tmp_path / FITTED).W_)
 
 
 def test_regions_say_which_patches_they_predict(

@@ -77,6 +77,6 @@ def test_a_run_is_not_resumed_on_other_images(
         pretrain(config_of(folder, corruption="noise"), out=out, resume=True)
     (out / "summary.json").unlink()
     corrupted = load_images(config_of(folder, corruption="noise"))
-    monkeypatch.setattr("sparsejepa.training.loop.load_images", lambda _: corrupted)
+    monkeypatch.setattr("sparsejepa.training.loop.load_images", lambda *_: corrupted)
     with pytest.raises(UserError, match="the images or labels are not those"):
         pretrain(config_of(folder), out=out, resume=True)

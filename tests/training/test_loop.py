@@ -179,11 +179,11 @@ def test_a_run_that_another_job_began_or_ended_meanwhile_is_left_alone(
     out, config = tmp_path / "run", config_of(folder, steps=4)
     slow = loop.load_images
 
-    def overtaken(given: Config) -> Any:
+    def overtaken(given: Config, start: None) -> Any:
         monkeypatch.setattr(loop, "load_images", slow)
         theirs = pretrain(config, out=out)
         theirs.path.joinpath("environment.json").write_text("theirs")
-        return slow(given)
+        return slow(given, start)
 
     for resume in (False, True):
         shutil.rmtree(out, ignore_errors=True)

@@ -1,0 +1,270 @@
+"""The exported model: pixels in; tokens, pooled features and group activations out.
+
+A group's activation is ||W^(g) z|| / rms_g: how strongly the group is excited, in units of its own
+root mean square over training images, so that groups compare. z is what enters W: the mean token of
+an image for region groups, each patch's token for concept and feature groups, normalised per latent
+with the running statistics of the map.
+
+Letters: B images, N patches, D latents, G groups, P group width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from sparsejepa.errors import UserError
+from sparsejepa.files import load_tensors
+from sparsejepa.interop.card import model_card
+from sparsejepa.interop.encoder import Encoder
+from sparsejepa.interop.refs import load
+from sparsejepa.interop.runs import CONFIG, GROUPS, WEIGHTS, load_groups, save_encoder, save_groups
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap, Kind
+from sparsejepa.model.losses import full
+
+
+class GroupActivations(nn.Module):
+    """Activations of groups from tokens: what of a `GroupMap` is used after training.
+
+    Args:
+        kind: what a group is, see `GroupMap`.
+        W: [G, P, D].
+        mean, scale: [D]; the normalised latent is (z - mean) * scale.
+        rms: [G], root mean square of ||W^(g) z|| over training images, from `measure_rms`; a group
+            whose rms is 0 is dead, and so is its activation. Without it activations keep the units
+            that they have.
+    """
+
+    def __init__(
+        self, kind: Kind, W: Tensor, mean: Tensor, scale: Tensor, rms: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.kind: Kind = kind
+        self.W: Tensor
+        self.mean: Tensor
+        self.scale: Tensor
+        self.rms: Tensor
+        units = torch.ones(len(W)) if rms is None else rms
+        for name, tensor in {"W": W, "mean": mean, "scale": scale, "rms": units}.items():
+            self.register_buffer(name, tensor.detach().clone())
+
+    @classmethod
+    def from_map(cls, groups: GroupMap, rms: Tensor | None = None) -> GroupActivations:
+        """Return the activations of a map; nothing is shared with it."""
+        norm = groups.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        return cls(groups.kind, groups.W, norm.running_mean, scale, rms)
+
+    @property
+    def unit(self) -> Tensor:
+        """1 / rms_g, [G]; 0 for a dead group."""
+        alive = self.rms > 0
+        return torch.where(alive, 1 / torch.where(alive, self.rms, 1.0), 0.0)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map tokens [B, N, D] to activations of images [B, G] and of patches [B, N, G].
+
+        Region groups read the mean token and have no patches' activations (None). For concept and
+        feature groups an image's activation is the mean of its patches', as on the page of
+        ``explain``.
+        """
+        if self.kind == "region":
+            return self._activate(full(tokens).mean(1)), None
+        group_map = self._activate(full(tokens))
+        return group_map.mean(1), group_map
+
+    def _activate(self, z: Tensor) -> Tensor:
+        """Map what enters W, [..., D], to activations [..., G]."""
+        z = (z - self.mean) * self.scale
+        u = (z @ self.W.flatten(0, 1).T).unflatten(-1, self.W.shape[:2])
+        return torch.linalg.vector_norm(u, dim=-1) * self.unit
+
+
+def measure_rms(encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor]) -> Tensor:
+    """Return the root mean square of ||W^(g) z|| over images (region) or all patches, [G] float32.
+
+    Args:
+        batches: uint8 images [B, H, W, 3].
+
+    Raises ValueError if there is no image.
+    """
+    activations = GroupActivations.from_map(groups).to(encoder.device)
+    squares, count = torch.zeros(len(groups.W), dtype=torch.float64, device=encoder.device), 0
+    for images in batches:
+        pooled, patches = activations(encoder.tokens(images))
+        seen = (pooled if patches is None else patches.flatten(0, 1)).double()
+        squares, count = squares + seen.square().sum(0), count + len(seen)
+    if count == 0:
+        raise ValueError("no images to measure groups on")
+    return (squares / count).sqrt().float().cpu()
+
+
+def load_activations(run_dir: Path, grid_size: tuple[int, int]) -> GroupActivations | None:
+    """Return the group activations of a folder with a groups.safetensors, None without one.
+
+    Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
+    """
+    groups, rms = _read_groups(run_dir, grid_size)
+    return None if groups is None else GroupActivations.from_map(groups, rms)
+
+
+def _read_groups(
+    run_dir: Path, grid_size: tuple[int, int]
+) -> tuple[GroupMap | None, Tensor | None]:
+    """Return a folder's map and its units, which runs of the first version lack."""
+    groups = load_groups(run_dir, grid_size)
+    return groups, None if groups is None else load_tensors(run_dir / GROUPS)[0].get("rms")
+
+
+class SparseJEPAEncoder(
+    nn.Module, ModelHubMixin, library_name="sparsejepa", tags=["sparsejepa", "jepa"]
+):
+    """A frozen encoder and its groups as one module, with the hub's `from_pretrained`,
+    `save_pretrained` and `push_to_hub`.
+
+    What it saves is a folder as a run's: encoder.safetensors, groups.safetensors, config.json,
+    and a model card.
+
+    Args:
+        encoder: as `load` returns it; its weights are not copied.
+        groups: the map that it was trained with, or one that was fitted to it.
+        rms: [G], the units of the groups' activations.
+    """
+
+    def __init__(
+        self, encoder: Encoder, groups: GroupMap | None = None, rms: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        if groups is not None and groups.W.shape[2] != encoder.embed_dim:
+            raise UserError(
+                f"groups of {groups.W.shape[2]} latents do not fit {encoder.name}, which has "
+                f"{encoder.embed_dim}; take those that were fitted to it"
+            )
+        self.encoder = encoder
+        self.model = encoder.model
+        self.groups = None if groups is None else GroupActivations.from_map(groups, rms)
+        # The group networks predict, which only training needs: they are kept to be written again,
+        # and in a tuple they are no part of the module.
+        self._written = (groups, rms)
+        self.eval()
+
+    @property
+    def kind(self) -> Kind | None:
+        """What a group is; None without groups."""
+        return None if self.groups is None else self.groups.kind
+
+    @property
+    def trained_groups(self) -> GroupMap | None:
+        """The map with its group networks, which predict; None without groups."""
+        return self._written[0]
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Encode normalised pixels, float [B, 3, H, W].
+
+        Returns:
+            tokens [B, N, D] after the final norm, without class token, and pooled [B, D], their
+            mean. With groups also groups [B, G] and, where a group is excited by patches (concept
+            and feature), group_map [B, N, G].
+
+        Raises UserError for another size than the model's.
+        """
+        wanted = (3, *self.encoder.img_size)
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != wanted:
+            raise UserError(
+                f"pixels [{', '.join(str(n) for n in pixels.shape)}]: this model takes "
+                f"[B, {', '.join(map(str, wanted))}]; preprocess(images) brings them there"
+            )
+        tokens = self.model(pixels)
+        found = {"tokens": tokens, "pooled": tokens.mean(1)}
+        if self.groups is not None:
+            groups, group_map = self.groups(tokens)
+            found |= {"groups": groups} if group_map is None else {
+                "groups": groups, "group_map": group_map
+            }  # fmt: skip
+        return found
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Return pixels [B, 3, H, W] for `forward` from images of any size.
+
+        `images`: uint8 [B, H, W, 3] or [H, W, 3], a tensor or an array; a PIL image; or a list of
+        such images. The whole image is resized, bilinear with antialiasing.
+        """
+        if isinstance(images, list | tuple):
+            return torch.cat([self.preprocess(image) for image in images])
+        if hasattr(images, "convert"):
+            images = np.array(images.convert("RGB"))
+        pixels = torch.as_tensor(images)
+        if pixels.ndim == 3:
+            pixels = pixels[None]
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise UserError(
+                f"images of {pixels.dtype} {list(pixels.shape)}: give uint8 [B, H, W, 3] or PIL "
+                "images"
+            )
+        return self.encoder.pixels(pixels)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the card that `save_pretrained` writes where there is none."""
+        name = Path(self.encoder.name).name
+        license = self.encoder.license
+        return ModelCard(
+            model_card(
+                name, self.encoder.architecture, self.trained_groups, license=license, **kwargs
+            )
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        encoder = self.encoder
+        if not isinstance(encoder.model, ViT):
+            raise UserError(
+                f"{encoder.name}: a timm model; `sparsejepa export {encoder.name} --to hub` brings "
+                "it into the form that is saved"
+            )
+        save_encoder(save_directory, encoder.model, mean=encoder.mean, std=encoder.std)
+        groups, rms = self._written
+        if groups is not None:
+            save_groups(save_directory, groups, rms)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **_: Any,
+    ) -> SparseJEPAEncoder:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            files = [CONFIG, WEIGHTS, GROUPS]
+            found = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=files,
+            )
+            folder = Path(cast(str, found))
+        return open_module(load(folder), folder)
+
+
+def open_module(encoder: Encoder, folder: Path | None) -> SparseJEPAEncoder:
+    """Return an encoder with the groups of `folder`, if there are any.
+
+    Raises UserError if the groups do not fit the encoder.
+    """
+    groups = (None, None) if folder is None else _read_groups(folder, encoder.grid_size)
+    return SparseJEPAEncoder(encoder, *groups)

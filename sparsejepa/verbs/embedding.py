@@ -1,0 +1,112 @@
+"""The verb embed: features of images as a file for other tools."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from sparsejepa.errors import UserError
+from sparsejepa.report.terminal import show_facts
+from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsejepa.data.store import ImageSet
+    from sparsejepa.data.stream import ImageStream
+
+
+@dataclass(frozen=True)
+class Embed(Verb):
+    """Write the features of images to a file, with file names, labels and group activations.
+
+    Work that was interrupted goes on with the same command.
+    """
+
+    resumes = ()
+
+    run: Positional[str | None] = None
+    """Run directory, timm:NAME, hub:OWNER/NAME, or a file or folder of weights."""
+    data: str = ""
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
+    out: Path = Path("features.parquet")
+    """File to write: .parquet, .npz or .safetensors."""
+    split: Literal["train", "test"] = "train"
+    """Which part of the data."""
+    pool: Literal["mean", "concat4"] = "mean"
+    """mean: average of the last layer's patch tokens; concat4: of each of the last four layers."""
+    groups: str = "auto"
+    """auto: activations of the encoder's own groups, if it has any; none; or a folder with groups,
+    such as explain writes for an encoder without."""
+    stream: FlagCreatePairsOff[bool] = False
+    """Decode images while they are needed instead of keeping them decoded on disk; tar shards are
+    always streamed."""
+    limit: int | None = None
+    """Only this many images, at random."""
+    img_size: tuple[int, ...] = ()
+    """Size that images are decoded to, one number or height and width; their own if not given."""
+    upscale: bool = False
+    """Enlarge images that are smaller than --img-size instead of refusing them."""
+    max_unreadable: float = 0.5
+    """Largest share of images that may be left out because they cannot be read."""
+    data_root: Path | None = None
+    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
+    not given."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def embed(args: Embed, console: Console) -> dict[str, Any]:
+    """Embed a data set and write one row per image."""
+    check_counts(args, "limit")
+    if not args.run:
+        raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
+    if not args.data:
+        raise UserError(f"--data is needed: {DATA}")
+    if not 0 <= args.max_unreadable <= 1:
+        raise UserError(f"--max-unreadable {args.max_unreadable}: a share, 0 to 1")
+    from sparsejepa.distributed import current, first_here
+    from sparsejepa.environment import resolve_device
+    from sparsejepa.evaluation.activations import find_groups
+    from sparsejepa.evaluation.export import check_path
+    from sparsejepa.evaluation.parts import Embedding, embed_to
+    from sparsejepa.interop import load
+
+    check_path(args.out)
+    encoder = load(args.run, resolve_device(args.device))
+    activations = find_groups(args.run, args.groups, encoder)
+    images = first_here(current(), lambda: _open(args)).subset(args.limit)
+    check_path(args.out, images.files)
+    start = time.perf_counter()
+    wanted = Embedding(encoder, images, args.pool, activations)
+    found = embed_to(args.out, wanted, lambda text: console.print(text, markup=False))
+    facts = {
+        "out": args.out,
+        "encoder": encoder.name,
+        "license": encoder.license,
+        "data": args.data,
+        "split": args.split,
+        **found,
+        "targets": list(images.targets),
+        "seconds": time.perf_counter() - start,
+    }
+    show_facts(console, facts, f"wrote {args.out}")
+    return facts
+
+
+def _open(args: Embed) -> ImageSet | ImageStream:
+    from sparsejepa.data.catalog import load_dataset, only_streamed, stream_dataset
+
+    open_dataset = stream_dataset if args.stream or only_streamed(args.data) else load_dataset
+    return open_dataset(
+        args.data,
+        args.split,
+        img_size=image_size(args.img_size),
+        data_root=args.data_root,
+        upscale=args.upscale,
+        max_unreadable=args.max_unreadable,
+    )

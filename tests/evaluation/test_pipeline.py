@@ -1,0 +1,165 @@
+"""A frozen encoder in scikit-learn pipelines: images of any form in, the right features out."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+
+import sparsejepa
+from sparsejepa.errors import UserError
+from sparsejepa.evaluation.pipeline import SparseJEPAFeatures
+from sparsejepa.evaluation.posthoc import PostHocGroups
+from sparsejepa.evaluation.probe import KNNProbe, RidgeProbe
+from sparsejepa.interop import Encoder, save_encoder, save_groups
+from sparsejepa.interop.module import GroupActivations
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
+
+
+def made(count: int = 24, side: int = 16) -> np.ndarray:
+    """Noisy images of two classes, red and blue in turn."""
+    images = np.random.default_rng(0).integers(0, 100, (count, side, side, 3))
+    images[::2, ..., 0] += 120
+    images[1::2, ..., 2] += 120
+    return images.astype(np.uint8)
+
+
+LABELS = np.arange(24) % 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory: a small encoder with concept groups."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    save_encoder(folder, ViT(16, 4, embed_dim=24, depth=5, num_heads=3), mean=MEAN, std=STD)
+    save_groups(folder, GroupMap("concept", 24, (4, 4), 6, 4), torch.arange(6) + 0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(run: Path) -> Encoder:
+    return sparsejepa.load(run)
+
+
+def test_every_output_is_the_encoders_own(run: Path, encoder: Encoder) -> None:
+    images = made()
+    tokens = encoder.tokens(torch.from_numpy(images))
+    layers = [x.mean(1) for x in encoder.layers(torch.from_numpy(images), 4)]
+    activations = GroupActivations.from_map(_groups(run), torch.arange(6) + 0.5)(tokens)[0].detach()
+    for output, wanted in {
+        "pooled": tokens.mean(1),
+        "concat4": torch.cat(layers, 1),
+        "groups": activations,
+        "tokens": tokens,
+    }.items():
+        step = SparseJEPAFeatures(run, output, batch_size=7)  # type: ignore[arg-type]
+        found = step.fit_transform(images)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert found.dtype == np.float32
+        if output != "tokens":
+            assert len(step.get_feature_names_out()) == found.shape[1]
+
+
+def _groups(run: Path) -> GroupMap:
+    groups = sparsejepa.interop.load_groups(run, (4, 4))
+    assert groups is not None
+    return groups
+
+
+def test_arrays_files_and_pictures_are_the_same_images(encoder: Encoder, tmp_path: Path) -> None:
+    images, step = made(), SparseJEPAFeatures(encoder, batch_size=5)
+    pictures = [Image.fromarray(image) for image in images]
+    files = [tmp_path / f"{i}.png" for i in range(len(images))]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    wanted = step.transform(images)
+    for given in (torch.from_numpy(images), files, [str(f) for f in files], pictures):
+        np.testing.assert_allclose(step.transform(given), wanted, atol=1e-5)
+    np.testing.assert_allclose(step.transform(np.array([str(f) for f in files])), wanted, atol=1e-5)
+    # Other sizes and modes are brought to the encoder's: grey, transparent, upright by EXIF.
+    grey = Image.fromarray(images[0, ..., 0]).resize((40, 30))
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    found = step.transform([grey, clear, Image.new("RGB", (16, 16), "white")])
+    assert found.shape == (3, 24)
+    np.testing.assert_allclose(found[1], found[2], atol=1e-5)
+
+
+def test_pipelines_and_searches(encoder: Encoder) -> None:
+    images = made()
+    model = make_pipeline(SparseJEPAFeatures(encoder), RidgeProbe())
+    assert model.fit(images, LABELS).score(images, LABELS) == 1
+    assert cross_val_score(model, images, LABELS, cv=3).mean() == 1
+    grid = {"sparsejepafeatures__output": ["pooled", "concat4"], "knnprobe__k": [1, 3]}
+    search = GridSearchCV(make_pipeline(SparseJEPAFeatures(encoder), KNNProbe()), grid, cv=3)
+    assert search.fit(images, LABELS).best_score_ == 1
+    # Groups fitted to the tokens on the way.
+    groups = PostHocGroups(4, steps=2)
+    activations = make_pipeline(SparseJEPAFeatures(encoder, "tokens"), groups).fit_transform(images)
+    assert activations.shape == (24, 16, 4)
+
+
+def test_clones_and_pickles_do_not_copy_the_weights(run: Path, encoder: Encoder) -> None:
+    images = made(4)
+    given, named = SparseJEPAFeatures(encoder), SparseJEPAFeatures(str(run), "groups")
+    wanted = [step.fit(images).transform(images) for step in (given, named)]
+    twin: Any = clone(given)
+    assert twin is not given and twin.encoder is encoder
+    other: Any = clone(named)
+    assert other.set_params(output="pooled").output == "pooled" and named.output == "groups"
+    weights = sum(p.numel() * p.element_size() for p in encoder.model.parameters())
+    one, reference = pickle.dumps(given), pickle.dumps(named)
+    assert weights < len(one) < 1.5 * weights and len(reference) < 2000
+    for pickled, x in zip((one, reference), wanted, strict=True):
+        np.testing.assert_array_equal(pickle.loads(pickled).transform(images), x)
+
+
+def test_columns_have_names(run: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    step = SparseJEPAFeatures(run, "groups").set_output(transform="pandas")
+    twin: Any = clone(step)
+    step.set_output(transform="default")
+    table = twin.fit_transform(made(3))
+    assert isinstance(table, pandas.DataFrame) and list(table) == [f"group{g}" for g in range(6)]
+    assert isinstance(step.transform(made(3)), np.ndarray)
+
+
+def test_mistakes_are_one_line(run: Path, encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG no more")
+    bare = Encoder(encoder.model, name="bare", mean=MEAN, std=STD)
+    for arguments, images, words in [
+        ({"output": "pooling"}, made(2), "did you mean 'pooled'"),
+        ({"batch_size": 0}, made(2), "batch_size 0"),
+        ({}, [], "list of files"),
+        ({}, "photo.png", "list of files"),
+        ({}, made(2)[0], r"uint8 \[n, H, W, 3\]"),
+        ({}, made(2) / 255, "float64"),
+        ({}, [3.5], "float is no file's name"),
+        ({}, [Image.new("F", (16, 16))], "mode F"),
+        ({}, [tmp_path / "torn.png"], r"torn\.png: cannot be read"),
+        ({}, [tmp_path / "none.png"], r"none\.png: cannot be read"),
+        ({"encoder": bare, "output": "groups"}, made(2), "bare: has no groups of its own"),
+        ({"output": "groups", "groups": tmp_path}, made(2), r"no groups\.safetensors there"),
+        ({"encoder": tmp_path}, made(2), "not a run directory"),
+    ]:
+        with pytest.raises(UserError, match=words) as raised:
+            SparseJEPAFeatures(**{"encoder": run, **arguments}).fit(images).transform(images)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="no columns"):
+        SparseJEPAFeatures(run, "tokens").get_feature_names_out()
+    broken = sparsejepa.load(run)
+    with torch.no_grad():
+        broken.model.get_parameter("norm.bias")[0] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        SparseJEPAFeatures(broken).transform(made(2))

@@ -1,0 +1,281 @@
+"""Runs as jobs: of a stand-in for SLURM and of this machine, cut off, left alone, picked up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sparsejepa import cli, cluster, runs
+from sparsejepa.cluster import Cluster
+from sparsejepa.config import preset
+from sparsejepa.errors import UserError
+from sparsejepa.results import read_rows
+from sparsejepa.runs import Probes, Task, run_tasks
+from sparsejepa.sweep import arm_settings
+
+STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
+
+
+def make_task(folder: Path, data: Path, arm: str = "lam=0", **settings: Any) -> Task:
+    config = preset("nano").replace(
+        data=str(data), predictor_depth=1, device="cpu", threads=1,
+        **{"steps": 4, "batch_size": 16, **arm_settings(arm), **settings},
+    )  # fmt: skip
+    return Task(config, folder / f"{arm}-s0", Probes((str(data),), limit=40))
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the stand-in's commands before all others; return the folder of its jobs."""
+    commands, jobs = tmp_path / "bin", tmp_path / "slurm"
+    commands.mkdir()
+    jobs.mkdir()
+    for name in ("sbatch", "srun", "sacct", "scontrol", "scancel"):
+        command = commands / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} {name} "$@"\n')
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(jobs))
+    return jobs
+
+
+def wait_until(done: Callable[[], Any], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on where and how often a run was cut off."""
+    names = ("key", "arm", "steps", "knn", "rankme", "density", "nonzero_elements")
+    return {n: row[n] for n in names} | {"probes": [p["accuracy"] for p in row["probes"]]}
+
+
+def steps_of(run_dir: Path) -> int:
+    return sum("loss" in row for row in read_rows(run_dir / "metrics.jsonl"))
+
+
+def test_slurm_jobs_go_on_after_their_time_is_up(
+    tmp_path: Path, slurm: Path, tiny_images: Path
+) -> None:
+    long = {"steps": 60, "checkpoint_every": 1000, "log_every": 1, "batch_size": 32}
+    tasks = [
+        make_task(tmp_path / "sweep", tiny_images, "lam=0.1", **long),
+        make_task(tmp_path / "sweep", tiny_images, "dense"),
+    ]
+    where = Cluster(
+        "slurm", tmp_path / "sweep" / "jobs", minutes=90, partition="gpu", gpus=1, cpus=4,
+        more=("account=a b", "requeue-note=$(touch x); `y`"),
+    )  # fmt: skip
+    # As the time limit does, when the run has no checkpoint but the one that it makes now.
+    code = (
+        "import sys, time, pathlib, subprocess\n"
+        "log, job = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])\n"
+        "while not (log.exists() and log.read_text().count('loss') > 5): time.sleep(0.02)\n"
+        "subprocess.run(['scancel', job.name, '--signal', 'SIGUSR2'], check=True)\n"
+    )
+    log = tasks[0].run_dir / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", code, str(log), str(slurm / "1000_0")]) as cut:
+        found = run_tasks(tasks, tmp_path / "sweep" / "results.jsonl", cluster=where)
+    assert cut.returncode == 0
+    logged = (where.folder / "submitit" / "1000_0_0_log.out").read_text()
+    assert "Requeued job 1000_0" in logged and logged.count("Starting with") == 2
+    script = (slurm / "1000.script").read_text()
+    for line in (
+        "#SBATCH --partition=gpu", "#SBATCH --time=90", "#SBATCH --gpus-per-node=1",
+        "#SBATCH --cpus-per-task=4", "#SBATCH --array=0-1%2", "#SBATCH --signal=USR2@120",
+        "#SBATCH --account='a b'", "#SBATCH --requeue-note='$(touch x); `y`'",
+    ):  # fmt: skip
+        assert line in script
+    undisturbed = run_tasks(
+        [make_task(tmp_path / "here", tiny_images, "lam=0.1", **long)],
+        tmp_path / "here" / "results.jsonl", jobs=1,
+    )  # fmt: skip
+    assert numbers(found[0]) == numbers(undisturbed[0]) and found[1]["arm"] == "dense"
+    assert steps_of(tasks[0].run_dir) == 60
+    # What is finished is not submitted again, and no file is left of it.
+    assert run_tasks(tasks, tmp_path / "sweep" / "results.jsonl", cluster=where) == found
+    assert len(list(slurm.glob("*.script"))) == 1
+    assert [p.name for p in where.folder.iterdir()] == ["submitit"]
+
+
+SWEEP = ["--preset", "nano", "--batch-size", "16", "--predictor-depth", "1", "--device", "cpu",
+         "--threads", "1", "--seeds", "1", "--lam", "0", "--probe-limit", "40", "--jobs", "1",
+         "--checkpoint-every", "1000", "--log-every", "1", "--steps", "40"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_local_jobs_outlive_ctrl_c_and_are_picked_up(tmp_path: Path, tiny_images: Path) -> None:
+    out = tmp_path / "sweep"
+    words = [sys.executable, "-m", "sparsejepa", "sweep", str(tiny_images), *SWEEP, "--out",
+             str(out), "--cluster", "local"]  # fmt: skip
+    first = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    run = out / "dense-s0"
+    wait_until(lambda: steps_of(run) > 1 or first.poll() is not None)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, said
+    said = " ".join(said.split())
+    assert "1 jobs go on by themselves, 1 runs are not begun; the same command again" in said
+    assert "interrupted; continue with: sparsejepa sweep" in said
+    (note,) = (out / "jobs").glob("dense-s0.*.job")
+    assert psutil.pid_exists(int(json.loads(note.read_text())["id"]))
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    rows = read_rows(out / "results.jsonl")
+    assert [row["arm"] for row in rows] == ["dense", "lam=0"]
+    # The first run was done once, by the job that was left alone.
+    starts = [log.read_text().count("Starting with") for log in (out / "jobs").rglob("*_log.out")]
+    assert starts == [1, 1] and steps_of(run) == 40
+    assert (out / "report.html").exists()
+
+
+def fails(task: Any) -> dict[str, Any]:
+    raise UserError(f"{task}: is no good")
+
+
+def dies(task: Any) -> dict[str, Any]:
+    os._exit(1)
+
+
+def works(task: Any) -> dict[str, Any]:
+    return {"task": task, "gpus": os.environ["CUDA_VISIBLE_DEVICES"]}
+
+
+def collect(folder: Path, step: Any, tasks: dict[str, str], **how: Any) -> list[Any]:
+    options = {"at_a_time": 2, "gpus": 0, "say": print} | how
+    ended = cluster.outcomes(Cluster("local", folder), tasks, step, **options)
+    return [end for end in ended if end is not None]
+
+
+def test_jobs_that_fail_or_vanish_are_named_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.05)
+    ((task, error),) = collect(tmp_path, fails, {"one": "ONE"})
+    assert task == "ONE" and isinstance(error, UserError) and str(error) == "ONE: is no good"
+    ((_, error),) = collect(tmp_path, dies, {"one": "ONE"})
+    assert "of one ended without a word" in str(error)
+    # An outcome that was not collected is taken, one that says that a job failed is not.
+    (tmp_path / "one.json").write_text('{"error": "of yesterday"}')
+    (tmp_path / "two.json").write_text('{"row": {"task": "found"}}')
+    (tmp_path / "three.json").write_text("{torn")
+    (tmp_path / "three.job").write_text('{"kind": "local", "id": "1; rm -rf x", "slot": 0}')
+    found = dict(collect(tmp_path, works, {n: n for n in ("one", "two", "three")}, gpus=2))
+    assert found["two"] == {"task": "found"}
+    assert {found[n]["task"] for n in ("one", "three")} == {"one", "three"}
+    assert {found[n]["gpus"] for n in ("one", "three")} == {"0", "1"}  # a GPU each
+    assert list(tmp_path.glob("*.js*")) == list(tmp_path.glob("*.job")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"minutes": 0}, "--slurm-time 0"),
+        ({"gpus": 4}, "--slurm-gpus 4: a run of a sweep takes one GPU"),
+        ({"cpus": 0}, "--slurm-cpus 0"),
+        ({"partition": "a\n rm -rf x"}, "--slurm-partition"),
+        ({"more": ("account",)}, "--slurm-more 'account': must be KEY=VALUE"),
+        ({"more": ("x\nrm=1",)}, "--slurm-more"),
+        ({"more": ("x=1\nrm -rf y",)}, "--slurm-more"),
+        ({"folder": Path("a\nrm -rf x")}, "--out"),
+    ],
+)
+def test_what_cannot_work_or_could_reach_a_shell_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        Cluster(**{"kind": "slurm", "folder": tmp_path, **changes}).check()
+
+
+def test_missing_parts_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = ["sweep", str(tiny_images), *SWEEP, "--out", str(tmp_path / "sweep")]
+    assert cli.main([*words, "--slurm-time", "5"]) == 2
+    assert "--slurm-time 5: only with --cluster slurm" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main([*words, "--cluster", "slurm"]) == 2
+    assert "there is no SLURM here" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert cli.main([*words, "--cluster", "local"]) == 2
+    assert "pip install 'sparsejepa[slurm]'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the jobs were not taken: no such partition"):
+        cluster._submit(Cluster("slurm", tmp_path), Refusing(), {"a": 1}, {"a": -1}, works, 0)
+
+
+class Refusing:
+    """An executor whose cluster takes no job."""
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        yield
+        raise subprocess.CalledProcessError(1, ["sbatch"], stderr="no such partition\n")
+
+    def submit(self, job: Any) -> None:
+        return None
+
+
+def test_each_run_at_a_time_has_a_gpu_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four GPUs and five runs; a stand-in for the workers keeps the first one longest."""
+    seen, held = [], []
+
+    @contextmanager
+    def stand_in(count: int) -> Iterator[Any]:
+        def submit(step: Any, *arguments: Any, threads: Any = None) -> Future[Any]:
+            future: Future[Any] = Future()
+            if step is runs._check:
+                future.set_result(([4] * 5, 4))
+                return future
+            (task,) = arguments
+            if step is runs._attempt:
+                seen.append((task.config.run.seed, task.config.run.device, task.jobs))
+            row = {"key": task.key, "failed": "as planned"}
+            if step is runs._attempt and task.config.run.seed == 0:
+                held.append((future, row))
+            else:
+                future.set_result(row)
+            if len(seen) == 5:
+                held[0][0].set_result(held[0][1])
+            return future
+
+        yield submit
+
+    monkeypatch.setattr(runs, "workers", stand_in)
+    monkeypatch.setattr(runs, "cores", lambda: 64)
+    tasks = [make_task(tmp_path / str(seed), tmp_path, seed=seed) for seed in range(5)]
+    auto = [runs.replace(t, config=t.config.replace(device="auto", threads=None)) for t in tasks]
+    assert len(run_tasks(auto, tmp_path / "a.jsonl")) == 5
+    devices = {seed: device for seed, device, _ in seen}
+    assert set(devices.values()) == {f"cuda:{i}" for i in range(4)}
+    assert {jobs for *_, jobs in seen} == {1}
+    assert [devices[seed] for seed in range(1, 5)].count(devices[0]) == 0
+    seen.clear()
+    held.clear()
+    # Eight at a time: two share a GPU; one that is named stays.
+    assert len(run_tasks(auto, tmp_path / "b.jsonl", jobs=5)) == 5
+    assert [d for _, d, _ in seen].count("cuda:0") == 2 and {jobs for *_, jobs in seen} == {2}
+    seen.clear()
+    held.clear()
+    named = [runs.replace(t, config=t.config.replace(device="cuda:3")) for t in auto]
+    run_tasks(named, tmp_path / "c.jsonl")
+    assert {device for _, device, _ in seen} == {"cuda:3"}

@@ -1,0 +1,213 @@
+"""Runs that start from an encoder: --init."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+
+from sparsejepa.config import Config, preset
+from sparsejepa.errors import UserError
+from sparsejepa.interop import Encoder, save_encoder
+from sparsejepa.model.encoder import ViT
+from sparsejepa.training import loop
+from sparsejepa.training.build import build_model
+from sparsejepa.training.loop import pretrain
+from sparsejepa.training.plan import plan
+from sparsejepa.training.start import find_start, resize_positions
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
+
+
+def config_of(folder: Path, **settings: Any) -> Config:
+    tiny: dict[str, Any] = {
+        "batch_size": 8, "steps": 4, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
+        "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    return preset("nano").replace(data=str(folder), **{**tiny, **settings})
+
+
+def encoder_in(folder: Path, **changes: Any) -> ViT:
+    """Write a run directory's encoder for images of 16x16 pixels; return it."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    vit = ViT(**{**sizes, **changes})
+    folder.mkdir(parents=True)
+    save_encoder(folder, vit, mean=MEAN, std=STD)
+    return vit
+
+
+OTHERS = {
+    "ours": {},
+    "learned": {"class_token": True, "pos_embed": "learned", "mlp_ratio": 2.5},
+    "stem": {"stem": "hierarchical", "norm_eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_both_encoders_start_from_the_weights(folder: Path, tmp_path: Path, kind: str) -> None:
+    vit = encoder_in(tmp_path / "a", **OTHERS[kind])
+    config = config_of(folder, init=str(tmp_path / "a"))
+    start = find_start(config)
+    assert start is not None
+    config = start.settings(config)
+    assert config.encoder_shape == (24, 2, 3) and config.model.patch_size == 4
+    model = build_model(config, (16, 16), 4, start)
+    for encoder in (model.context_encoder, model.target_encoder):
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(tensor, vit.state_dict()[name]), name
+    assert model.context_encoder.pos_embed.requires_grad == (kind == "learned")
+    decayed, rest = ({id(p) for p in part} for part in model.network_parameters())
+    if kind == "learned":
+        places = {id(model.context_encoder.pos_embed), id(model.context_encoder.cls_token)}
+        assert places <= rest and not places & decayed
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_run_goes_on_and_its_encoder_loads(folder: Path, tmp_path: Path, kind: str) -> None:
+    vit = encoder_in(tmp_path / "a", **OTHERS[kind])
+    run = pretrain(config_of(folder, init=str(tmp_path / "a")), out=tmp_path / "run")
+    encoder = run.encoder()
+    assert (encoder.mean, encoder.std) == (MEAN, STD), "the pixels are those that it knows"
+    before = Encoder(vit, name="a", mean=MEAN, std=STD)
+    assert encoder.architecture == before.architecture
+    assert encoder.fingerprint() != before.fingerprint()
+    assert run.config.model.encoder_dims == (24, 2, 3)
+    assert loop.read_config(run.path).model.encoder_dims == (24, 2, 3)
+
+
+def test_a_resumed_run_needs_the_encoder_no_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder_in(tmp_path / "a", **OTHERS["learned"])
+    config = config_of(folder, init=str(tmp_path / "a"), checkpoint_every=2)
+    whole = pretrain(config, out=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(loop, "_finish", stop)
+    with pytest.raises(Stop):
+        pretrain(config, out=tmp_path / "run")
+    shutil.rmtree(sorted((tmp_path / "run/checkpoints").iterdir())[-1])  # that of step 4
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(UserError, match=r"--init .*no such run directory"):
+        pretrain(config, out=tmp_path / "other")
+    about = (tmp_path / "run/init.json").read_text()
+    for damage in (
+        "{",
+        "[]",
+        about.replace('"depth": 2', '"depth": 1e9'),
+        about.replace("24", '"x"'),
+    ):
+        (tmp_path / "run/init.json").write_text(damage)
+        with pytest.raises(UserError, match=r"init\.json: damaged"):
+            pretrain(config, out=tmp_path / "run", resume=True)
+    (tmp_path / "run/init.json").write_text(about)
+    run = pretrain(config, out=tmp_path / "run", resume=True)
+    assert run.encoder().fingerprint() == whole.encoder().fingerprint()
+    again = pretrain(loop.read_config(run.path), out=run.path, resume=True)
+    assert again.summary == run.summary
+    with pytest.raises(UserError, match="--init None"):
+        pretrain(config.replace(init=None), out=run.path, resume=True)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_positions_on_another_grid(tmp_path: Path, learned: bool) -> None:
+    changes = OTHERS["learned"] if learned else {"class_token": True}
+    vit = encoder_in(tmp_path / "a", **changes)
+    start = find_start(Config().replace(init=str(tmp_path / "a")))
+    assert start is not None
+    larger = start.encoder((24, 32), 0.0)
+    expected = ViT(**{**start.arch, "img_size": (24, 32)}).pos_embed
+    if learned:
+        expected = resample_abs_pos_embed(vit.pos_embed, [6, 8], [4, 4], num_prefix_tokens=1)
+        same = resize_positions(vit.pos_embed, (4, 4), (4, 4), 1)
+        torch.testing.assert_close(same, vit.pos_embed)
+    torch.testing.assert_close(larger.pos_embed.detach(), expected.detach())
+    others = {name: t for name, t in larger.state_dict().items() if name != "pos_embed"}
+    assert all(torch.equal(t, vit.state_dict()[name]) for name, t in others.items())
+
+
+def test_a_model_of_timm_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    config = config_of(
+        folder, init="timm:vit_tiny_patch16_224?untrained", img_size=64, upscale=True, steps=1
+    )
+    run = pretrain(config, out=tmp_path / "run")
+    encoder = run.encoder()
+    assert encoder.architecture["class_token"] and encoder.architecture["pos_embed"] == "learned"
+    assert encoder.img_size == (64, 64) and encoder.mean == (0.5, 0.5, 0.5)
+    about = json.loads((run.path / "init.json").read_text())
+    assert about["ref"] == config.model.init and about["arch"]["img_size"] == [224, 224]
+
+
+def test_a_file_of_weights_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = ViT(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3)
+    torch.save(
+        {"teacher": {f"backbone.{k}": t for k, t in vit.state_dict().items()}}, tmp_path / "x.pth"
+    )
+    config = config_of(folder, init=str(tmp_path / "x.pth"), img_size=32, upscale=True, steps=1)
+    assert plan(config)["files"][2] == "init.json"
+    assert pretrain(config, out=tmp_path / "run").encoder().architecture["embed_dim"] == 192
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoder_dims": (96, 6, 3)}, "--encoder-dims 96 6 3: --init .* has 24 2 3; leave"),
+        ({"num_groups": 30}, "--num-groups 30 is more than the 24 latents of --init"),
+        ({"target_layers": 3}, "--target-layers 3 is more than the 2 blocks of --init"),
+        ({"init": "timm:vit_tny_patch16_224"}, "--init timm:.*did you mean"),
+        ({"init": "timm:vit_small_patch14_dinov2?untrained"}, "--init timm:.*layer scale"),
+        ({"init": "nowhere"}, "--init nowhere: no such run directory"),
+    ],
+)
+def test_what_cannot_be_gone_on_with(
+    folder: Path, tmp_path: Path, changes: dict, words: str
+) -> None:
+    encoder_in(tmp_path / "a")
+    config = config_of(folder, init=str(tmp_path / "a")).replace(**changes)
+    with pytest.raises(UserError, match=words) as caught:
+        pretrain(config, out=tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_patches_must_be_square_and_tile_the_images(folder: Path, tmp_path: Path) -> None:
+    encoder_in(tmp_path / "a", img_size=(16, 32), patch_size=(4, 8))
+    with pytest.raises(UserError, match="its patches are 4x8 pixels"):
+        pretrain(config_of(folder, init=str(tmp_path / "a")), out=tmp_path / "run")
+    encoder_in(tmp_path / "b", img_size=15, patch_size=5)
+    with pytest.raises(UserError, match="--patch-size 5 does not divide the image"):
+        pretrain(config_of(folder, init=str(tmp_path / "b")), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("dims", "words"),
+    [
+        ((24, 2), "width, depth and heads"),
+        ((24, 0, 3), "width, depth and heads"),
+        ((24, 2, 5), "a multiple of 4 and of the heads"),
+        ((1 << 17, 2, 1), "width, depth and heads"),
+    ],
+)
+def test_sizes_that_no_encoder_has(dims: tuple[int, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Config().replace(encoder_dims=dims).check()
+
+
+def test_sizes_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    run = pretrain(config_of(folder, encoder_dims=(36, 2, 3), steps=1), out=tmp_path / "run")
+    architecture = run.encoder().architecture
+    assert (architecture["embed_dim"], architecture["depth"]) == (36, 2)
+    with pytest.raises(UserError, match="40 is more than the 36 latents of --encoder-dims 36 2 3"):
+        config_of(folder, encoder_dims=(36, 2, 3), num_groups=40).check()
