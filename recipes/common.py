@@ -18,7 +18,7 @@ from sparsejepa.benchmarks.packing import Packing, choose, measure
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.environment import cores, environment, resolve_device
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.runs import Probes, Task
+from sparsejepa.tasks import Probes, Task
 from sparsejepa.workers import terminable
 
 HERE = Path(__file__).resolve().parent

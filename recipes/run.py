@@ -43,8 +43,9 @@ from sparsejepa.config import load_toml
 from sparsejepa.environment import code_version, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.results import read_beside, read_results
-from sparsejepa.runs import Task, row_key, run_tasks
+from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings
+from sparsejepa.tasks import Task, row_key
 
 Row = Mapping[str, Any]
 

@@ -43,8 +43,10 @@ from rich.console import Console
 from sparsejepa.config import Config, load_toml
 from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
-from sparsejepa.runs import Probes, Task, read_results, row_key, run_tasks
+from sparsejepa.results import read_results
+from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings
+from sparsejepa.tasks import Probes, Task, row_key
 
 Settings = Mapping[str, Any]
 # What arms, rungs and seeds set.

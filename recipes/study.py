@@ -18,8 +18,8 @@ from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError
 from sparsejepa.report.summary import LEVEL, BySeed, Interval, compare, mean_sd
 from sparsejepa.results import read_checked
-from sparsejepa.runs import row_key
 from sparsejepa.sweep import arm_settings
+from sparsejepa.tasks import row_key
 
 Row = Mapping[str, Any]
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from sparsejepa.config import Config, preset
 from sparsejepa.errors import UserError, flag, nearest
 from sparsejepa.results import read_rows
-from sparsejepa.runs import Probes, Task, load_w, run_tasks
+from sparsejepa.runs import run_tasks
+from sparsejepa.tasks import Probes, Task, load_w
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +101,7 @@ def run_sweep(
         config: all other settings; the seeds are ``config.run.seed`` and the ones after it.
         out: folder for one run directory per arm and seed, results.jsonl, figures and report.html.
         probe_data: labelled data sets to probe on; the pretraining data if not given.
-        protocols, targets, probe_limit: see `runs.Probes`.
+        protocols, targets, probe_limit: see `tasks.Probes`.
         jobs, cluster, console: see `runs.run_tasks`.
         command: what repeats this sweep, for rows and page; derived from the settings if not given.
 

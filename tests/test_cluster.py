@@ -22,8 +22,9 @@ from sparsejepa.cluster import Cluster
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
 from sparsejepa.results import read_rows
-from sparsejepa.runs import Probes, Task, run_tasks
+from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings
+from sparsejepa.tasks import Probes, Task
 
 STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
 
@@ -247,10 +248,10 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(
                 future.set_result(([4] * 5, 4))
                 return future
             (task,) = arguments
-            if step is runs._attempt:
+            if step is runs.attempt:
                 seen.append((task.config.run.seed, task.config.run.device, task.jobs))
             row = {"key": task.key, "failed": "as planned"}
-            if step is runs._attempt and task.config.run.seed == 0:
+            if step is runs.attempt and task.config.run.seed == 0:
                 held.append((future, row))
             else:
                 future.set_result(row)

@@ -35,7 +35,7 @@ from sparsejepa.model.encoder import ViT
 from sparsejepa.report.figures import points
 from sparsejepa.report.summary import summarise, table, usable, verdict
 from sparsejepa.results import read_checked, read_results, read_rows
-from sparsejepa.runs import row_key
+from sparsejepa.tasks import row_key
 from sparsejepa.training.guard import Guard
 from sparsejepa.training.monitor import Alarms, MetricsLog
 

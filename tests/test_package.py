@@ -29,6 +29,7 @@ FLOORS = [
     ["benchmarks"],
     ["workers"],
     ["cluster"],
+    ["tasks"],
     ["runs"],
     ["sweep"],
     ["explain"],

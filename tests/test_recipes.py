@@ -11,8 +11,8 @@ import run as runner
 
 from sparsejepa import cli, demo
 from sparsejepa.config import load_toml, preset
-from sparsejepa.runs import Probes
 from sparsejepa.sweep import sweep_arms
+from sparsejepa.tasks import Probes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in common.recipe_files(RECIPES))

@@ -13,12 +13,12 @@ import common
 import pytest
 import run as runner
 
-from sparsejepa import runs
+from sparsejepa import runs, tasks
 from sparsejepa.benchmarks.packing import Packing
 from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_rows
-from sparsejepa.runs import Task
+from sparsejepa.tasks import Task
 from sparsejepa.training.build import arm_name
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -88,7 +88,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "seconds": 90.0, "probe_seconds": 30.0, "alarms": [],
         }  # fmt: skip
 
-    monkeypatch.setattr(runs, "run_and_probe", run_and_probe)
+    monkeypatch.setattr(tasks, "run_and_probe", run_and_probe)
     monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), 0))
     return ran
 

@@ -15,7 +15,7 @@ from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
 from sparsejepa.interop import load
-from sparsejepa.runs import Probes, Task, _attempt, row_key, run_and_probe
+from sparsejepa.tasks import Probes, Task, attempt, row_key, run_and_probe
 from sparsejepa.training import loop
 
 SETTINGS: dict[str, Any] = {
@@ -119,7 +119,7 @@ def test_a_line_names_every_code_that_took_part_and_floors_are_of_one(
             monkeypatch.setattr(environment, "code_version", lambda code=code: code)
             with pytest.raises(KeyboardInterrupt):
                 loop.pretrain(task.config, out=task.run_dir, resume=True)
-    row = _attempt(task)
+    row = attempt(task)
     assert row["environment"]["code"] == "AAAA+BBBB" and row["jobs"] == 2
 
     def floors() -> int:
@@ -127,9 +127,9 @@ def test_a_line_names_every_code_that_took_part_and_floors_are_of_one(
 
     assert floors() == 1
     monkeypatch.setattr(environment, "code_version", lambda: "CCCC")
-    assert _attempt(task)["environment"]["code"] == "AAAA+BBBB+CCCC" and floors() == 2
+    assert attempt(task)["environment"]["code"] == "AAAA+BBBB+CCCC" and floors() == 2
     monkeypatch.setattr(probe, "FLOOR_VERSION", -1)
-    _attempt(task)
+    attempt(task)
     assert floors() == 3
 
 

@@ -17,7 +17,8 @@ import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejepa.runs import Task, read_rows
+from sparsejepa.results import read_rows
+from sparsejepa.tasks import Task
 
 TOML = """
 recipe = "tiny"

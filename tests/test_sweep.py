@@ -25,13 +25,15 @@ from PIL import Image
 from rich.console import Console
 
 from sparsejepa import cli, runs
+from sparsejepa import tasks as tasks_module
 from sparsejepa.config import preset
 from sparsejepa.demo import LAM, TARGETS, run_demo
 from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_results, read_rows
-from sparsejepa.runs import Probes, Task, row_key, run_tasks
+from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
+from sparsejepa.tasks import Probes, Task, row_key
 from sparsejepa.training.build import arm_name
 from sparsejepa.training.checkpoint import has_checkpoint
 
@@ -206,7 +208,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "alarms": [],
         }  # fmt: skip
 
-    monkeypatch.setattr(runs, "run_and_probe", run_and_probe)
+    monkeypatch.setattr(tasks_module, "run_and_probe", run_and_probe)
     monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), 0))
     return ran
 

@@ -44,7 +44,7 @@ from sparsejepa.interop.runs import FITTED
 from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
 from sparsejepa.report.page import Picture, sweep_pictures
 from sparsejepa.report.summary import summarise, usable
-from sparsejepa.runs import read_rows
+from sparsejepa.results import read_rows
 from sparsejepa.sweep import RESULTS
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"
