@@ -29,11 +29,13 @@ def scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 def typed(shell: list[str], folder: Path, keys: str) -> str:
     """Type `keys` into an interactive shell, and return the words that it then passes to echo."""
-    pid, screen = pty.fork()
-    if pid == 0:
-        os.chdir(folder)
-        os.environ.update(TERM="dumb", PS1="READY> ", HOME=str(folder), ZDOTDIR=str(folder))
-        os.execvp(shell[0], shell)
+    screen, terminal = pty.openpty()
+    dumb = {"TERM": "dumb", "PS1": "READY> ", "HOME": str(folder), "ZDOTDIR": str(folder)}
+    process = subprocess.Popen(
+        shell, stdin=terminal, stdout=terminal, stderr=terminal, cwd=folder,
+        env={**os.environ, **dumb}, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
     try:
         wait_for(screen, "READY> ")
         os.write(screen, f". ./{Path(shell[0]).name}; echo LOAD''ED\n".encode())
@@ -42,8 +44,9 @@ def typed(shell: list[str], folder: Path, keys: str) -> str:
         os.write(screen, keys.encode() + b"\x01echo GO''T \x05 EN''D\n")
         return wait_for(screen, " END").rpartition("GOT ")[2].removesuffix(" END").strip()
     finally:
+        process.kill()
+        process.wait()
         os.close(screen)
-        os.waitpid(pid, 0)
 
 
 def wait_for(screen: int, text: str) -> str:
