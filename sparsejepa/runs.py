@@ -21,7 +21,7 @@ from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
 from sparsejepa.report.progress import RunsProgress
 from sparsejepa.results import append_row, read_results
-from sparsejepa.tasks import Task, attempt, opening, pixel_floor, row_key
+from sparsejepa.tasks import Task, attempt, check_starts, opening, pixel_floor, row_key
 from sparsejepa.workers import terminable, workers
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def run_tasks(
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
+    check_starts(tasks)
     found: dict[str, list[dict[str, Any]]] = {}
     say = console.print if console else lambda line: None
     for row in [*before, *read_results(results, say)]:
@@ -103,6 +104,7 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
     from sparsejepa.training.build import load_images, total_steps
     from sparsejepa.training.loggers import check_loggers
     from sparsejepa.training.loop import open_run
+    from sparsejepa.training.start import find_start
 
     for task in tasks:
         check_loggers(task.config.run.log)
@@ -113,7 +115,8 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
     for task in tasks:
         images = (task.config.data, task.config.images)
         if images not in counts:
-            counts[images] = len(load_images(task.config))
+            start = find_start(task.config, task.run_dir)
+            counts[images] = len(load_images(task.config, start))
         for name in set(task.probes.data) - set(counts):
             train = load_dataset(name, "train", **opening(task, name))
             if not any(len(target.names) > 1 for target in train.targets.values()):

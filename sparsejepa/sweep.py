@@ -316,11 +316,12 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     from sparsejepa.report.page import samples_picture, sweep_pictures
     from sparsejepa.training.build import load_images
     from sparsejepa.training.loop import read_config
+    from sparsejepa.training.start import find_start
 
     seed = config.run.seed
     runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
     config = read_config(runs[arms[-1]])  # with the patches of an encoder that runs began from
-    image_set = load_images(config)
+    image_set = load_images(config, find_start(config, runs[arms[-1]]))
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
     masks = MaskSampler(grid, **vars(config.masks)).sample(SAMPLES, seed=seed, step=0)

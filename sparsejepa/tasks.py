@@ -9,7 +9,7 @@ import json
 import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +93,33 @@ def _key(config: Config, probes: Mapping[str, Any]) -> str:
     # What came later counts only where it is used, so that older lines keep their keys.
     later = {"measures", "extra_protocols"}
     return _hash([settings, {k: v for k, v in probes.items() if v or k not in later}])
+
+
+def check_starts(tasks: Sequence[Task]) -> None:
+    """Raise UserError if a run that has begun did so from another encoder than --init gives now.
+
+    One that cannot be had any more is not compared: runs that have begun do without it.
+    """
+    begun = [task for task in tasks if task.config.model.init]
+    if not begun:
+        return
+    from sparsejepa.training.start import find_start, read_start
+
+    now: dict[str | None, str | None] = {}
+    for task in begun:
+        ref, start = task.config.model.init, read_start(task.run_dir)
+        if start is None:
+            continue
+        if ref not in now:
+            now[ref] = None
+            with contextlib.suppress(UserError):
+                found = find_start(task.config)
+                now[ref] = found.fingerprint if found else None
+        if now[ref] not in (None, start.fingerprint):
+            raise UserError(
+                f"--init {ref}: not the encoder any more that {task.run_dir} began from; bring "
+                "that one back or name a new folder with --out"
+            )
 
 
 def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:

@@ -212,6 +212,10 @@ def test_missing_parts_are_named(
     words = ["sweep", str(tiny_images), *SWEEP, "--out", str(tmp_path / "sweep")]
     assert cli.main([*words, "--slurm-time", "5"]) == 2
     assert "--slurm-time 5: only with --cluster slurm" in capsys.readouterr().err
+    for flags in (["--slurm-gpus", "1"], ["--slurm-partition", "gpu"], ["--slurm-more", "mem=16G"]):
+        assert cli.main([*words, "--cluster", "local", *flags]) == 2
+        assert f"{flags[0]} " in (said := capsys.readouterr().err)
+        assert "only with --cluster slurm" in said
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main([*words, "--cluster", "slurm"]) == 2
     assert "there is no SLURM here" in capsys.readouterr().err

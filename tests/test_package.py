@@ -19,7 +19,7 @@ PACKAGE = ROOT / "sparsejepa"
 # From the ground up; a module imports from its own floor or one below it.
 FLOORS = [
     ["errors"],
-    ["config", "checks", "files", "results", "rng", "environment", "distributed"],
+    ["config", "checks", "files", "results", "rng", "environment", "distributed", "lock"],
     ["model"],
     ["data"],
     ["interop"],

@@ -53,12 +53,12 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
         self.device = device
 
     @abstractmethod
-    def fit(self, x: Any, y: Any) -> Self:
-        """Fit features x [n, D] to labels y [n]."""
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit features X [n, D] to labels y [n]."""
 
-    def predict(self, x: Any) -> np.ndarray:
-        """Return a label for every row of x [n, D]."""
-        x = self._new_rows(x)
+    def predict(self, X: Any) -> np.ndarray:
+        """Return a label for every row of X [n, D]."""
+        x = self._new_rows(X)
         parts = [self._predict(part) for part in x.split(max(1, BLOCK // x.shape[1]))]
         return self.classes_[torch.cat(parts).cpu().numpy()]
 
@@ -133,9 +133,9 @@ class LinearProbe(Probe):
     coef_: Tensor
     intercept_: Tensor
 
-    def decision_function(self, x: Any) -> np.ndarray:
+    def decision_function(self, X: Any) -> np.ndarray:
         """Return the scores [n, K]; for two classes [n], the second's less the first's."""
-        scores = self._scores(self._new_rows(x)).cpu().numpy()
+        scores = self._scores(self._new_rows(X)).cpu().numpy()
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -185,13 +185,13 @@ class LogisticProbe(LinearProbe):
         super().__init__(device)
         self.C, self.tol, self.max_iter, self.random_state = C, tol, max_iter, random_state
 
-    def fit(self, x: Any, y: Any) -> Self:
-        """Fit features x [n, D], or a `Standardized` of them, to labels y [n].
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit features X [n, D], or a `Standardized` of them, to labels y [n].
 
         Raises UserError for features that are not finite, a single class, or too few images to
         choose C on.
         """
-        space = self._space(x)
+        space = self._space(X)
         rows = space.rotated
         labels = self._labels(y, len(rows))
         theta = self._start(rows, labels)
@@ -207,13 +207,13 @@ class LogisticProbe(LinearProbe):
         self.settings_ = {"C": self.C_}
         return self
 
-    def predict_proba(self, x: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probabilities [n, K] of the classes."""
-        return self._scores(self._new_rows(x)).softmax(1).cpu().numpy()
+        return self._scores(self._new_rows(X)).softmax(1).cpu().numpy()
 
-    def predict_log_proba(self, x: Any) -> np.ndarray:
+    def predict_log_proba(self, X: Any) -> np.ndarray:
         """Return the logarithms [n, K] of the probabilities of the classes, float64."""
-        return self._scores(self._new_rows(x)).double().log_softmax(1).cpu().numpy()
+        return self._scores(self._new_rows(X)).double().log_softmax(1).cpu().numpy()
 
     def _start(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return weights [r + 1, K] of zero, the intercepts (last row) at the class frequencies."""
@@ -270,12 +270,12 @@ class RidgeProbe(LinearProbe):
         super().__init__(device)
         self.alpha = alpha
 
-    def fit(self, x: Any, y: Any) -> Self:
-        """Fit features x [n, D], or a `Standardized` of them, to labels y [n].
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit features X [n, D], or a `Standardized` of them, to labels y [n].
 
         Raises UserError for features that are not finite or a single class.
         """
-        space = self._space(x)
+        space = self._space(X)
         rows = space.rotated
         labels = self._labels(y, len(rows))
         share = labels.bincount().to(rows.dtype) / len(rows)
@@ -313,11 +313,11 @@ class KNNProbe(Probe):
         super().__init__(device)
         self.k = k
 
-    def fit(self, x: Any, y: Any) -> Self:
-        """Keep features x [n, D] and labels y [n]. Raises UserError as the other probes do."""
+    def fit(self, X: Any, y: Any) -> Self:
+        """Keep features X [n, D] and labels y [n]. Raises UserError as the other probes do."""
         if self.k < 1:
             raise UserError(f"k {self.k}: a vote needs at least one neighbour")
-        x = self._rows(x, reset=True)
+        x = self._rows(X, reset=True)
         self._bank_labels = self._labels(y, len(x))
         self.mean_, self.scale_ = moments(x)
         self._bank = _unit_rows(x, self.mean_, self.scale_)

@@ -19,6 +19,8 @@ from sparsejepa.data.store import Target
 from sparsejepa.errors import UserError
 from sparsejepa.files import atomic_path
 
+COLUMNS = ("file", "features", "groups")
+"""Of a Parquet file; a target of such a name becomes ``target.NAME``."""
 _NAMES = 4096  # names that are held at once
 _LARGEST_HEADER = 100_000_000  # bytes; readers of safetensors refuse more
 
@@ -69,7 +71,7 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def _write_parquet(path: Path, table: Table) -> None:
-    """Columns: file (of files), one per target (the class names), features [D'], groups [G]."""
+    """Columns: file (of files), one per target (class names), features [D'], groups [G]."""
     writer, start = None, 0
     try:
         for block in table.blocks():
@@ -78,6 +80,8 @@ def _write_parquet(path: Path, table: Table) -> None:
             if table.files:
                 columns["file"] = pa.array(table.names(start, stop), pa.string())
             for name, target in table.targets.items():
+                while name in COLUMNS or name in columns:
+                    name = f"target.{name}"
                 values = pa.array(target.values[start:stop], pa.int64())
                 columns[name] = pa.DictionaryArray.from_arrays(values, list(target.names))
             for name, width in table.widths.items():

@@ -10,6 +10,7 @@ Letters: n images, m of a part, D' features, G groups.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from sparsejepa.evaluation.features import Pool, batch_rows, pooled
 from sparsejepa.files import load_tensors, partial_files, read_json, save_tensors, write_text
 from sparsejepa.interop import Encoder
 from sparsejepa.interop.module import GroupActivations
+from sparsejepa.lock import LOCK, run_lock
 
 ABOUT = "about.json"
 ROWS = 1024
@@ -53,13 +55,17 @@ class Embedding:
         for name, tensor in sorted(state.items()):
             digest.update(f"{name} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        images = self.images
         return {
             "format": 1,
             "encoder": self.encoder.fingerprint(),
             "groups": self.activations and f"{self.activations.kind} {digest.hexdigest()}",
-            "data": self.images.fingerprint,
-            "split": self.images.split,
-            "images": len(self.images),
+            "data": images.fingerprint,
+            "split": images.split,
+            "images": len(images),
+            # A stream's fingerprint is that of the list, whatever the images are decoded to.
+            "size": list(images.img_size),
+            "upscale": isinstance(images, ImageStream) and images.decoder.upscale,
             "pool": self.pool,
             "rows": ROWS,
         }
@@ -86,35 +92,46 @@ def embed_to(
 
     Returns numbers of images, features, groups and unreadable images.
 
-    Raises UserError if the encoder gives NaN or infinity, or if the folder holds something else.
+    Raises UserError if the encoder gives NaN or infinity, if the folder holds something else, or if
+    another command is at work in it.
     """
     world, folder = current(), path.with_name(f"{path.name}.parts")
-    missing = on_main(world, lambda: _prepare(folder, wanted, say))
-    if wanted.activations is not None:
-        wanted.activations.to(wanted.encoder.device)
-    _compute(folder, wanted, missing[world.rank :: world.size])
-    gather_texts("")  # the others may not be done
-    return on_main(world, lambda: _finish(path, folder, wanted))
+    on_main(world, lambda: _look(folder))
+    with run_lock(folder, world):
+        missing = on_main(world, lambda: _prepare(folder, wanted, say))
+        if wanted.activations is not None:
+            wanted.activations.to(wanted.encoder.device)
+        _compute(folder, wanted, missing[world.rank :: world.size])
+        gather_texts("")  # the others may not be done
+        found = on_main(world, lambda: _finish(path, folder, wanted))
+    if world.main:
+        with contextlib.suppress(OSError):  # another command may have begun there just now
+            folder.rmdir()
+    return found
+
+
+def _look(folder: Path) -> None:
+    """Raise UserError if there is something else in the folder's place."""
+    if not folder.exists() or (folder / ABOUT).exists():
+        return
+    if not folder.is_dir() or set(folder.iterdir()) - {folder / LOCK, *partial_files(folder)}:
+        raise UserError(f"{folder}: in the way, parts are to be kept there; move it elsewhere")
 
 
 def _prepare(folder: Path, wanted: Embedding, say: Callable[[str], None]) -> list[int]:
-    """Make the folder, or find out which parts are not in it yet."""
-    key = wanted.key()
-    if folder.exists():
-        about = folder / ABOUT
-        if not folder.is_dir() or (any(folder.iterdir()) and not about.exists()):
-            raise UserError(f"{folder}: in the way, parts are to be kept there; move it elsewhere")
+    """Return which parts are not in the folder yet; those of anything else are removed."""
+    key, about = wanted.key(), folder / ABOUT
+    if about.exists():
         try:
-            same = about.exists() and read_json(about) == key
+            same = read_json(about) == key
         except UserError:
             same = False
-        if not same and about.exists():
+        if not same:
             say(f"{folder} holds parts of another encoder, other images or settings: begun anew")
             _remove(folder)
-    folder.mkdir(exist_ok=True)
     for file in partial_files(folder):
         file.unlink()
-    write_text(folder / ABOUT, json.dumps(key) + "\n")
+    write_text(about, json.dumps(key) + "\n")
     missing = [part for part in range(wanted.count) if not _whole(_file(folder, part))]
     if there := wanted.count - len(missing):
         say(f"{there} of {wanted.count} parts are in {folder} already")
@@ -168,7 +185,6 @@ def _finish(path: Path, folder: Path, wanted: Embedding) -> dict[str, Any]:
     dropped: list[int] = np.setdiff1d(np.arange(len(images)), index).tolist()
     skipped = {name for name, _ in images.skipped} | {shown(images.files[i]) for i in dropped}
     _remove(folder)
-    folder.rmdir()
     widths = wanted.widths()
     return {
         "images": len(index),

@@ -5,6 +5,7 @@ Letters: n images, B of a batch, H x W pixels, N patches, D latents, G groups.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +18,12 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from torch import Tensor
 
-from sparsejepa.data.decode import Unreadable, fit, read_image, to_8_bit_rgb
+from sparsejepa.data.decode import fit, read_image, shown, to_8_bit_rgb
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.activations import find_groups
 from sparsejepa.evaluation.features import batch_rows, pooled
 from sparsejepa.interop import Encoder, load
-from sparsejepa.interop.module import GroupActivations
+from sparsejepa.interop.module import GroupActivations, SparseJEPAEncoder
 
 Output = Literal["pooled", "concat4", "groups", "tokens"]
 OUTPUTS = ("pooled", "concat4", "groups", "tokens")
@@ -31,15 +32,16 @@ OUTPUTS = ("pooled", "concat4", "groups", "tokens")
 class SparseJEPAFeatures(TransformerMixin, BaseEstimator):
     """Features of images by a frozen encoder; there is nothing to fit.
 
-    Images are uint8 [n, H, W, 3], an array or a tensor, or a list of files or of PIL images. Files
-    and PIL images are brought to the encoder's size as data sets are (shorter side resized, centre
-    cropped); of an array the whole images are resized.
+    Images are uint8 [n, H, W, 3], an array or a tensor, or a list (or column of a table) of files,
+    of PIL images or of arrays [H, W, 3]. Files and PIL images are brought to the encoder's size as
+    data sets are (shorter side resized, centre cropped); of an array the whole image is resized.
 
     Clones share the encoder. A pickle holds what `encoder` is: its name, which is loaded again when
     it is needed, or else the weights, once.
 
     Args:
-        encoder: what `load` takes, such as a run directory or timm:NAME, or an `Encoder`.
+        encoder: what `load` takes, such as a run directory or timm:NAME, an `Encoder`, or a
+            `SparseJEPAEncoder`.
         output: pooled, the mean token [n, D]; concat4, the mean tokens of the last four layers
             [n, 4 D]; groups, activations [n, G]; tokens, [n, N, D].
         groups: whose activations: auto, the encoder's own (of an `Encoder`, those in the folder
@@ -50,7 +52,7 @@ class SparseJEPAFeatures(TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        encoder: Encoder | str | Path,
+        encoder: Encoder | SparseJEPAEncoder | str | Path,
         output: Output = "pooled",
         *,
         groups: GroupActivations | str | Path = "auto",
@@ -61,19 +63,19 @@ class SparseJEPAFeatures(TransformerMixin, BaseEstimator):
         self.output: Output = output
         self.batch_size, self.device = batch_size, device
 
-    def fit(self, images: Any = None, y: Any = None) -> Self:
+    def fit(self, X: Any = None, y: Any = None) -> Self:
         """Load the encoder and look at nothing. Raises UserError for arguments that do not fit."""
         self._open()
         return self
 
-    def transform(self, images: Any) -> np.ndarray:
-        """Return the features of images, float32.
+    def transform(self, X: Any) -> np.ndarray:
+        """Return the features of images X, float32.
 
         Raises UserError for images that cannot be read, or if the encoder gives NaN or infinity.
         """
         encoder, activations = self._open()
         found = []
-        for batch in _batches(images, encoder.img_size, batch_rows(encoder, self.batch_size)):
+        for batch in _batches(X, encoder.img_size, batch_rows(encoder, self.batch_size)):
             x, tokens = pooled(encoder, batch, "concat4" if self.output == "concat4" else "mean")
             if self.output == "tokens":
                 x = tokens
@@ -110,17 +112,21 @@ class SparseJEPAFeatures(TransformerMixin, BaseEstimator):
             raise UserError(f"batch_size {self.batch_size}: must be at least 1")
         key = (self.encoder, self.device, self.groups, self.output == "groups")
         if getattr(self, "_opened", (None,))[0] != key:
-            encoder, activations = self.encoder, None
-            if not isinstance(encoder, Encoder):
+            encoder, own, activations = self.encoder, None, None
+            if isinstance(encoder, SparseJEPAEncoder):
+                encoder, own = encoder.encoder, encoder.groups
+            elif not isinstance(encoder, Encoder):
                 encoder = load(encoder, self.device)
             if self.output == "groups":
-                activations = self._find_groups(encoder)
+                activations = self._find_groups(encoder, own)
             self._opened = key, encoder, activations
         return self._opened[1:]
 
-    def _find_groups(self, encoder: Encoder) -> GroupActivations:
+    def _find_groups(self, encoder: Encoder, own: GroupActivations | None) -> GroupActivations:
         if isinstance(self.groups, GroupActivations):
             return self.groups.to(encoder.device)
+        if own is not None and self.groups == "auto":
+            return own
         found = find_groups(encoder.name, str(self.groups), encoder)
         if found is None:
             raise UserError(
@@ -152,34 +158,44 @@ class SparseJEPAFeatures(TransformerMixin, BaseEstimator):
 
 def _batches(images: Any, size: tuple[int, int], rows: int) -> Iterator[Tensor]:
     """Yield uint8 images [B, H, W, 3]. Raises UserError for what are no images, or none."""
-    if isinstance(images, str | Path) or not len(images):
+    if isinstance(images, str | Path) or not hasattr(images, "__len__") or not len(images):
         raise UserError("images: give uint8 [n, H, W, 3], or a list of files or of PIL images")
+    if getattr(images, "ndim", 1) == 2 and images.shape[1] == 1:  # a table's column
+        images = np.asarray(images)[:, 0]
     if getattr(images, "ndim", 1) > 1:
-        pixels = torch.as_tensor(np.asarray(images) if not isinstance(images, Tensor) else images)
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-            raise UserError(
-                f"images of {pixels.dtype} {list(pixels.shape)}: give uint8 [n, H, W, 3]"
-            )
-        yield from pixels.split(rows)
+        yield from _pixels(images, "n, ").split(rows)
         return
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(images), rows):
             part = images[start : start + rows]
-            arrays = list(pool.map(lambda image: _read(image, size), part))
-            yield torch.from_numpy(np.stack(arrays))
+            found = pool.map(lambda image: _read(image, size), part)
+            for _, alike in itertools.groupby(found, lambda image: image.shape):
+                yield torch.stack(list(alike))
 
 
-def _read(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """Return a file or PIL image as uint8 [H, W, 3] of a size."""
+def _pixels(images: Any, n: str = "") -> Tensor:
+    """Return an array or tensor as one; UserError unless it is uint8 [n, H, W, 3], or [H, W, 3]."""
+    array = images if isinstance(images, Tensor) else np.asarray(images)
+    kind, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
+    if kind != "uint8" or len(shape) != (4 if n else 3) or shape[-1] != 3:
+        raise UserError(f"images of {kind} {list(shape)}: give uint8 [{n}H, W, 3]")
+    return torch.as_tensor(array)
+
+
+def _read(image: Any, size: tuple[int, int]) -> Tensor:
+    """Return a file or PIL image as uint8 [H, W, 3] of a size, an array as it is."""
+    if isinstance(image, np.ndarray | Tensor):
+        return _pixels(image)
     if isinstance(image, str | Path):
         found = read_image(str(image), image, size, upscale=True)
         if isinstance(found, str):
             raise UserError(f"{image}: cannot be read ({found}); mend it or leave it out")
-        return found
+        return torch.from_numpy(np.array(found))
     if not isinstance(image, Image.Image):
         raise UserError(f"images: {type(image).__name__} is no file's name and no PIL image")
     try:
         upright = ImageOps.exif_transpose(image)
-        return np.array(fit(to_8_bit_rgb(upright), size))
-    except Unreadable as error:
-        raise UserError(f"a PIL image of mode {image.mode}: {error}") from None
+        return torch.from_numpy(np.array(fit(to_8_bit_rgb(upright), size)))
+    except Exception as error:  # of a damaged file Pillow's readers raise almost anything
+        reason = shown(str(error).split("\n")[0]) or type(error).__name__
+        raise UserError(f"a PIL image of mode {image.mode}: {reason}; leave it out") from None

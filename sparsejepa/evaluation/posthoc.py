@@ -30,7 +30,7 @@ from torch import Tensor
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.fitted import ABOUT, Fit, read_fit, write_fit
 from sparsejepa.evaluation.patterns import shuffle_pattern, strongest
-from sparsejepa.model.groups import DensityController, GroupMap, Kind
+from sparsejepa.model.groups import DensityController, GroupMap, Kind, group_norms
 from sparsejepa.model.jepa import gather_tokens
 from sparsejepa.model.masks import Masks, MaskSampler
 from sparsejepa.rng import derive_seed, generator
@@ -118,25 +118,25 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         self.steps, self.batch_size, self.context = steps, batch_size, context
         self.grid_size, self.random_state = grid_size, random_state
 
-    def fit(self, tokens: Any, y: Any = None) -> Self:
-        """Fit the map to tokens [n, N, D].
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Fit the map to tokens X [n, N, D].
 
         Raises UserError for tokens that are too few, not finite or the same for every image, and
         for arguments that do not suit them; ValueError for another shape.
         """
-        return self._fit(tokens, None)
+        return self._fit(X, None)
 
-    def transform(self, tokens: Any) -> np.ndarray:
-        """Return the activations ||W^(g) z|| / rms_ of tokens [n, N, D], float32 [n, N, G].
+    def transform(self, X: Any) -> np.ndarray:
+        """Return the activations ||W^(g) z|| / rms_ of tokens X [n, N, D], float32 [n, N, G].
 
         z is the standardised token (also for kind region, whose map sees only their mean). A dead
         group's activation is 0.
         """
-        x = self._check(tokens)
+        x = self._check(X)
         rms = torch.as_tensor(self.rms_, device=x.device)
         parts = [self._activations(part) / rms.clamp_min(1e-30) for part in x.split(BLOCK)]
         found = torch.cat(parts).cpu().numpy()
-        return found.reshape(len(found), -1) if _is_table(tokens) else found
+        return found.reshape(len(found), -1) if _is_table(X) else found
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the names of the columns that a table's activations have: patch0_group0, ..."""
@@ -145,15 +145,15 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         return np.array([f"patch{p}_group{g}" for p in patches for g in groups], object)
 
     @torch.no_grad()
-    def score(self, tokens: Any, y: Any = None) -> float:
-        """Return the R^2 of hidden tokens of tokens [n, N, D]: 1 - squared error / squared target.
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the R^2 of hidden tokens of X [n, N, D]: 1 - squared error / squared target.
 
         Targets and masks as in the fit, the masks always the same for one number of images. 0 is
         as good as the mean token of each patch in the fit.
 
         Raises ValueError if the tokens are those means exactly, so that there is nothing to tell.
         """
-        x = self._check(tokens)
+        x = self._check(X)
         passes = max(1, -(-_SCORED // len(x)))
         error = torch.zeros((), dtype=torch.float64, device=x.device)
         total = error.clone()
@@ -348,9 +348,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         """Return ||W^(g) z|| [B, N, G] of tokens [B, N, D]."""
         scale = torch.as_tensor(self.scale_, device=tokens.device)
         z = (tokens.float() - torch.as_tensor(self.mean_, device=tokens.device)) / scale
-        W = self.map_.W.detach()
-        u = z @ W.flatten(0, 1).T
-        return u.unflatten(-1, W.shape[:2]).norm(dim=-1)
+        return group_norms(self.map_.W.detach(), z)
 
     def _measure(self, x: Tensor) -> None:
         """Set the moments that standardise latents and targets."""

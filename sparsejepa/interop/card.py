@@ -20,6 +20,10 @@ from sparsejepa.files import read_json
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.results import read_rows
 
+PAGE = "report.html"
+"""Name of the page of ``explain``, in a run directory and beside the card."""
+_FROM_INIT = {"encoder_dims", "patch_size", "stem"}
+"""What the encoder of --init decides: filled in in a run's settings, but not in a sweep's."""
 _FINAL = {
     "knn": "accuracy of nearest neighbours while training",
     "rankme": "RankMe (effective rank of the pooled features)",
@@ -39,9 +43,9 @@ found = model(pixels)  # {outputs}
 """
 
 
-def public_name(data: str) -> str:
-    """Return the name of a data set without the folders of this machine."""
-    return data if data.startswith("hub:") else Path(data).name
+def public_name(ref: str) -> str:
+    """Return the name of a data set or an encoder without the folders of this machine."""
+    return ref if ref.startswith(("hub:", "timm:")) else Path(ref).name
 
 
 def model_card(
@@ -137,7 +141,8 @@ def _numbers(run_dir: Path) -> list[str]:
             header = ("data", "target", "protocol", "accuracy", "untrained", "raw pixels")
             parts += ["## Probes\n", _table(header, probes)]
         parts += ["## Training\n", _final(run_dir / "summary.json")]
-        shown = config.replace(data=public_name(config.data)).to_dict()
+        init = config.model.init and public_name(config.model.init)
+        shown = config.replace(data=public_name(config.data), init=init).to_dict()
         parts += ["All settings:\n", f"~~~~toml\n{tomli_w.dumps(shown)}~~~~\n"]
     measures = run_dir / "metrics.json"
     if measures.is_file():
@@ -158,12 +163,12 @@ def _final(path: Path) -> str:
 
 def _probes(run_dir: Path, config: Config) -> list[Sequence[str]]:
     """Return the lines on this run that a sweep wrote beside the run directories."""
-    own = config.flat()
+    own = _compared(config)
     rows: list[Sequence[str]] = []
-    for row in read_rows(run_dir.parent / "results.jsonl"):
+    for row in read_rows(run_dir.resolve().parent / "results.jsonl"):
         try:
-            theirs = Config.from_dict(row["settings"], "results").replace(data_root=None).flat()
-            if theirs != own:
+            theirs = Config.from_dict(row["settings"], "results").replace(data_root=None)
+            if _compared(theirs) != own:
                 continue
             rows += [
                 (
@@ -177,6 +182,12 @@ def _probes(run_dir: Path, config: Config) -> list[Sequence[str]]:
         except (LookupError, TypeError, ValueError, AttributeError):
             continue  # another version's line, or a damaged one: it is not this run's
     return rows
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """Return the settings that tell one run of a sweep from another."""
+    left_out = _FROM_INIT if config.model.init else set[str]()
+    return {name: value for name, value in config.flat().items() if name not in left_out}
 
 
 def _measures(path: Path) -> str:

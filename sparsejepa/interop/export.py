@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.files import save_tensors, write_text
-from sparsejepa.interop.card import front_matter, license_name, model_card
+from sparsejepa.interop.card import PAGE, front_matter, license_name, model_card
 from sparsejepa.interop.encoder import Encoder, vit_arguments
-from sparsejepa.interop.graphs import about, check, new_beside, quiet, to_onnx, to_pt2
+from sparsejepa.interop.graphs import about, check, data_of, new_beside, quiet, to_onnx, to_pt2
 from sparsejepa.interop.module import SparseJEPAEncoder, open_module
 from sparsejepa.interop.refs import folder_of
 from sparsejepa.interop.runs import CONFIG, groups_folder
@@ -32,9 +32,7 @@ from sparsejepa.model.encoder import ViT
 
 Format = Literal["timm", "transformers", "hub", "onnx", "pt2"]
 FORMATS: tuple[str, ...] = get_args(Format)
-MODEL, ACTIVATIONS, PAGE, CARD = (
-    "model.safetensors", "group_activations.safetensors", "report.html", "README.md"
-)  # fmt: skip
+MODEL, ACTIVATIONS, CARD = "model.safetensors", "group_activations.safetensors", "README.md"
 _TIMM_BASE = "vit_tiny_patch16_224"
 """A name that timm knows; every size is given beside it."""
 _GROUPS_USE = """\
@@ -92,20 +90,27 @@ def check_out(out: Path, to: str) -> None:
     """Raise UserError for an unknown format, something that is there already, another ending."""
     if to not in FORMATS:
         raise UserError(f"--to {to}: not one of {', '.join(FORMATS)}{nearest(to, FORMATS)}")
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out {out}: exists already; name another, or remove it first")
     if to in ("onnx", "pt2") and out.suffix != f".{to}":
         raise UserError(f"--out {out}: the name must end in .{to}")
+    for path in [out, *([data_of(out)] if to == "onnx" else [])]:
+        if path.exists() or path.is_symlink():
+            raise UserError(f"--out {path}: exists already; name another, or remove it first")
 
 
 def write_export(
-    module: SparseJEPAEncoder, to: str, out: Path, *, run_dir: Path | None = None
+    module: SparseJEPAEncoder,
+    to: str,
+    out: Path,
+    *,
+    run_dir: Path | None = None,
+    page: bool = True,
 ) -> Exported:
     """Write an encoder and its groups for another program.
 
     Args:
         to: timm, transformers and hub make a folder of `out`, onnx and pt2 a file.
         run_dir: where the model card finds numbers and the page, for hub.
+        page: whether the page goes along.
 
     Raises UserError if `out` exists, or a format cannot hold the encoder.
     """
@@ -113,7 +118,7 @@ def write_export(
     writers: dict[str, Callable[[], Exported]] = {
         "timm": lambda: _timm(module, out),
         "transformers": lambda: _transformers(module, out),
-        "hub": lambda: hub_folder(module, out, out.name, run_dir),
+        "hub": lambda: hub_folder(module, out, out.name, run_dir, page),
         "onnx": lambda: _graph(module, out, to_onnx, _ONNX_USE),
         "pt2": lambda: _graph(module, out, to_pt2, _PT2_USE),
     }
@@ -280,20 +285,27 @@ def _graph(
     height, width = module.encoder.img_size
     outputs = ", ".join(["tokens", "pooled", *_group_outputs(module)])
     text = use.format(out=out, height=height, width=width, outputs=outputs)
-    files = [out.name, *(p.name for p in [out.with_name(f"{out.name}.data")] if p.exists())]
+    files = [path.name for path in (out, data_of(out)) if path.exists()]
     return Exported(text, difference, files=files)
 
 
 def hub_folder(
-    module: SparseJEPAEncoder, out: Path, name: str, run_dir: Path | None = None
+    module: SparseJEPAEncoder,
+    out: Path,
+    name: str,
+    run_dir: Path | None = None,
+    page: bool = True,
 ) -> Exported:
     """Write what `SparseJEPAEncoder.from_pretrained` reads, with a model card and the page.
 
     Args:
         name: of the model, as the card says it.
         run_dir: where the numbers and report.html come from.
+        page: whether report.html goes along, where there is one.
     """
-    page = run_dir / PAGE if run_dir is not None and (run_dir / PAGE).is_file() else None
+    report = run_dir / PAGE if run_dir is not None and page else None
+    if report is not None and not report.is_file():
+        report = None
     encoder = module.encoder
     with new_folder(out) as folder:
         card = model_card(
@@ -302,12 +314,12 @@ def hub_folder(
             module.trained_groups,
             run_dir=run_dir,
             license=encoder.license,
-            page=page is not None,
+            page=report is not None,
         )
         write_text(folder / CARD, card)
         module.save_pretrained(folder)
-        if page is not None:
-            shutil.copyfile(page, folder / PAGE)
+        if report is not None:
+            shutil.copyfile(report, folder / PAGE)
         with quiet():  # a licence is said where the encoder was loaded
             again = SparseJEPAEncoder.from_pretrained(folder)
         difference = check(module, again, "this program", out)

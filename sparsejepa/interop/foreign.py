@@ -2,12 +2,14 @@
 
 I-JEPA, timm, DeiT, MAE, DINO, MoCo v3, transformers: .pth.tar, .pth, .pt and .safetensors. The
 first three are pickles, which could hold any code. They are read with ``weights_only=True``, the
-one exception to the rule that nothing is unpickled: torch then rebuilds tensors and plain values
-and refuses everything else.
+one exception to the rule that nothing is unpickled: torch then rebuilds tensors, plain values and
+the flags of a training script (argparse's Namespace, a bare holder of values), and refuses
+everything else.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ ENDINGS = (".pth.tar", ".pth", ".pt", ".bin", ".safetensors")
 # A state dict does not tell the heads; widths of the standard ViTs and of I-JEPA's giant do.
 _HEADS = {width: heads for width, _, heads in ENCODER_SIZES.values()} | {1408: 16}
 _SHOWN = 3
+# How files of torch before 1.6 begin: a pickle of the number that torch marked them with.
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,16 +41,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        # Mapped: what is not used, such as the optimiser's state, is never read.
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            # Mapped: what is not used, such as the optimiser's state, is never read.
+            mmap = file.read(len(_OLD_FORMAT)) != _OLD_FORMAT
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # damaged archives and the refusals raise almost anything
-        refused = type(error).__name__ == "UnpicklingError"
-        reason = "it holds more than weights" if refused else "damaged, or not torch.save's"
-        raise UserError(
-            f"{path}: not a checkpoint of weights ({reason}); get another copy"
-        ) from None
+        if type(error).__name__ == "UnpicklingError":
+            reason = "it holds more than weights); save its state_dict alone"
+        else:
+            reason = "damaged, or not torch.save's); get another copy"
+        raise UserError(f"{path}: not a checkpoint of weights ({reason}") from None
     return _flat(found), {}
 
 

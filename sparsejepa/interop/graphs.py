@@ -93,6 +93,11 @@ def to_pt2(module: SparseJEPAEncoder, path: Path) -> float:
         return check(module, torch.export.load(file).module(), "torch.export", path)
 
 
+def data_of(path: Path) -> Path:
+    """Return where an ONNX file's large weights lie."""
+    return path.with_name(f"{path.name}.data")
+
+
 def about(module: SparseJEPAEncoder) -> dict[str, Any]:
     """Return what the pixels must look like and what the groups are."""
     encoder = module.encoder
@@ -168,13 +173,14 @@ def new_beside(path: Path) -> Path:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Let nothing be printed, warned of or logged; errors still surface."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _onnxruntime() -> Any:

@@ -32,40 +32,74 @@ _WEIGHTS = (
 )
 
 
-def fetch(ref: str) -> Path:
+def fetch(
+    ref: str, *, local_files_only: bool = False, force_download: bool = False, **options: Any
+) -> Path:
     """Return the folder of ``hub:OWNER/NAME[@REVISION]`` in the hub's cache; fetch it if need be.
 
-    What lies in the cache is not asked for again. Raises UserError, one line, for a name that does
-    not exist, one that needs a login, a hub out of reach, and a repository without an encoder.
+    The hub is asked for its newest version, the cache is for when it does not answer; a commit,
+    which never changes, comes from the cache at once. Raises UserError, one line, for a name that
+    does not exist, one that needs a login, a hub out of reach, and a repository without an encoder.
+
+    Args:
+        local_files_only: do not ask the hub.
+        force_download: do not take what is in the cache.
+        options: cache_dir and token, as the hub's client takes them.
     """
     name = ref.removeprefix("hub:")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise UserError(f"{ref}: not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
     repo, _, revision = name.partition("@")
-    found = _in_cache(repo, revision or None)
-    if found is not None:
+    ask = not local_files_only
+    anew = ask and force_download
+    found = None if anew else _in_cache(repo, revision or None, options.get("cache_dir"))
+    fixed = re.fullmatch("[0-9a-f]{40}", revision) is not None
+    if found is not None and (fixed or not ask or not reachable()):
         return found
-    if not reachable():
+    if found is None and not (ask and reachable()):
+        why = "cannot be reached" if ask else "is not to be asked (local_files_only)"
         raise UserError(
-            f"{ref}: not in the hub's cache, and the hub cannot be reached; connect to the "
+            f"{ref}: not in the hub's cache, and the hub {why}; connect to the "
             "internet once, or copy the cache folder (HF_HUB_CACHE) from a machine that has it"
         )
+    try:
+        folder = download(repo, revision or None, force_download=anew, **options)
+    except Exception as error:  # whatever hub client and network raise
+        if found is not None:
+            said = "%s: %s; the copy in the cache is taken"
+            logging.getLogger(__name__).warning(said, ref, _reason(error))
+            return found
+        raise UserError(f"{ref}: {_reason(error)}") from None
+    if folder is None:
+        raise UserError(
+            f"{ref}: holds no encoder that is known here: config.json and encoder.safetensors, "
+            "model.safetensors or pytorch_model.bin"
+        )
+    return folder
+
+
+def download(repo: str, revision: str | None = None, **options: Any) -> Path | None:
+    """Fetch the files that an encoder needs and return their folder, None if there is none in it.
+
+    config.json comes last: where it lies, the rest is whole. `options` are those of
+    ``huggingface_hub.snapshot_download``, whose errors it raises.
+    """
     import huggingface_hub as client
 
-    try:
-        info = client.HfApi().model_info(repo, revision=revision or None, timeout=TIMEOUT)
-        files = choose_files([file.rfilename for file in info.siblings or ()])
-        if files is not None:
-            folder = client.snapshot_download(
-                repo, revision=revision or None, allow_patterns=files, etag_timeout=TIMEOUT
-            )
-            return Path(folder)
-    except Exception as error:  # whatever hub client and network raise
-        raise UserError(f"{ref}: {_reason(error)}") from None
-    raise UserError(
-        f"{ref}: holds no encoder that is known here: config.json and encoder.safetensors, "
-        "model.safetensors or pytorch_model.bin"
+    about = client.HfApi(token=options.get("token"))
+    info = about.model_info(repo, revision=revision, timeout=TIMEOUT)
+    files = choose_files([file.rfilename for file in info.siblings or ()])
+    if files is None:
+        return None
+    options["etag_timeout"] = TIMEOUT
+    rest = [file for file in files if file != "config.json"]
+    # By its commit: a broken download leaves the cache with the version that it had.
+    client.snapshot_download(repo, revision=info.sha, allow_patterns=rest, **options)
+    last = client.snapshot_download(
+        repo, revision=revision, allow_patterns=["config.json"], **options
     )
+    # Published anew in between: then the other files are those of the older version.
+    return Path(last) if Path(last).name == info.sha else download(repo, revision, **options)
 
 
 def choose_files(names: Sequence[str]) -> list[str] | None:
@@ -112,12 +146,15 @@ def license_of(folder: Path) -> str | None:
     return None
 
 
-def _in_cache(repo: str, revision: str | None) -> Path | None:
+def _in_cache(repo: str, revision: str | None, cache_dir: str | Path | None = None) -> Path | None:
     """Return a repository's folder in the cache if all that is needed lies there."""
     import huggingface_hub as client
 
     with contextlib.suppress(OSError, ValueError, UserError):  # not there, or not whole
-        folder = Path(client.snapshot_download(repo, revision=revision, local_files_only=True))
+        found = client.snapshot_download(
+            repo, revision=revision, cache_dir=cache_dir, local_files_only=True
+        )
+        folder = Path(found)
         files = choose_files([path.name for path in folder.iterdir()])
         if files is not None and ("encoder.safetensors" in files or weights_files(folder)):
             return folder

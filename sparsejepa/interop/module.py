@@ -12,22 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
 from sparsejepa.errors import UserError
 from sparsejepa.files import load_tensors
-from sparsejepa.interop.card import model_card
-from sparsejepa.interop.encoder import Encoder
+from sparsejepa.interop import hub
+from sparsejepa.interop.card import PAGE, model_card
+from sparsejepa.interop.encoder import Encoder, Precision
 from sparsejepa.interop.refs import load
-from sparsejepa.interop.runs import CONFIG, GROUPS, WEIGHTS, load_groups, save_encoder, save_groups
+from sparsejepa.interop.runs import GROUPS, load_groups, save_encoder, save_groups
 from sparsejepa.model.encoder import ViT
-from sparsejepa.model.groups import GroupMap, Kind
+from sparsejepa.model.groups import GroupMap, Kind, group_norms
 from sparsejepa.model.losses import full
+
+MAY_BE_GONE = [GROUPS, PAGE]
+"""Files of an earlier model that a later one may be without: an upload removes them."""
 
 
 class GroupActivations(nn.Module):
@@ -84,8 +88,7 @@ class GroupActivations(nn.Module):
     def _activate(self, z: Tensor) -> Tensor:
         """Map what enters W, [..., D], to activations [..., G]."""
         z = (z - self.mean) * self.scale
-        u = (z @ self.W.flatten(0, 1).T).unflatten(-1, self.W.shape[:2])
-        return torch.linalg.vector_norm(u, dim=-1) * self.unit
+        return group_norms(self.W, z) * self.unit
 
 
 def measure_rms(encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor]) -> Tensor:
@@ -211,54 +214,108 @@ class SparseJEPAEncoder(
             )
         return self.encoder.pixels(pixels)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return the card that `save_pretrained` writes where there is none."""
-        name = Path(self.encoder.name).name
-        license = self.encoder.license
-        return ModelCard(
-            model_card(
-                name, self.encoder.architecture, self.trained_groups, license=license, **kwargs
-            )
-        )
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+        **unknown: Any,
+    ) -> SparseJEPAEncoder:
+        """Load a run directory, a folder that was saved, or OWNER/NAME from the hub.
+
+        Args:
+            device, precision: as for `load`.
+            The others: as for every model of the hub; a folder needs none of them.
+
+        Raises UserError, one line, if there is no encoder to be had or its groups do not fit, and
+        TypeError for another argument.
+        """
+        if unknown:
+            raise TypeError(f"from_pretrained takes no {', '.join(map(repr, unknown))}")
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name)
+        if not folder.is_dir():
+            name = f"hub:{name.removeprefix('hub:')}"
+            try:
+                folder = hub.fetch(
+                    name if revision is None else f"{name}@{revision}",
+                    force_download=force_download,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                )
+            except UserError as error:
+                there = f"no folder {pretrained_model_name_or_path}, and as a model of the hub"
+                raise UserError(f"{there}: {error}") from None
+        encoder = load(folder, device, precision)
+        encoder.name = name
+        return open_module(encoder, folder)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write encoder, groups, config.json and, where there is none, a model card to a folder.
+
+        The options are those of every model of the hub. Raises UserError, before anything is
+        written, for a timm model.
+        """
+        self._vit()
+        return super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to OWNER/NAME; return the commit's address.
+
+        The options are those of every model of the hub. What an earlier model there had and this
+        one may not have is removed (groups and page) unless `delete_patterns` says otherwise.
+        Raises UserError, before anything is sent, for a timm model.
+        """
+        self._vit()
+        if options.get("delete_patterns") is None:
+            options["delete_patterns"] = MAY_BE_GONE
+        card = {"name": repo_id, **(options.pop("model_card_kwargs", None) or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+
+    def generate_model_card(
+        self, *_: Any, name: str | None = None, license: str | None = None, **__: Any
+    ) -> ModelCard:
+        """Return the card that `save_pretrained` writes where there is none.
+
+        Args:
+            name: of the model, as `from_pretrained` takes it; by default where it came from.
+            license: of the weights; by default the encoder's.
+            The others: of the hub's template, which is not used.
+        """
+        encoder = self.encoder
+        own = encoder.name
+        own = own.removeprefix("hub:") if own.startswith("hub:") else Path(own).resolve().name
+        license = license or encoder.license
+        card = model_card(name or own, encoder.architecture, self.trained_groups, license=license)
+        return ModelCard(card)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        encoder = self.encoder
-        if not isinstance(encoder.model, ViT):
-            raise UserError(
-                f"{encoder.name}: a timm model; `sparsejepa export {encoder.name} --to hub` brings "
-                "it into the form that is saved"
-            )
-        save_encoder(save_directory, encoder.model, mean=encoder.mean, std=encoder.std)
-        groups, rms = self._written
-        if groups is not None:
+        encoder, (groups, rms) = self.encoder, self._written
+        extra = {"license": encoder.license} if encoder.license else {}
+        save_encoder(save_directory, self._vit(), mean=encoder.mean, std=encoder.std, extra=extra)
+        if groups is None:
+            # Those of an earlier model would pass for this one's.
+            (save_directory / GROUPS).unlink(missing_ok=True)
+        else:
             save_groups(save_directory, groups, rms)
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **_: Any,
-    ) -> SparseJEPAEncoder:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            files = [CONFIG, WEIGHTS, GROUPS]
-            found = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=files,
+    def _vit(self) -> ViT:
+        """Return the model in the form that is saved; UserError says what brings it there."""
+        if not isinstance(self.model, ViT):
+            name = self.encoder.name
+            raise UserError(
+                f"{name}: a timm model; `sparsejepa export {name} --to hub` brings it into the "
+                "form that is saved"
             )
-            folder = Path(cast(str, found))
-        return open_module(load(folder), folder)
+        return self.model
 
 
 def open_module(encoder: Encoder, folder: Path | None) -> SparseJEPAEncoder:

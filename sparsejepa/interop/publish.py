@@ -10,18 +10,23 @@ from pathlib import Path
 from sparsejepa.errors import UserError
 from sparsejepa.interop.export import Exported, hub_folder
 from sparsejepa.interop.hub import reachable
-from sparsejepa.interop.module import SparseJEPAEncoder
+from sparsejepa.interop.module import MAY_BE_GONE, SparseJEPAEncoder
 
 
 def publish(
-    module: SparseJEPAEncoder, ref: str, *, public: bool = False, run_dir: Path | None = None
+    module: SparseJEPAEncoder,
+    ref: str,
+    *,
+    public: bool = False,
+    run_dir: Path | None = None,
+    page: bool = True,
 ) -> Exported:
     """Upload the folder of `hub_folder` to ``hub:OWNER/NAME``; a repository that is new is private.
 
     Args:
         public: make a new repository one that everybody sees. One that exists stays as it is, and
             keeps its older versions.
-        run_dir: as for `hub_folder`.
+        run_dir, page: as for `hub_folder`.
 
     Raises UserError, one line, for a name of another form, a hub out of reach and a missing login.
     """
@@ -41,8 +46,13 @@ def publish(
             api = HfApi()
             # First, because it tells at once whether the name and the login are good.
             repo = api.create_repo(name, private=not public, exist_ok=True).repo_id
-            found = hub_folder(module, folder, repo, run_dir)
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Encoder and groups")
+            found = hub_folder(module, folder, repo, run_dir, page)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="Encoder and groups",
+                delete_patterns=MAY_BE_GONE,
+            )
         except UserError:
             raise
         except Exception as error:  # whatever hub client and network raise

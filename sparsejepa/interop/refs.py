@@ -16,11 +16,12 @@ from sparsejepa.errors import UserError
 from sparsejepa.interop import hub
 from sparsejepa.interop.encoder import IMAGENET, Encoder, Precision
 from sparsejepa.interop.foreign import ENDINGS, build_vit, read_weights
-from sparsejepa.interop.runs import CONFIG, load_run
-from sparsejepa.interop.timm import RGB, TimmViT, read_timm, rgb
+from sparsejepa.interop.runs import CONFIG, WEIGHTS, load_run
+from sparsejepa.interop.timm import RGB, TimmViT, read_timm, scale
 from sparsejepa.interop.transformers import read_transformers
 from sparsejepa.rng import derive_seed
 
+_IN_FOLDERS = {WEIGHTS, "model.safetensors", "pytorch_model.bin"}
 _IJEPA = "CC BY-NC 4.0 (if these are the published weights of I-JEPA)"
 
 
@@ -33,7 +34,8 @@ def load(
         ref: a run directory; ``timm:NAME`` for a public model with its pretrained weights;
             ``timm:NAME?untrained`` for the same model with random ones;
             ``hub:OWNER/NAME[@REVISION]``; a folder in our format, that of transformers or that of
-            timm; or a file of weights of a plain ViT (.pth.tar, .pth, .pt, .safetensors).
+            timm; or a file of weights of a plain ViT (.pth.tar, .pth, .pt, .safetensors), which is
+            read as its folder if that is one of the three.
 
     Raises UserError, one line with the path and the remedy, if there is no encoder to be had.
     """
@@ -43,7 +45,8 @@ def load(
     elif text.startswith("hub:"):
         encoder = _load_hub(text)
     elif text.endswith(ENDINGS) and not Path(ref).is_dir():
-        encoder = _load_file(Path(ref))
+        whole = _belongs_to_a_folder(Path(ref))
+        encoder = _load_folder(Path(ref).parent) if whole else _load_file(Path(ref))
     else:
         encoder = _load_folder(Path(ref))
     encoder.name, encoder.precision = text, precision
@@ -86,7 +89,9 @@ def _load_hub(ref: str) -> Encoder:
 
 def _load_folder(path: Path) -> Encoder:
     """Load a folder by what its config.json says; what is unknown is read as a run directory."""
-    config, license = _config(path / CONFIG), hub.license_of(path)
+    config = _config(path / CONFIG)
+    own = config.get("license")  # what a run's own file has from the encoder that it began with
+    license = hub.license_of(path) or (own if isinstance(own, str) else None)
     if "model_type" in config:
         tensors: dict[str, Tensor] = {}
         for file in hub.weights_files(path):
@@ -96,8 +101,8 @@ def _load_folder(path: Path) -> Encoder:
         return Encoder(vit, name="", mean=mean, std=std, license=license, report=report)
     if "architecture" in config:
         model, report = read_timm(path, config)
-        own = model.license or license
-        return Encoder(model, name="", mean=model.mean, std=model.std, license=own, report=report)
+        model.license = model.license or license
+        return Encoder(model, name="", mean=model.mean, std=model.std, report=report)
     vit, mean, std = load_run(path)
     return Encoder(vit, name="", mean=mean, std=std, license=license)
 
@@ -112,12 +117,38 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _normalisation(path: Path) -> tuple[RGB, RGB]:
-    """Return mean and std of transformers' image processor; ImageNet's if there is none."""
+    """Return mean and std of transformers' image processor; ImageNet's if there is none.
+
+    Raises UserError for pixels that it does not bring to [0, 1] first, as all is meant here.
+    """
     about = _config(path)
     try:
-        return rgb(about.get("image_mean", IMAGENET[0])), rgb(about.get("image_std", IMAGENET[1]))
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: image_mean and image_std are no three numbers") from None
+        factor = float(about.get("rescale_factor", 1 / 255)) if about.get("do_rescale", True) else 1
+        if abs(factor * 255 - 1) > 1e-3:
+            raise UserError(
+                f"{path}: pixels are multiplied by {factor:g} instead of 1/255, which is not known "
+                "here; set rescale_factor to 1/255, with image_mean and image_std that go with it"
+            )
+        if not about.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        return scale(about.get("image_mean", IMAGENET[0]), about.get("image_std", IMAGENET[1]))
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: image_mean and image_std are no three numbers each ({error})"
+        ) from None
+
+
+def _belongs_to_a_folder(path: Path) -> bool:
+    """Return whether the config.json beside a file of weights is about this file."""
+    folder = path.parent
+    if path.name not in _IN_FOLDERS or not path.is_file() or not (folder / CONFIG).is_file():
+        return False
+    if path.name == WEIGHTS:
+        return True
+    config = _config(folder / CONFIG)
+    return bool({"model_type", "architecture"} & set(config)) and path in hub.weights_files(folder)
 
 
 def _load_file(path: Path) -> Encoder:
@@ -127,7 +158,7 @@ def _load_file(path: Path) -> Encoder:
         heads, size = about.get("num_heads"), about.get("img_size")
         height, width = size if size else (0, 0)
         shape = (int(height), int(width)) if size else None
-        mean, std = rgb(about.get("mean", IMAGENET[0])), rgb(about.get("std", IMAGENET[1]))
+        mean, std = scale(about.get("mean", IMAGENET[0]), about.get("std", IMAGENET[1]))
         eps = float(about.get("norm_eps", 1e-6))
         heads = None if heads is None else int(heads)
     except (TypeError, ValueError):
@@ -137,5 +168,6 @@ def _load_file(path: Path) -> Encoder:
     ijepa = report.part.startswith("target_encoder.") and any(
         name.startswith("predictor.") for name in tensors
     )
-    license = _IJEPA if ijepa else None
+    own = about.get("license")
+    license = _IJEPA if ijepa else own if isinstance(own, str) else None
     return Encoder(vit, name="", mean=mean, std=std, license=license, report=report)

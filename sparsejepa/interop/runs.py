@@ -13,7 +13,7 @@ from sparsejepa import __version__
 from sparsejepa.errors import UserError
 from sparsejepa.files import load_tensors, save_tensors, write_text
 from sparsejepa.interop.encoder import vit_arguments
-from sparsejepa.interop.timm import RGB, rgb
+from sparsejepa.interop.timm import RGB, scale
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 
@@ -131,7 +131,7 @@ def load_run(path: Path) -> tuple[ViT, RGB, RGB]:
             raise ValueError("sizes that no encoder has")
         with torch.device("meta"):  # takes no memory before the sizes are known to fit
             vit = ViT(**arch)
-        mean, std = rgb(config["mean"]), rgb(config["std"])
+        mean, std = scale(config["mean"], config["std"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
         raise UserError(f"{path / CONFIG}: damaged ({e!r}); train or copy it again") from None
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsejepa.errors import UserError, nearest
@@ -18,6 +20,8 @@ from sparsejepa.model.encoder import ViT
 
 RGB = tuple[float, float, float]
 _MOST = {"depth": 1 << 10}
+# What a folder says of a head, which is left out, and of weights that lie elsewhere.
+_OF_THE_HEAD = {"num_classes", "pretrained"}
 
 
 class TimmViT(nn.Module):
@@ -66,19 +70,35 @@ class TimmViT(nn.Module):
 def read_timm(folder: Path, config: Mapping[str, Any]) -> tuple[TimmViT, Report]:
     """Return the model of a folder in timm's own format, a config.json and weights.
 
-    Raises UserError if the model is unknown to timm or the weights are not its own.
+    Raises UserError if the model is unknown to timm, its settings make none, or the weights are not
+    its own.
     """
     from timm.models import VisionTransformer
 
-    name, settings = str(config["architecture"]), config.get("model_args") or {}
+    file, name = folder / "config.json", str(config["architecture"])
+    said, about = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    if not isinstance(said, dict) or not isinstance(about, dict):
+        raise UserError(f"{file}: model_args and pretrained_cfg must be objects; fetch it again")
+    license = about.get("license")  # timm's own is that of its weights, not of these
+    if not isinstance(license, str | None):
+        raise UserError(f"{file}: the licence {license!r} is no text; write its name")
+    settings = {key: value for key, value in said.items() if key not in _OF_THE_HEAD}
     known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self"}
     # Anything else could be a file to load, or a function by its name.
-    for key, value in dict(settings).items():
+    for key, value in settings.items():
         fits = key in known and isinstance(value, int | float | str | list | None)
         if not fits or (isinstance(value, int) and value > _MOST.get(key, 1 << 16)):
-            raise UserError(f"{folder / 'config.json'}: model_args: {key} = {value!r} is not taken")
-    with torch.device("meta"):  # takes no memory before the shapes are known to fit
-        wanted, found = TimmViT(name, pretrained=False, settings=settings).vit.state_dict(), {}
+            raise UserError(f"{file}: model_args: {key} = {value!r} is not taken")
+    try:
+        with torch.device("meta"):  # takes no memory before the shapes are known to fit
+            wanted = TimmViT(name, pretrained=False, settings=settings).vit.state_dict()
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError,
+            AttributeError, LookupError) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{file}: no model can be made of it ({reason}); fetch it again") from None
+    found: dict[str, Tensor] = {}
     for path in hub.weights_files(folder):
         found |= read_weights(path)[0]
     ignored = {key: "head" for key in found if key not in wanted and beside(key)}
@@ -94,12 +114,11 @@ def read_timm(folder: Path, config: Mapping[str, Any]) -> tuple[TimmViT, Report]
         )
     model = TimmViT(name, pretrained=False, settings=settings)
     model.vit.load_state_dict({key: found[key] for key in wanted})
-    about = config.get("pretrained_cfg") or {}
     try:
-        model.mean, model.std = rgb(about.get("mean", model.mean)), rgb(about.get("std", model.std))
-    except (TypeError, ValueError):
-        raise UserError(f"{folder / 'config.json'}: mean and std are no three numbers") from None
-    model.license = about.get("license")  # timm's own is that of its weights, not of these
+        model.mean, model.std = scale(about.get("mean", model.mean), about.get("std", model.std))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: mean and std are no three numbers ({error})") from None
+    model.license = license
     return model, Report("", tuple(wanted), {}, ignored, ())
 
 
@@ -107,22 +126,43 @@ def read_timm(folder: Path, config: Mapping[str, Any]) -> tuple[TimmViT, Report]
 def plain_vit(model: TimmViT) -> ViT:
     """Return our `ViT` with the weights of a timm model and the same tokens.
 
-    Raises UserError if it computes something else: tensors that ours has not are named, and what
-    no tensor tells (another activation, say) shows in the tokens of two random images.
+    The model itself stays where it is. Raises UserError if it computes something else: tensors that
+    ours has not are named, another activation too, and what else no tensor tells shows in the
+    tokens of two random images.
     """
     name = f"timm:{model.timm_name}"
-    state = {key: tensor.detach().cpu() for key, tensor in model.vit.state_dict().items()}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    held = {key: tensor.detach().cpu() for key, tensor in tensors}
+    state = {key.removeprefix("vit."): held[key] for key in model.state_dict()}
     block = model.vit.blocks[0]
     heads, eps = getattr(block.attn, "num_heads", None), getattr(model.vit.norm, "eps", 1e-6)
     vit, _ = build_vit(state, name, num_heads=heads, img_size=model.img_size, norm_eps=eps)
     images = torch.randn(2, 3, *model.img_size, generator=torch.Generator().manual_seed(0))
-    expected = model.eval().cpu()(images)
-    if not torch.allclose(vit.eval()(images), expected, rtol=1e-3, atol=1e-3):
+    expected = torch.func.functional_call(model.eval(), held, (images,))
+    same = torch.allclose(vit.eval()(images), expected, rtol=1e-3, atol=1e-3)
+    if not same or not all(_is_gelu(block.mlp.act) for block in model.vit.blocks):
         raise UserError(
             f"{name}: its tensors are those of a plain ViT, its tokens are not (another activation "
             "or order of its parts); take a plain one"
         )
     return vit
+
+
+def _is_gelu(activation: nn.Module) -> bool:
+    """Return whether it is the exact GELU: the tanh one is too near to show in small tokens."""
+    x = torch.linspace(-4, 4, 99)
+    return torch.allclose(activation(x), F.gelu(x), rtol=0, atol=1e-5)
+
+
+def scale(mean: Any, std: Any) -> tuple[RGB, RGB]:
+    """Return mean and standard deviation of pixels; ValueError or TypeError if they are none."""
+    found = rgb(mean), rgb(std)
+    if not all(math.isfinite(x) for x in (*found[0], *found[1])) or min(found[1]) <= 0:
+        raise ValueError("the standard deviation must be above 0, and all of them finite")
+    return found
 
 
 def rgb(values: Any) -> RGB:

@@ -75,7 +75,7 @@ def read_transformers(
     `origin` is what an error names.
     """
     kind = config.get("model_type")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise UserError(f"{origin}: model_type {kind!r} is not read, only {', '.join(MODELS)}")
     try:
         if config.get("hidden_act", "gelu") != "gelu":

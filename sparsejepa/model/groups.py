@@ -384,7 +384,13 @@ class GroupMap(nn.Module):
         """Return ||W^(g) z||, [B, C, G], for tokens z [B, C, D] under the running normalisation."""
         mean, variance = self.norm.running_mean, self.norm.running_var
         z = F.batch_norm(full(z).flatten(0, 1), mean, variance, eps=self.norm.eps).view_as(z)
-        return torch.einsum("gpd,bcd->bcgp", self.W, z).norm(dim=-1)
+        return group_norms(self.W, z)
+
+
+def group_norms(W: Tensor, z: Tensor) -> Tensor:
+    """Return ||W^(g) z||, [..., G], for W [G, P, D] and latents z [..., D] as W expects them."""
+    u = (z @ W.flatten(0, 1).T).unflatten(-1, W.shape[:2])
+    return torch.linalg.vector_norm(u, dim=-1)
 
 
 class DensityController(nn.Module):

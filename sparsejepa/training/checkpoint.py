@@ -70,7 +70,7 @@ def has_checkpoint(run_dir: Path) -> bool:
 class Checkpoints:
     """The checkpoints of a run, of which the newest `keep` stay.
 
-    One job at a time may use them (see `training.lock`). Methods are collective: every process of
+    One job at a time may use them (see `lock`). Methods are collective: every process of
     `world` calls them, and if one of them fails, all raise the same error. `say` gets one line for
     each broken checkpoint that is passed over.
     """

@@ -39,6 +39,7 @@ from sparsejepa.errors import Interrupted, UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
 from sparsejepa.interop.module import measure_rms
+from sparsejepa.lock import LOCK, run_lock
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
@@ -53,7 +54,6 @@ from sparsejepa.training.build import (
 )
 from sparsejepa.training.checkpoint import Checkpoints, has_checkpoint
 from sparsejepa.training.guard import Guard
-from sparsejepa.training.lock import LOCK, run_lock
 from sparsejepa.training.loggers import Loggers, check_loggers
 from sparsejepa.training.monitor import (
     Alarms,
@@ -66,7 +66,7 @@ from sparsejepa.training.monitor import (
 from sparsejepa.training.parallel import whole_encoder
 from sparsejepa.training.pictures import Pictures
 from sparsejepa.training.schedule import Schedule
-from sparsejepa.training.start import FROM_START, START, find_start
+from sparsejepa.training.start import FROM_START, START, find_start, license_of
 from sparsejepa.training.step import TERMS, TrainStep
 
 MEASURED = 1024
@@ -156,7 +156,7 @@ def pretrain(
                         on_main(world, lambda: start.write(run_dir))
                     place = torch.device(device)
                     summary = _train(run_dir, config, world, images, model, place, stop, console)
-    return Run(run_dir, config, summary)
+    return Run(run_dir, read_config(run_dir), summary)
 
 
 def _train(
@@ -322,17 +322,21 @@ def _finish(
     summary: dict[str, Any],
 ) -> None:
     """Write the encoder, the groups with their units and, last of all, summary.json."""
+    about: dict[str, Any] = {"data": config.data, "arm": arm_name(config), "seed": config.run.seed}
+    if license := license_of(run_dir, config):
+        about["license"] = license
     save_encoder(
         run_dir,
         encoder,
         mean=image_set.mean,
         std=image_set.std,
-        extra={"data": config.data, "arm": arm_name(config), "seed": config.run.seed},
+        extra=about,
     )
     if groups is not None:
         index = torch.from_numpy(choose_images(image_set, MEASURED, np.random.default_rng(0)))
-        about = {"name": run_dir.name, "mean": image_set.mean, "std": image_set.std}
-        frozen = Encoder(encoder.float(), **about).to(groups.W.device)
+        mean, std = image_set.mean, image_set.std
+        frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
+        frozen.to(groups.W.device)
         rms = measure_rms(frozen, groups, images.batches(index.split(64)))
         save_groups(run_dir, groups, rms)
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))

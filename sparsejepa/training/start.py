@@ -107,14 +107,14 @@ class Start:
 def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
     """Return what a run starts from, None for random weights.
 
-    A run that has a checkpoint in `run_dir` needs the encoder no more. Raises UserError if there is
-    no encoder of that name, or none that can be trained here.
+    A run in `run_dir` that has a checkpoint or is finished needs the encoder no more. Raises
+    UserError if there is no encoder of that name, or none that can be trained here.
     """
     ref = config.model.init
     if ref is None:
         return None
-    if run_dir is not None and has_checkpoint(run_dir) and (run_dir / START).exists():
-        return _read(run_dir / START)
+    if run_dir is not None and (start := read_start(run_dir)) is not None:
+        return start
     try:
         encoder = load(ref)
         fingerprint, model = encoder.fingerprint(), encoder.model
@@ -132,6 +132,20 @@ def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
     )
 
 
+def license_of(run_dir: Path, config: Config) -> str | None:
+    """Return the licence of the encoder that a run in `run_dir` began with, if there is one."""
+    return _read(run_dir / START).license if config.model.init else None
+
+
+def read_start(run_dir: Path) -> Start | None:
+    """Return what a run began from, without the weights; None if it is to begin (anew) or had none.
+
+    Raises UserError for a file that is damaged.
+    """
+    begun = has_checkpoint(run_dir) or (run_dir / "summary.json").exists()
+    return _read(run_dir / START) if begun and (run_dir / START).exists() else None
+
+
 def _read(path: Path) -> Start:
     found = read_json(path)
     try:
@@ -139,6 +153,8 @@ def _read(path: Path) -> Start:
         arch |= {name: tuple(arch[name]) for name in ("img_size", "patch_size")}
         if not 0 < arch["depth"] < _DEEPEST:
             raise ValueError(f"{arch['depth']} blocks")
+        if not isinstance(found["license"], str | None):
+            raise ValueError("its licence is no text")
         with torch.device("meta"):  # only to see whether there is such an encoder
             ViT(**arch)
         about = {"arch": arch, "mean": rgb(found["mean"]), "std": rgb(found["std"]), "vit": None}

@@ -33,6 +33,9 @@ class Export(Verb):
     given."""
     public: FlagCreatePairsOff[bool] = False
     """Let everybody see a repository that hub:OWNER/NAME makes; it is private otherwise."""
+    page: FlagCreatePairsOff[bool] = True
+    """Leave out the page of explain (report.html), which --to hub takes along: it shows images and
+    the names of folders."""
 
 
 def export(args: Export, console: Console) -> dict[str, Any]:
@@ -48,7 +51,10 @@ def export(args: Export, console: Console) -> dict[str, Any]:
         raise UserError(f"--out {args.out}: only --to hub uploads; name a folder or file")
     if args.public and not uploads:
         raise UserError("--public: only for --out hub:OWNER/NAME")
+    if not args.page and args.to != "hub":
+        raise UserError("--no-page: only for --to hub; no other format takes the page along")
     from sparsejepa.interop import load
+    from sparsejepa.interop.card import PAGE
     from sparsejepa.interop.export import check_out, open_export, write_export
     from sparsejepa.interop.publish import publish
 
@@ -57,9 +63,9 @@ def export(args: Export, console: Console) -> dict[str, Any]:
     module = open_export(args.run, load(args.run), args.groups)
     run_dir = Path(args.run) if Path(args.run).is_dir() else None
     if uploads:
-        found = publish(module, args.out, public=args.public, run_dir=run_dir)
+        found = publish(module, args.out, public=args.public, run_dir=run_dir, page=args.page)
     else:
-        found = write_export(module, args.to, Path(args.out), run_dir=run_dir)
+        found = write_export(module, args.to, Path(args.out), run_dir=run_dir, page=args.page)
     facts = {
         "written": args.out,
         "files": ", ".join(found.files),
@@ -73,6 +79,12 @@ def export(args: Export, console: Console) -> dict[str, Any]:
     if module.encoder.license:
         facts["licence of the weights"] = module.encoder.license
     show_facts(console, facts, f"{args.run}: exported to {args.to}")
+    if PAGE in found.files:
+        console.print(
+            f"{PAGE} goes along: it shows images and folder names; --no-page leaves it out",
+            highlight=False,
+            markup=False,
+        )
     if found.left_out:
         console.print(found.left_out, highlight=False, markup=False)
     console.print(f"\n{found.use}", highlight=False, markup=False, soft_wrap=True)

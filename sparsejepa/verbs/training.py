@@ -202,11 +202,12 @@ def _cluster(args: Sweep, out: Path) -> Cluster | None:
     flags = {k.removeprefix("slurm_"): v for k, v in given.items() if k.startswith("slurm_")}
     from sparsejepa.cluster import Cluster
 
-    if args.cluster == "none":
+    if args.cluster != "slurm":
         defaults = {f.name: f.default for f in dataclasses.fields(args)}
         for name, value in given.items():
             if name.startswith("slurm_") and value != defaults[name]:
                 raise UserError(f"{flag(name)} {value}: only with --cluster slurm")
+    if args.cluster == "none":
         return None
     flags["minutes"] = flags.pop("time")
     return Cluster(args.cluster, out / "jobs", **flags).check()

@@ -32,6 +32,7 @@ from sparsejepa.evaluation.parts import Embedding, embed_to
 from sparsejepa.interop import Encoder, save_encoder, save_groups
 from sparsejepa.interop.module import load_activations
 from sparsejepa.interop.runs import FITTED
+from sparsejepa.lock import LOCK
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 
@@ -171,13 +172,18 @@ def test_parts_of_anything_else_are_begun_anew(
         Embedding(encoder, images, "concat4"),
         Embedding(encoder, images, "mean", activations),
         Embedding(encoder, images, "mean", other),
+        *(
+            Embedding(encoder, stream_dataset(tiny_images, "train", img_size=size, upscale=upscale))
+            for size, upscale in (((16, 16), False), ((8, 8), False), ((8, 8), True))
+        ),
     ):
+        folder.mkdir(exist_ok=True)
         parts._prepare(folder, wanted, said.append)
         (folder / "0000000.safetensors").write_bytes(b"")
-    assert len(said) == 6 and all("begun anew" in line and "\n" not in line for line in said)
+    assert len(said) == 9 and all("begun anew" in line and "\n" not in line for line in said)
     (folder / "about.json").write_text("{")
     embed_to(out, Embedding(encoder, images), said.append)
-    assert "begun anew" in said[6] and np.load(out)["x"].shape == (96, 24)
+    assert "begun anew" in said[9] and np.load(out)["x"].shape == (96, 24)
 
 
 def test_a_folder_in_the_way_is_left_alone(
@@ -188,6 +194,50 @@ def test_a_folder_in_the_way_is_left_alone(
     with pytest.raises(UserError, match=r"f\.npz\.parts: in the way"):
         embed_to(tmp_path / "f.npz", Embedding(encoder, load_dataset(tiny_images)))
     assert (tmp_path / "f.npz.parts" / "thesis.txt").read_text() == "mine"
+
+
+def test_two_commands_do_not_share_a_result(
+    encoder: Encoder, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = load_dataset(tiny_images, "test"), tmp_path / "f.npz"
+    pooled, refused = parts.pooled, list[str]()
+    said = rf"f\.npz\.parts is in use by process {os.getpid()}"
+
+    def meanwhile(mine: Encoder, batch: torch.Tensor, pool: features.Pool):
+        for other in (encoder, encoder.untrained(1)):
+            with pytest.raises(UserError, match=said):
+                embed_to(out, Embedding(other, images))
+            refused.append(other.name)
+        return pooled(mine, batch, pool)
+
+    monkeypatch.setattr(parts, "pooled", meanwhile)
+    embed_to(out, Embedding(encoder, images))
+    assert refused and [path.name for path in tmp_path.iterdir()] == [out.name]
+    np.testing.assert_allclose(read(out)["features"], features.embed(encoder, images).x, atol=1e-5)
+    # What a command leaves that is killed before its first part is in nobody's way.
+    folder = tmp_path / "f.npz.parts"
+    folder.mkdir()
+    for name in (LOCK, ".about.json.77.tmp"):
+        (folder / name).write_text("{}")
+    monkeypatch.setattr(parts, "pooled", pooled)
+    embed_to(out, Embedding(encoder, images))
+    assert not folder.exists()
+
+
+def test_labels_that_are_called_as_a_column_is_keep_a_column(
+    encoder: Encoder, tiny_images: Path, tmp_path: Path
+) -> None:
+    images, out = load_dataset(tiny_images, "test"), tmp_path / "f.parquet"
+    names = ("file", "features", "groups", "target.groups", "class")
+    images = replace(images, targets=dict.fromkeys(names, images.primary))
+    embed_to(out, Embedding(encoder, images))
+    found = read(out)
+    assert list(found) == [
+        "file", "target.file", "target.features", "target.groups", "target.target.groups", "class",
+        "features",
+    ]  # fmt: skip
+    assert found["file"].tolist() == list(images.files) and found["features"].shape == (48, 24)
+    assert all((found[name] == found["class"]).all() for name in found if "target" in name)
 
 
 def test_names_that_are_no_text_are_written_out(

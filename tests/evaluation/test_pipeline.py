@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ import sparsejepa
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.pipeline import SparseJEPAFeatures
 from sparsejepa.evaluation.posthoc import PostHocGroups
-from sparsejepa.evaluation.probe import KNNProbe, RidgeProbe
+from sparsejepa.evaluation.probe import KNNProbe, LogisticProbe, RidgeProbe
 from sparsejepa.interop import Encoder, save_encoder, save_groups
-from sparsejepa.interop.module import GroupActivations
+from sparsejepa.interop.module import GroupActivations, SparseJEPAEncoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 
@@ -88,12 +90,39 @@ def test_arrays_files_and_pictures_are_the_same_images(encoder: Encoder, tmp_pat
     for given in (torch.from_numpy(images), files, [str(f) for f in files], pictures):
         np.testing.assert_allclose(step.transform(given), wanted, atol=1e-5)
     np.testing.assert_allclose(step.transform(np.array([str(f) for f in files])), wanted, atol=1e-5)
+    column = np.array([[str(f)] for f in files])
+    for given in (column, list(images), [torch.from_numpy(i) for i in images]):
+        np.testing.assert_allclose(step.transform(given), wanted, atol=1e-5)
+    # Arrays of several sizes are resized whole, each as it would be by itself.
+    wide = np.repeat(images[:2], 2, axis=2)
+    found = step.transform([images[0], *wide, files[1]])
+    np.testing.assert_allclose(found[1:3], step.transform(wide), atol=1e-5)
+    np.testing.assert_allclose(found[[0, 3]], wanted[:2], atol=1e-5)
     # Other sizes and modes are brought to the encoder's: grey, transparent, upright by EXIF.
     grey = Image.fromarray(images[0, ..., 0]).resize((40, 30))
     clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
     found = step.transform([grey, clear, Image.new("RGB", (16, 16), "white")])
     assert found.shape == (3, 24)
     np.testing.assert_allclose(found[1], found[2], atol=1e-5)
+
+
+def test_the_module_for_inference_is_taken_with_its_groups(run: Path, encoder: Encoder) -> None:
+    module = SparseJEPAEncoder(encoder, _groups(run), torch.arange(6) + 0.5)
+    for output in ("pooled", "groups"):
+        step = SparseJEPAFeatures(module, output)
+        found, named = step.transform(made()), SparseJEPAFeatures(run, output)
+        np.testing.assert_allclose(found, named.transform(made()), atol=1e-5)
+        twin: Any = clone(step)
+        assert twin.encoder is module
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(step)).transform(made()), found)
+
+
+def test_parameters_are_called_as_scikit_learns(encoder: Encoder) -> None:
+    for kind in (SparseJEPAFeatures, PostHocGroups, RidgeProbe, KNNProbe, LogisticProbe):
+        for name in ("fit", "transform", "score", "decision_function", "predict_proba"):
+            if hasattr(kind, name):
+                assert list(inspect.signature(getattr(kind, name)).parameters)[1] == "X"
+    assert SparseJEPAFeatures(encoder).fit_transform(X=made(2)).shape == (2, 24)
 
 
 def test_pipelines_and_searches(encoder: Encoder) -> None:
@@ -135,8 +164,23 @@ def test_columns_have_names(run: Path) -> None:
     assert isinstance(step.transform(made(3)), np.ndarray)
 
 
+def test_files_may_be_a_tables_column(encoder: Encoder, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    files = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for image, file in zip(made(4), files, strict=True):
+        Image.fromarray(image).save(file)
+    step, table = SparseJEPAFeatures(encoder), pandas.DataFrame({"file": files, "class": "red"})
+    for given in (table[["file"]], table["file"], table["file"].iloc[::-1].iloc[::-1]):
+        np.testing.assert_allclose(step.transform(given), step.transform(made(4)), atol=1e-5)
+    with pytest.raises(UserError, match=r"images of object \[4, 2\]: give uint8"):
+        step.transform(table)
+
+
 def test_mistakes_are_one_line(run: Path, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"\x89PNG no more")
+    whole = io.BytesIO()
+    Image.fromarray(made(1, 64)[0]).save(whole, "PNG")
+    torn = Image.open(io.BytesIO(whole.getvalue()[:4000]))
     bare = Encoder(encoder.model, name="bare", mean=MEAN, std=STD)
     for arguments, images, words in [
         ({"output": "pooling"}, made(2), "did you mean 'pooled'"),
@@ -147,6 +191,10 @@ def test_mistakes_are_one_line(run: Path, encoder: Encoder, tmp_path: Path) -> N
         ({}, made(2) / 255, "float64"),
         ({}, [3.5], "float is no file's name"),
         ({}, [Image.new("F", (16, 16))], "mode F"),
+        ({}, [torn], "a PIL image of mode RGB: image file is truncated; leave it out"),
+        ({}, Image.new("RGB", (16, 16)), "list of files"),
+        ({}, np.array([["x.png", "y.png"]], object), r"images of object \[1, 2\]: give uint8"),
+        ({}, list(made(2) / 255), r"float64 \[16, 16, 3\]: give uint8 \[H, W, 3\]"),
         ({}, [tmp_path / "torn.png"], r"torn\.png: cannot be read"),
         ({}, [tmp_path / "none.png"], r"none\.png: cannot be read"),
         ({"encoder": bare, "output": "groups"}, made(2), "bare: has no groups of its own"),

@@ -195,6 +195,7 @@ def test_the_verb_says_how_the_export_is_used(
         (["RUN", "--to", "onnx", "--out", "OUT"], "the name must end in .onnx"),
         (["RUN", "--to", "timm", "--out", "hub:a/b"], "only --to hub uploads"),
         (["RUN", "--to", "hub", "--out", "OUT", "--public"], "only for --out hub:OWNER/NAME"),
+        (["RUN", "--to", "timm", "--out", "OUT", "--no-page"], "--no-page: only for --to hub"),
         (["RUN", "--to", "hub", "--out", "hub:a"], "not of the form hub:OWNER/NAME"),
         (["RUN", "--to", "hub", "--out", "hub:a/b"], "the hub cannot be reached"),
         (["GONE", "--to", "timm", "--out", "OUT"], "no such run directory"),

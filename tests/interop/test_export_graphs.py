@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,25 @@ def test_large_weights_lie_beside_the_onnx_file(
     session = onnxruntime.InferenceSession(tmp_path / "out" / "a.onnx")
     pixels = pixels_for(module)
     assert_same(run_onnx(session, pixels), module(pixels))
+
+
+def test_weights_of_another_onnx_file_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx.data").write_text("mine")
+    with pytest.raises(UserError, match=r"a.onnx.data: exists already"):
+        write_export(open_run(write_run(tmp_path / "run")), "onnx", tmp_path / "a.onnx")
+    assert (tmp_path / "a.onnx.data").read_text() == "mine"
+
+
+def test_quiet_leaves_logging_as_it_was() -> None:
+    before = logging.root.manager.disable
+    try:
+        for level in (logging.NOTSET, logging.INFO, logging.ERROR):
+            logging.disable(level)
+            with graphs.quiet():
+                assert logging.root.manager.disable == max(level, logging.WARNING)
+            assert logging.root.manager.disable == level
+    finally:
+        logging.disable(before)
 
 
 def test_a_graph_that_differs_or_lacks_an_output_is_refused(tmp_path: Path) -> None:

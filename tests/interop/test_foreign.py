@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 from pathlib import Path
@@ -88,7 +89,12 @@ def others(state: dict[str, Tensor]) -> dict[str, tuple[dict, str, int]]:
         "deit": ({"model": {**state, **head}}, "model.", 2),
         "mae": ({"model": {**state, **decoder}}, "model.", 2),
         "dino": (
-            {"student": prefixed(zeros(dino), "module."), "teacher": dino, "epoch": 3},
+            {
+                "student": prefixed(zeros(dino), "module."),
+                "teacher": dino,
+                "epoch": 3,
+                "args": argparse.Namespace(arch="vit_tiny", lr=5e-4, out=argparse.Namespace()),
+            },
             "teacher.backbone.",
             n + 2,
         ),
@@ -112,6 +118,19 @@ def test_files_of_other_programs(kind: str, tmp_path: Path) -> None:
     report = encoder.report
     assert report is not None and report.part == part and not report.missing and not report.renamed
     assert len(report.matched) == len(vit.state_dict()) and len(report.ignored) == ignored
+
+
+def test_a_file_in_torchs_old_format(tmp_path: Path) -> None:
+    vit, path = small_vit(), tmp_path / "x.pth"
+    torch.save({"model": vit.state_dict()}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load(path).model.get_parameter("norm.bias"), vit.norm.bias)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"x\.pth: not a checkpoint of weights \(damaged, or not"):
+        load(path)
+    torch.save({"model": Path("x")}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"more than weights.*save its state_dict alone"):
+        load(path)
 
 
 def test_moco_v3s_small_model_has_twelve_heads(tmp_path: Path) -> None:
@@ -149,13 +168,18 @@ def test_a_safetensors_file_says_what_its_tensors_do_not(tmp_path: Path) -> None
     sizes = {"img_size": (16, 48), "embed_dim": 24, "num_heads": 4, "norm_eps": 1e-5}
     vit, path = small_vit(**sizes), tmp_path / "x.safetensors"
     told = {"num_heads": 4, "img_size": [16, 48], "norm_eps": 1e-5, "mean": [0.1, 0.2, 0.3]}
+    told |= {"license": "mit"}
     save_tensors(path, dict(vit.state_dict()), told)
     encoder, pixels = load(path), torch.randn(2, 3, 16, 48)
     torch.testing.assert_close(encoder.model(pixels), vit(pixels))
     assert encoder.mean == (0.1, 0.2, 0.3) and encoder.std == IMAGENET[1]
-    save_tensors(path, dict(vit.state_dict()), {**told, "mean": "grey"})
-    with pytest.raises(UserError, match="what it says of itself is no number"):
-        load(path)
+    assert encoder.license == "mit"
+    save_tensors(path, dict(vit.state_dict()), {**told, "license": 5})
+    assert load(path).license is None
+    for wrong in ({"mean": "grey"}, {"std": [0, 1, 1]}, {"std": [1, 1, float("inf")]}):
+        save_tensors(path, dict(vit.state_dict()), {**told, **wrong})
+        with pytest.raises(UserError, match="what it says of itself is no number"):
+            load(path)
 
 
 # What is no plain ViT
@@ -237,6 +261,21 @@ def test_a_plain_timm_model_becomes_ours() -> None:
     with torch.no_grad():
         torch.testing.assert_close(vit(pixels), model.eval()(pixels), rtol=1e-5, atol=1e-5)
     assert vit.positions == "learned" and vit.num_prefix_tokens == 1
+
+
+def test_a_model_that_becomes_ours_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TimmViT("vit_tiny_patch16_224", pretrained=False, settings={"depth": 1})
+    monkeypatch.setattr(TimmViT, "_apply", lambda *_: pytest.fail("the caller's model is moved"))
+    assert plain_vit(model).depth == 1
+
+
+def test_a_gelu_that_only_comes_near_is_no_plain_model() -> None:
+    """Its tokens of untrained weights differ by less than those of another order of sums."""
+    settings = {"depth": 1, "act_layer": "gelu_tanh"}
+    with pytest.raises(UserError, match="another activation"):
+        plain_vit(TimmViT("vit_tiny_patch16_224", pretrained=False, settings=settings))
+    settings["act_layer"] = "gelu"  # timm's own class of the exact one
+    assert plain_vit(TimmViT("vit_tiny_patch16_224", pretrained=False, settings=settings))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,11 +19,17 @@ import torch
 from safetensors.torch import save_file
 
 from sparsejepa.errors import UserError
-from sparsejepa.interop import hub, load, save_encoder, to_transformers
+from sparsejepa.interop import (
+    IMAGENET,
+    hub,
+    load,
+    save_encoder,
+    save_groups,
+    to_transformers,
+)
 from sparsejepa.interop.timm import TimmViT
 from sparsejepa.model.encoder import ViT
-
-SHA = "a" * 40
+from sparsejepa.model.groups import GroupMap
 
 
 def small_vit() -> ViT:
@@ -57,10 +64,52 @@ def of_timm(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": about}))
 
 
+def with_groups(folder: Path) -> None:
+    ours(folder)
+    save_groups(folder, GroupMap("concept", 24, (4, 4), num_groups=4))
+
+
 FORMATS = {"ours": ours, "transformers": of_transformers, "timm": of_timm}
 
 
 # Folders
+
+
+def test_a_head_and_pretrained_weights_in_a_timm_folder_are_passed_over(tmp_path: Path) -> None:
+    of_timm(tmp_path)
+    before, file = load(tmp_path).fingerprint(), tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["model_args"] |= {"num_classes": 4, "pretrained": True}
+    file.write_text(json.dumps(config))
+    assert load(tmp_path).fingerprint() == before
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_of_a_folder_is_read_as_its_folder(kind: str, tmp_path: Path) -> None:
+    """What tensors do not tell stands in config.json: heads, normalisation, licence."""
+    vit = ViT(16, 4, 192, depth=1, num_heads=4, norm_eps=1e-5)
+    weights = "encoder.safetensors" if kind == "ours" else "model.safetensors"
+    if kind == "ours":
+        save_encoder(tmp_path, vit, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    elif kind == "timm":
+        of_timm(tmp_path)
+    else:
+        state, config = to_transformers(vit)
+        save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / weights)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        about = {"image_mean": [0.1, 0.1, 0.1], "image_std": [0.3, 0.3, 0.3]}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    encoder, folder = load(tmp_path / weights), load(tmp_path)
+    assert encoder.fingerprint() == folder.fingerprint()
+    assert encoder.license == folder.license is not None
+    assert encoder.mean == folder.mean != IMAGENET[0]
+    if kind != "timm":
+        assert encoder.architecture["num_heads"] == 4 and encoder.architecture["norm_eps"] == 1e-5
+    # A file that the folder does not load is not its encoder.
+    other = tmp_path / "other.safetensors"
+    save_file(dict(vit.state_dict()), other)
+    assert load(other).mean == IMAGENET[0] and load(other).architecture["num_heads"] == 3
 
 
 def test_a_folder_in_timms_format(tmp_path: Path) -> None:
@@ -91,6 +140,15 @@ def test_a_folder_in_timms_format(tmp_path: Path) -> None:
         ({"model_args": {"embed_dim": 60_000}}, "cls_token is"),  # 43 GB a block
         ({"model_args": {"depth": 10**9}}, "model_args: depth = 1000000000"),
         ({"pretrained_cfg": {"mean": [1]}}, "no three numbers"),
+        ({"pretrained_cfg": {"std": [0, 0, 0]}}, "above 0"),
+        ({"pretrained_cfg": {"license": 5}}, "licence 5 is no text"),
+        ({"pretrained_cfg": [1]}, "must be objects"),
+        ({"model_args": [1]}, "must be objects"),
+        ({"model_args": {"img_size": "abc"}}, "no model can be made of it"),
+        ({"model_args": {"patch_size": 0}}, "no model can be made of it"),
+        ({"model_args": {"num_heads": 7}}, "no model can be made of it"),
+        ({"model_args": {"act_layer": "nosuch"}}, "no model can be made of it"),
+        ({"architecture": "resnet18"}, "no model can be made of it"),
     ],
 )
 def test_settings_of_timms_format_that_are_not_taken(
@@ -98,7 +156,7 @@ def test_settings_of_timms_format_that_are_not_taken(
 ) -> None:
     of_timm(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    if "embed_dim" in change.get("model_args", {}):
+    if {"embed_dim", "img_size", "patch_size", "num_heads"} & set(change.get("model_args", ())):
         change = {"model_args": {**config["model_args"], **change["model_args"]}}
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=words) as caught:
@@ -113,6 +171,11 @@ class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does: what a model's repository holds, and its files."""
 
     root: Path
+
+    def sha(self, name: str) -> str:
+        """Return the newest commit, which depends on what the files hold."""
+        files = sorted((self.root / name).glob("*"))
+        return hashlib.sha1(b"".join(path.read_bytes() for path in files)).hexdigest()
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -132,18 +195,24 @@ class Hub(BaseHTTPRequestHandler):
                 "gated": (403, "GatedRepo"),
                 "nowhere": (401, "RepoNotFound"),
             }.get(name, (200, ""))
-            if rest and rest[-1] not in ("main", SHA):
+            if rest and rest[-1] not in ("main", self.sha(name)):
                 status, code = 404, "RevisionNotFound"
             folder = self.root / name
             files = [{"rfilename": p.name} for p in folder.glob("*")]
-            about = {"id": f"{owner}/{name}", "sha": SHA, "siblings": files, "private": False}
+            sha = self.sha(name)
+            about = {"id": f"{owner}/{name}", "sha": sha, "siblings": files, "private": False}
             if "tree" in rest:
                 sizes = [(p.name, p.stat().st_size) for p in folder.glob("*")]
                 about = [{"type": "file", "path": n, "size": s, "oid": "b" * 40} for n, s in sizes]
             return self._send(status, json.dumps(about).encode(), {"X-Error-Code": code}, body)
         _, _, name, _, _, file = path.split("/")
         data = (self.root / name / file).read_bytes()
-        headers = {"ETag": f'"{name}-{file}"', "X-Repo-Commit": SHA}
+        if not data:  # listed, and not to be had
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        headers = {
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "X-Repo-Commit": self.sha(name),
+        }
         cut = name == "cut" and file.endswith("safetensors")
         if name == "noise" and file.endswith("safetensors"):
             data = bytes(len(data))
@@ -183,12 +252,15 @@ def address(tmp_path: Path) -> Iterator[str]:
 ASK = """
 import json, sys
 from sparsejepa.errors import UserError
-from sparsejepa.interop import load
+from sparsejepa.interop import folder_of, load, load_groups
 found = {}
 for ref in sys.argv[1:]:
     try:
         encoder = load(ref)
-        found[ref] = [encoder.fingerprint(), encoder.license, list(encoder.mean)]
+        groups = load_groups(folder_of(ref), encoder.grid_size)
+        found[ref] = [
+            encoder.fingerprint(), encoder.license, list(encoder.mean), groups is not None
+        ]
     except UserError as error:
         found[ref] = str(error)
 print(json.dumps(found))
@@ -212,7 +284,8 @@ def test_models_of_the_hub(address: str, tmp_path: Path) -> None:
     found = ask(address, cache, *(f"hub:owner/{name}" for name in names), "hub:owner")
     for name in FORMATS:
         local = load(tmp_path / "hub" / name)
-        assert found[f"hub:owner/{name}"] == [local.fingerprint(), local.license, list(local.mean)]
+        expected = [local.fingerprint(), local.license, list(local.mean), False]
+        assert found[f"hub:owner/{name}"] == expected
     assert found["hub:owner/ours@main"] == found["hub:owner/ours"]
     for name, words in {
         "ours@v9": "no such revision",
@@ -232,6 +305,38 @@ def test_models_of_the_hub(address: str, tmp_path: Path) -> None:
     assert offline["hub:owner/timm"] == found["hub:owner/timm"]
     assert offline["hub:owner/transformers"] == found["hub:owner/transformers"]
     assert "the hub cannot be reached" in offline["hub:owner/other"]
+
+
+def test_the_newest_version_is_taken_and_a_commit_stays(address: str, tmp_path: Path) -> None:
+    repo, cache, name = tmp_path / "hub" / "ours", tmp_path / "cache", "hub:owner/ours"
+    before = ask(address, cache, name)[name]
+    (sha,) = (path.name for path in (cache / "models--owner--ours/snapshots").iterdir())
+    torch.manual_seed(1)
+    save_encoder(
+        repo, ViT(16, 4, 24, depth=2, num_heads=3), mean=(0.1, 0.1, 0.1), std=(0.2, 0.2, 0.2)
+    )
+    found = ask(address, cache, name, f"{name}@main", f"{name}@{sha}")
+    assert found[name][2] == [0.1] * 3 and found[f"{name}@main"] == found[name]
+    assert found[f"{name}@{sha}"] == before
+    # A version that cannot be had leaves the one that is there, also for the time without a hub.
+    (repo / "encoder.safetensors").write_bytes(b"")
+    assert ask(address, cache, name)[name] == found[name]
+    cached = load(hub.fetch(name, cache_dir=cache, local_files_only=True))
+    assert cached.fingerprint() == found[name][0]
+
+
+def test_half_a_repository_does_not_pass_for_a_whole_one(address: str, tmp_path: Path) -> None:
+    repo, cache, name = tmp_path / "hub" / "groups", tmp_path / "cache", "hub:owner/groups"
+    repo.mkdir()
+    with_groups(repo)
+    whole = (repo / "groups.safetensors").read_bytes()
+    (repo / "groups.safetensors").write_bytes(b"")
+    assert "not fetched, or damaged on the way" in ask(address, cache, name)[name]
+    with pytest.raises(UserError, match="not in the hub's cache"):
+        hub.fetch(name, cache_dir=cache, local_files_only=True)
+    (repo / "groups.safetensors").write_bytes(whole)
+    found = ask(address, cache, name)[name]
+    assert found[1] == "mit" and found[3], "the licence and the groups are there"
 
 
 @pytest.mark.slow

@@ -17,9 +17,11 @@ import sparsejepa as sj
 from sparsejepa.cli import main
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
+from sparsejepa.interop import hub as hub_client
 from sparsejepa.interop import load, load_groups
 from sparsejepa.interop.card import model_card
 from sparsejepa.interop.export import write_export
+from sparsejepa.training.start import FROM_START
 
 from .exported import assert_same, open_run, pixels_for, write_run
 
@@ -75,10 +77,101 @@ def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
     assert_same(again(pixels_for(module)), module(pixels_for(module)))
 
 
+def test_a_model_of_the_hub_keeps_its_name_and_licence(tmp_path: Path) -> None:
+    encoder = load(write_run(tmp_path / "run"))
+    encoder.license = "cc-by-nc-4.0"
+    repo = tmp_path / "cache" / "models--me--model"
+    write_export(sj.SparseJEPAEncoder(encoder), "hub", repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    again = sj.SparseJEPAEncoder.from_pretrained(
+        "me/model", cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert (again.encoder.license, again.encoder.name) == ("cc-by-nc-4.0", "hub:me/model")
+    again.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# me/model\n" in card and "license: cc-by-nc-4.0" in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["license"] == "cc-by-nc-4.0"
+
+
 def test_a_timm_model_is_saved_by_export_only(tmp_path: Path) -> None:
     module = sj.SparseJEPAEncoder(load("timm:vit_tiny_patch16_224?untrained"))
+    (tmp_path / "config.json").write_text("mine")
     with pytest.raises(UserError, match=r"export timm:vit_tiny_patch16_224.*--to hub"):
-        module.save_pretrained(tmp_path / "out")
+        module.save_pretrained(tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", "mine")]
+
+
+def test_groups_of_an_earlier_model_do_not_stay(tmp_path: Path) -> None:
+    open_run(write_run(tmp_path / "run", "concept")).save_pretrained(tmp_path / "out")
+    open_run(write_run(tmp_path / "dense")).save_pretrained(tmp_path / "out")
+    assert sj.SparseJEPAEncoder.from_pretrained(tmp_path / "out").groups is None
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", None])
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path, text: str | None) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "config.json").unlink()
+    if text is not None:
+        (run / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json") as caught:
+        sj.SparseJEPAEncoder.from_pretrained(run)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("runs/gone", "no folder runs/gone.*not in the hub's cache.*cannot be reached"),
+        ("/gone", "no folder /gone.*not of the form hub:OWNER/NAME"),
+    ],
+)
+def test_a_name_that_is_nowhere_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: str
+) -> None:
+    def asked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("asked although nothing answers")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    with pytest.raises(UserError, match=line):
+        sj.SparseJEPAEncoder.from_pretrained(name, cache_dir=tmp_path)
+
+
+def test_what_the_hub_is_asked_for_can_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = write_run(tmp_path / "run", "concept"), []
+
+    def download(*names: object, **options: object) -> Path:
+        asked.append((names, options))
+        return run
+
+    monkeypatch.setattr(hub_client, "reachable", lambda: True)
+    monkeypatch.setattr(hub_client, "download", download)
+    own = {"token": "t", "cache_dir": tmp_path / "cache", "force_download": True}
+    found = sj.SparseJEPAEncoder.from_pretrained("me/model", revision="v1", **own)
+    assert asked == [(("me/model", "v1"), own)]
+    assert found.kind == "concept" and found.encoder.name == "hub:me/model"
+    with pytest.raises(UserError, match="not to be asked"):
+        sj.SparseJEPAEncoder.from_pretrained("me/model", local_files_only=True, **own)
+
+
+def test_where_and_how_a_model_runs_can_be_said_and_nothing_unknown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "concept")
+    module = sj.SparseJEPAEncoder.from_pretrained(run, device="cpu", precision="bf16")
+    assert module.encoder.precision == "bf16"
+    with pytest.raises(TypeError, match="'devise'"):
+        sj.SparseJEPAEncoder.from_pretrained(run, devise="cpu")
+    with pytest.raises(RuntimeError, match="nonsense"):
+        sj.SparseJEPAEncoder.from_pretrained(run, device="nonsense")
+
+
+def test_the_card_can_be_given_a_name_and_a_licence(tmp_path: Path) -> None:
+    module = open_run(write_run(tmp_path / "run"))
+    module.save_pretrained(tmp_path / "out", model_card_kwargs={"license": "mit", "name": "a/b"})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card and 'from_pretrained("a/b")' in card
+    assert load(tmp_path / "out").license == "mit"
 
 
 # The card
@@ -111,6 +204,33 @@ def test_the_card_has_groups_numbers_and_settings(tmp_path: Path) -> None:
     assert "somebody" not in card and "77.7%" not in card
     assert "report.html" in found.files and "`report.html`" in card
     assert (tmp_path / "out" / "report.html").read_text() == "<p>page</p>"
+
+
+@pytest.mark.parametrize(
+    ("init", "shown"),
+    [("/home/somebody/vit.pth", "vit.pth"), ("timm:vit_x.mae", "timm:vit_x.mae"),
+     ("hub:me/model", "hub:me/model"), ("/home/somebody/run/", "run")],
+)  # fmt: skip
+def test_the_card_of_a_run_that_went_on_from_an_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str, shown: str
+) -> None:
+    run = write_run(tmp_path / "sweep" / "run")
+    given = preset("nano").replace(init=init)
+    # The run's settings have what the encoder decides filled in, those of the sweep have not.
+    filled = {"encoder_dims": (24, 2, 3), "patch_size": 2, "stem": "hierarchical"}
+    assert set(filled) == FROM_START
+    (run / "config.toml").write_text(tomli_w.dumps(given.replace(**filled).to_dict()))
+    probe = {"data": "cifar100", "target": "label", "protocol": "logistic", "accuracy": 0.3456}
+    others = [given.replace(seed=9), given.replace(init="other"), given.replace(init=None)]
+    lines = [
+        {"key": "a", "settings": config.to_dict(), "probes": [{**probe, "accuracy": accuracy}]}
+        for config, accuracy in [(given, 0.3456), *((other, 0.777) for other in others)]
+    ]
+    (tmp_path / "sweep" / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(run)
+    card = model_card("x", load(run).architecture, run_dir=Path("."))
+    assert "34.6%" in card and "77.7%" not in card
+    assert f'init = "{shown}"' in card and "somebody" not in card
 
 
 @pytest.mark.parametrize("file", ["summary.json", "metrics.json"])
@@ -163,6 +283,8 @@ class Hub:
     status: int = 200
     made: list[dict] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
+    there: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
     endpoint: str = ""
 
 
@@ -183,7 +305,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                     {"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names
                 ]
             elif "/commit/" in self.path:
-                for line in map(json.loads, body.splitlines()):
+                lines = [json.loads(line) for line in body.splitlines()]
+                found.gone += [x["value"]["path"] for x in lines if x["key"] == "deletedFile"]
+                for line in lines:
                     if line["key"] == "file":
                         content = base64.b64decode(line["value"]["content"])
                         found.files[line["value"]["path"]] = content
@@ -192,9 +316,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             self.answer(answer)
 
         def do_GET(self) -> None:
-            self.answer({})
+            tree = [{"type": "file", "path": p, "size": 1, "oid": "0"} for p in found.there]
+            self.answer(tree if "/tree/" in self.path else {})
 
-        def answer(self, content: dict) -> None:
+        def answer(self, content: dict | list) -> None:
             data = json.dumps(content).encode()
             self.send_response(found.status)
             self.send_header("content-type", "application/json")
@@ -219,11 +344,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_an_upload_is_the_folder_that_is_written(tmp_path: Path, hub: Hub, public: bool) -> None:
+def test_an_upload_is_the_folder_that_is_written(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], public: bool
+) -> None:
     run = write_run(tmp_path / "run", "concept")
     (run / "report.html").write_text("<p>page</p>")
     words = ["export", str(run), "--to", "hub", "--out", "hub:me/model"]
     assert main([*words, *(["--public"] if public else [])]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "report.html goes along: it shows images and folder names" in shown
     assert [made["visibility"] for made in hub.made] == ["public" if public else "private"]
     for name, content in hub.files.items():
         (tmp_path / "copy").mkdir(exist_ok=True)
@@ -235,11 +364,47 @@ def test_an_upload_is_the_folder_that_is_written(tmp_path: Path, hub: Hub, publi
     assert str(tmp_path) not in hub.files["README.md"].decode()
 
 
+def test_the_page_can_stay_here(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", "concept")
+    (run / "report.html").write_text("<p>page</p>")
+    hub.there = ["report.html"]
+    words = ["export", str(run), "--to", "hub", "--no-page", "--out"]
+    for out in ("hub:me/model", str(tmp_path / "out")):
+        assert main([*words, out]) == 0
+        assert "goes along" not in capsys.readouterr().out
+    assert "report.html" not in hub.files and b"report.html" not in hub.files["README.md"]
+    assert hub.gone == ["report.html"]
+    assert "report.html" not in [p.name for p in (tmp_path / "out").iterdir()]
+
+
+def test_an_upload_removes_groups_and_page_of_an_earlier_model(tmp_path: Path, hub: Hub) -> None:
+    run = write_run(tmp_path / "run")
+    hub.there = ["report.html", "groups.safetensors", "config.json", "notes.txt"]
+    assert main(["export", str(run), "--to", "hub", "--out", "hub:me/model"]) == 0
+    assert sorted(hub.gone) == ["groups.safetensors", "report.html"]
+    hub.gone.clear()
+    open_run(run).push_to_hub("me/model")
+    assert sorted(hub.gone) == ["groups.safetensors", "report.html"]
+    hub.gone.clear()
+    open_run(run).push_to_hub("me/model", delete_patterns=["notes.txt"])
+    assert hub.gone == ["notes.txt"]
+
+
 def test_the_mixin_uploads(tmp_path: Path, hub: Hub) -> None:
     open_run(write_run(tmp_path / "run", "concept")).push_to_hub("me/model")
+    assert 'from_pretrained("me/model")' in hub.files["README.md"].decode()
     assert set(hub.files) == {
         "README.md", "config.json", "encoder.safetensors", "groups.safetensors"
     }  # fmt: skip
+
+
+def test_a_timm_model_makes_no_repository(hub: Hub) -> None:
+    module = sj.SparseJEPAEncoder(load("timm:vit_tiny_patch16_224?untrained"))
+    with pytest.raises(UserError, match="--to hub"):
+        module.push_to_hub("me/model")
+    assert not hub.made
 
 
 @pytest.mark.parametrize("status", [401, 403])

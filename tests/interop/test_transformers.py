@@ -108,9 +108,37 @@ def test_a_folder_in_transformers_format(transformers: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"do_normalize": False}, ((0.0,) * 3, (1.0,) * 3)),
+        ({"do_normalize": False, "image_mean": None}, ((0.0,) * 3, (1.0,) * 3)),
+        ({"rescale_factor": 0.003921568627, "image_std": [0.5] * 3}, (IMAGENET[0], (0.5,) * 3)),
+        ({"rescale_factor": 1 / 127.5}, "pixels are multiplied by 0.00784"),
+        ({"do_rescale": False}, "pixels are multiplied by 1 instead of 1/255"),
+        ({"rescale_factor": "x"}, "no three numbers each"),
+        ({"image_std": [0, 1, 1]}, "above 0"),
+        ({"image_mean": [0, 1]}, "no three numbers each"),
+    ],
+)
+def test_what_the_image_processor_does(about: dict, expected: Any, tmp_path: Path) -> None:
+    state, config = to_transformers(ViT(16, 4, 24, depth=1, num_heads=3))
+    save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
+    if isinstance(expected, tuple):
+        encoder = load(tmp_path)
+        assert (encoder.mean, encoder.std) == expected
+        return
+    with pytest.raises(UserError, match=expected) as caught:
+        load(tmp_path)
+    assert "preprocessor_config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model_type": "dinov2"}, "model_type 'dinov2'"),
+        ({"model_type": ["a"]}, r"model_type \['a'\]"),
         ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
         ({"num_attention_heads": 5}, "5 attention heads do not divide"),
         ({"num_attention_heads": True}, "num_attention_heads True"),

@@ -79,6 +79,9 @@ def test_a_run_goes_on_and_its_encoder_loads(folder: Path, tmp_path: Path, kind:
     assert encoder.fingerprint() != before.fingerprint()
     assert run.config.model.encoder_dims == (24, 2, 3)
     assert loop.read_config(run.path).model.encoder_dims == (24, 2, 3)
+    given = config_of(folder, init=str(tmp_path / "a"))
+    again = pretrain(given, out=tmp_path / "run", resume=True)
+    assert again.config == run.config, "a finished run is read, with the settings that it had"
 
 
 def test_a_resumed_run_needs_the_encoder_no_more(
@@ -108,6 +111,7 @@ def test_a_resumed_run_needs_the_encoder_no_more(
         "[]",
         about.replace('"depth": 2', '"depth": 1e9'),
         about.replace("24", '"x"'),
+        about.replace('"license": null', '"license": 5'),
     ):
         (tmp_path / "run/init.json").write_text(damage)
         with pytest.raises(UserError, match=r"init\.json: damaged"):
@@ -148,6 +152,18 @@ def test_a_model_of_timm_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
     assert encoder.img_size == (64, 64) and encoder.mean == (0.5, 0.5, 0.5)
     about = json.loads((run.path / "init.json").read_text())
     assert about["ref"] == config.model.init and about["arch"]["img_size"] == [224, 224]
+
+
+def test_the_licence_goes_along(folder: Path, tmp_path: Path) -> None:
+    encoder_in(tmp_path / "a")
+    (tmp_path / "a/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    first = pretrain(config_of(folder, init=str(tmp_path / "a"), steps=1), out=tmp_path / "b")
+    assert first.encoder().license == "cc-by-nc-4.0"
+    again = pretrain(config_of(folder, init=str(first.path), steps=1), out=tmp_path / "c")
+    assert again.encoder().license == "cc-by-nc-4.0"
+    fresh = pretrain(config_of(folder, steps=1), out=tmp_path / "d")
+    assert fresh.encoder().license is None
+    assert "license" not in json.loads((fresh.path / "config.json").read_text())
 
 
 def test_a_file_of_weights_is_gone_on_with(folder: Path, tmp_path: Path) -> None:

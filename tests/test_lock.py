@@ -1,4 +1,4 @@
-"""One job per run directory, also after kills and forks."""
+"""One job at a time in a folder, also after kills and forks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from sparsejepa.errors import UserError
-from sparsejepa.training.lock import LOCK, run_lock
+from sparsejepa.lock import LOCK, run_lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from sparsejepa.training.lock import run_lock
+from sparsejepa.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.write(1, b"%d\\n" % os.getpid())  # one write, or the lines of the two may mix
@@ -101,6 +101,22 @@ def test_a_lock_file_that_goes_away_between_opening_and_locking_is_made_anew(
         assert len(calls) == 2 and str(os.getpid()) in (tmp_path / LOCK).read_text()
 
 
+def test_a_folder_that_goes_away_before_the_lock_file_is_opened_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, folder, calls = os.open, tmp_path / "parts", list[Path]()
+
+    def late(path: Path, *arguments: Any) -> int:
+        if not calls:
+            folder.rmdir()
+        calls.append(path)
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(os, "open", late)
+    with run_lock(folder):
+        assert calls == [folder / LOCK] * 2 and (folder / LOCK).exists()
+
+
 def test_a_file_system_without_locks_is_said_and_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +133,7 @@ def test_of_many_that_start_at_once_one_works_at_a_time(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from sparsejepa.errors import UserError
-from sparsejepa.training.lock import run_lock
+from sparsejepa.lock import run_lock
 folder, end = Path({str(tmp_path)!r}), time.time() + 2
 turns = 0
 while time.time() < end:

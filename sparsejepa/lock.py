@@ -1,4 +1,4 @@
-"""One job per run directory."""
+"""One job at a time in a folder: a run, or the parts of features."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path, world: World = World()) -> Iterator[None]:  # noqa: B008  (frozen)
-    """Keep `run_dir`, which exists, for this job while the context lasts.
+def run_lock(folder: Path, world: World = World()) -> Iterator[None]:  # noqa: B008  (frozen)
+    """Keep `folder`, made if it is not there, for this job while the context lasts.
 
     The first process locks for all; after `init_process_group` all fail together. The lock lies on
     the open file, not in its content: the system frees it when the process ends, however it ends.
@@ -36,7 +36,7 @@ def run_lock(run_dir: Path, world: World = World()) -> Iterator[None]:  # noqa: 
     failure: str | None = None
     if world.main:
         try:
-            taken = _take(run_dir / LOCK)
+            taken = _take(folder / LOCK)
         except UserError as error:
             failure = str(error)
     if world.size > 1 and dist.is_initialized():
@@ -51,7 +51,7 @@ def run_lock(run_dir: Path, world: World = World()) -> Iterator[None]:  # noqa: 
         if taken is not None:
             # Removed while it is still locked: whoever has it open sees that it is gone.
             with contextlib.suppress(OSError):
-                (run_dir / LOCK).unlink(missing_ok=True)
+                (folder / LOCK).unlink(missing_ok=True)
             _held.discard(taken)
             os.close(taken)
 
@@ -64,7 +64,11 @@ def _take(path: Path) -> int | None:
         warnings.warn(f"{path}: this system has no file locks; start no second job", stacklevel=3)
         return None
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the holder before has just removed the folder
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -73,7 +77,7 @@ def _take(path: Path) -> int | None:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(
                     f"{path.parent} is in use by {holder}; wait until it has ended, stop it, or "
-                    "name another folder with --out"
+                    "name another place with --out"
                 ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
