@@ -383,7 +383,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             ])  # fmt: skip
             mean, spread = pooled.mean(0), pooled.std(0, correction=0)
             scale = torch.where(spread > _FLAT * scale, spread, 1.0)
-        norm.eps = 0.0
+        norm.eps = torch.finfo(torch.float32).tiny  # as 0, which torch 2.11 refuses: it rounds away
         assert norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(scale.square())
