@@ -5,9 +5,10 @@ BIN := .venv/bin
 # Where the versions are pinned and where the package says what it needs.
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help demo bench test lint docs dist matrix install-check clean
+.PHONY: help install demo bench test lint docs dist matrix install-check clean
 
 help:
+	@echo "make install EXTRAS=onnx,tensorboard   into .venv, with these extras; none if not given"
 	@echo "make demo    built-in scenes, dense against sparse: a table and a page in runs/demo"
 	@echo "make bench   measure this machine: tables, bench.jsonl and bench.png in runs/bench"
 	@echo "make test    lint, types and tests"
@@ -17,6 +18,11 @@ help:
 	@echo "make matrix  the tests on every supported Python and torch that is at hand; hours"
 	@echo "make install-check   wheel and sdist in new environments, and the demo there"
 	@echo "make clean   remove .venv, caches, site/ and dist/ (keeps runs/)"
+
+install: .venv/bin/pip
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		-e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch .venv/installed
 
 demo: .venv/installed
 	$(BIN)/sparsejepa demo --out runs/demo

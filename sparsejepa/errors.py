@@ -20,6 +20,18 @@ class UserError(ValueError):
         super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...")
 
 
+class SizesDiffer(UserError):
+    """Images have several sizes and none was named; whoever knows one may try again with it."""
+
+
+class TooFewImages(UserError):
+    """There are only `count` images to train on, fewer than a batch takes."""
+
+    def __init__(self, line: str, count: int) -> None:
+        super().__init__(line)
+        self.count = count
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked to stop, and what there was to save is saved.
 

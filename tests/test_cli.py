@@ -358,7 +358,27 @@ def test_embed_writes_what_the_encoder_sees(
     np.testing.assert_allclose(tokens.mean(1)[0], table["features"][3], atol=1e-5)
 
     assert ".parquet" in error_line(*call(capsys, f"{command} f.csv"))
-    assert "no-folder" in error_line(*call(capsys, f"{command} no-folder/f.npz"))
+    assert call(capsys, f"{command} new/folder/f.npz")[0] == 0 and Path("new/folder/f.npz").exists()
+    Path("in-the-way").write_text("")
+    line = error_line(*call(capsys, f"{command} in-the-way/folder/f.npz"))
+    assert "in-the-way/folder cannot be made" in line
+
+
+def test_probe_says_which_classes_only_one_split_has(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, f"pretrain photos {TINY} --out a")[0] == 0
+    (photos / "photos" / "test" / "dark").rename(photos / "photos" / "test" / "dim")
+    status, out, err = call(capsys, "probe a --data photos --protocol ridge")
+    assert status == 0, err
+    assert "photos: class: only in train: dark (32 images); only in test: dim (8 images)" in out
+
+
+def test_extras_go_into_the_environment_of_make() -> None:
+    make = ["make", "-n", "-C", str(Path(__file__).parents[1]), "install"]
+    for words, said in (([], "-e '.'"), (["EXTRAS=onnx,wandb"], "-e '.[onnx,wandb]'")):
+        done = subprocess.run([*make, *words], capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout and "-c constraints.txt" in done.stdout
 
 
 def test_masks_and_data_end_with_their_numbers(

@@ -31,16 +31,18 @@ import torch
 
 from sparsejepa.data import cache, scenes, shapes
 from sparsejepa.data.cache import Source
-from sparsejepa.data.decode import EXTENSIONS, Block
+from sparsejepa.data.decode import EXTENSIONS, Block, size_pair
 from sparsejepa.data.factors import chosen
-from sparsejepa.data.folders import find_table, read_folder, split_folders
+from sparsejepa.data.facts import class_counts, measure, one_sided, size_problem
+from sparsejepa.data.folders import read_folder, split_folders
 from sparsejepa.data.hub import fetch, find_copy, list_hub, local_shards, read_hub
 from sparsejepa.data.official import CLEVR_REPO, OFFICIAL, count_objects, read_official
 from sparsejepa.data.sources import Listing, as_source, choose_splits
 from sparsejepa.data.store import ImageSet, Target
-from sparsejepa.data.stream import ImageStream, open_images, open_stream
+from sparsejepa.data.stream import SAMPLE, ImageStream, open_images, open_stream
+from sparsejepa.data.tables import find_table
 from sparsejepa.data.tars import is_tars, list_tars, tar_splits
-from sparsejepa.errors import UserError, nearest
+from sparsejepa.errors import SizesDiffer, UserError, nearest
 
 SCENES = {
     "scenes": "scenes of 3 to 10 objects; labels: count, shape, colour, background",
@@ -71,7 +73,7 @@ def load_dataset(
     name: str | Path,
     split: str = "train",
     *,
-    img_size: tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     upscale: bool = False,
@@ -86,7 +88,8 @@ def load_dataset(
     Arguments:
         name: a name of the catalog, hub:OWNER/NAME[/CONFIG], or a folder.
         split: train or test.
-        img_size: height and width; by default the images' own size, if they all have one.
+        img_size: one number, or height and width; by default the images' own size, if they all
+            have one.
         data_root: folder with local copies (default: SPARSEJEPA_DATA).
         cache_dir: where decoded images are kept (default: SPARSEJEPA_CACHE, or
             ~/.cache/sparsejepa).
@@ -104,6 +107,7 @@ def load_dataset(
     the cache; a factor that is unknown, incomplete or constant; masks that do not fit their images.
     """
     _check_split(split)
+    img_size = size_pair(img_size)
     sources = find_sources(str(name), data_root, img_size, factors)
     folder = cache_folder(cache_dir)
     train = images = cache.load(sources["train"], folder, img_size, upscale, max_unreadable)
@@ -111,9 +115,9 @@ def load_dataset(
         images = cache.load(sources["test"], folder, img_size, upscale, max_unreadable)
         if images.img_size != train.img_size:
             train_size, test_size = ("x".join(map(str, s.img_size)) for s in (train, images))
-            raise UserError(
+            raise SizesDiffer(
                 f"{name}: training images have {train_size} pixels and test images {test_size}; "
-                "set --img-size"
+                "set --img-size (img_size= in Python)"
             )
         images = replace(images, mean=train.mean, std=train.std)
     if factors and name in SCENES:  # their targets are all there is: no need to render them again
@@ -127,7 +131,7 @@ def stream_dataset(
     name: str | Path,
     split: str = "train",
     *,
-    img_size: tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     data_root: Path | None = None,
     upscale: bool = False,
     factors: Sequence[str] = (),
@@ -139,6 +143,7 @@ def stream_dataset(
     Raises UserError as well for the built-in scenes, which are not stored anywhere.
     """
     _check_split(split)
+    img_size = size_pair(img_size)
     listings = find_listings(str(name), data_root, factors)
     return open_stream(
         listings["train"], listings[split], img_size, upscale=upscale, max_unreadable=max_unreadable
@@ -220,7 +225,7 @@ def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
 def describe(
     name: str | Path,
     *,
-    img_size: tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     upscale: bool = False,
@@ -228,35 +233,66 @@ def describe(
 ) -> dict[str, Any]:
     """Decode a data set and return what it holds, as plain values. Raises as `load_dataset`.
 
+    Not for the sizes of files: images that are too small, or of several sizes without `img_size`,
+    are counted and not decoded, and `notes` says what to do; mean, std and fingerprints are None.
     With `stream` only a sample and one batch are decoded: mean and std are estimates, `skipped`
     has what was met, and `first_batch_seconds` says how long it took until that batch was there.
     """
-    result: dict[str, Any] = {"name": str(name), "splits": {}}
-    common: dict[str, Any] = {"img_size": img_size, "data_root": data_root, "upscale": upscale}
+    result: dict[str, Any] = {"name": str(name), "splits": {}, "notes": []}
+    common: dict[str, Any] = {"data_root": data_root, "upscale": upscale}
+    img_size = common["img_size"] = size_pair(img_size)
+    listings = _listed(str(name), data_root)
+    sizes = measure(list(listings.values()), img_size, SAMPLE if stream else None)
+    problem = size_problem(sizes, img_size, upscale)
+    if listings and not len(listings["test"].rows) and len(listings["train"].rows) == 1:
+        raise UserError(f"{name}: 1 image: too few to train on; add some")
+    if sizes is not None:
+        result["sizes"] = {"smallest": list(sizes.smallest), "largest": list(sizes.largest)}
+    if listings and listings["test"].about:
+        result["test_split"] = listings["test"].about
+    counts = {}
     for split in ("train", "test"):
         began = time.perf_counter()
-        images = (
-            stream_dataset(name, split, **common)
-            if stream
-            else load_dataset(name, split, cache_dir=cache_dir, **common)
-        )
+        if problem:
+            images = listings[split]
+            length, skipped = len(images.rows), images.unusable
+        elif stream:
+            images = stream_dataset(name, split, **common)
+            length, skipped = len(images), images.skipped
+        else:
+            images = load_dataset(name, split, cache_dir=cache_dir, **common)
+            length, skipped = len(images), images.skipped
+        counts[split] = class_counts(images.targets)
         facts = {
-            "images": len(images),
+            "images": length,
             "targets": {key: len(target.names) for key, target in images.targets.items()},
-            "skipped": [list(entry) for entry in images.skipped],
-            "fingerprint": images.fingerprint,
+            "classes": counts[split],
+            "skipped": [list(entry) for entry in skipped],
+            "fingerprint": None if isinstance(images, Listing) else images.fingerprint,
         }
-        if stream:
+        if isinstance(images, ImageStream):
             batches = open_images(images, "cpu").batches([torch.arange(min(64, len(images)))])
             next(iter(batches))
             facts["first_batch_seconds"] = time.perf_counter() - began
         result["splits"][split] = facts
-        result |= {
-            "img_size": list(images.img_size),
-            "mean": list(images.mean),
-            "std": list(images.std),
-        }
+        if isinstance(images, Listing):
+            result |= {"img_size": img_size and list(img_size), "mean": None, "std": None}
+        else:
+            result |= {
+                "img_size": list(images.img_size),
+                "mean": list(images.mean),
+                "std": list(images.std),
+            }
+    result["notes"] = [*([problem] if problem else []), *one_sided(counts)]
     return result
+
+
+def _listed(name: str, data_root: Path | None) -> dict[str, Listing]:
+    """Return the splits of a data set whose images lie in files or tars; empty for others."""
+    if name in SCENES:
+        return {}
+    place = _find(name, data_folder(data_root))
+    return {} if place.kind == "parquet" else _list_files(place, ())
 
 
 def data_folder(data_root: Path | None) -> Path | None:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from sparsejepa.errors import UserError
+from sparsejepa.errors import SizesDiffer, UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 """What counts as an image file in a folder."""
@@ -121,12 +122,22 @@ def shown(name: str) -> str:
 def check_same_size(
     first: tuple[str, tuple[int, ...]], this: tuple[str, tuple[int, ...]], origin: str
 ) -> None:
-    """Raise UserError unless two images, (name, shape) each, have the same size."""
+    """Raise SizesDiffer unless two images, (name, shape) each, have the same size."""
     if first[1] != this[1]:
-        raise UserError(
+        raise SizesDiffer(
             f"{origin}: images of different sizes ({shown(first[0])} has {_text(first[1])} pixels, "
-            f"{shown(this[0])} has {_text(this[1])}); set --img-size"
+            f"{shown(this[0])} has {_text(this[1])}); set --img-size (img_size= in Python)"
         )
+
+
+def size_pair(img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return height and width from one number or two. Raises UserError for anything else."""
+    if img_size is None:
+        return None
+    sizes = img_size if isinstance(img_size, list | tuple) else (img_size, img_size)
+    if len(sizes) != 2 or not all(isinstance(n, int | np.integer) and n > 0 for n in sizes):
+        raise UserError(f"img_size {img_size!r}: must be one whole number, or height and width")
+    return int(sizes[0]), int(sizes[1])
 
 
 def to_rgb(source: str | Path | bytes) -> Image.Image:
@@ -147,16 +158,17 @@ def _load(
     coefficients give those sizes in a fraction of the time. Returns also the picture's width and
     height, which the pixels exceed where those do not divide the file's.
     """
+    wanted = None if img_size is None else (img_size[1], img_size[0])
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=formats()) as image:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
-                raise Unreadable(f"{image.width}x{image.height} pixels, enormous")
+                raise Unreadable(_enormous(pixels))
             upright = image.format == "JPEG" and _upright(image)
             reduced = None
-            if upright and img_size is not None:
-                reduced = image.draft(None, (img_size[1], img_size[0]))
+            if upright and wanted is not None:
+                reduced = image.draft(None, wanted)
             with _alone if pixels > _LARGE else contextlib.nullcontext():
                 image.load()
                 with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
@@ -166,10 +178,18 @@ def _load(
                 return rgb, reduced[1][2:] if reduced else rgb.size
     except Unreadable:
         raise
+    except Image.DecompressionBombError as error:  # Pillow says how many pixels in words only
+        pixels = re.search(r"\d+", str(error))
+        raise Unreadable(_enormous(int(pixels[0]) if pixels else 2 * MAX_PIXELS)) from None
     except Exception as error:  # on damaged files Pillow's readers raise almost anything
         message = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
         reason = shown(message.split("\n")[0]) or type(error).__name__
         raise Unreadable("not an image" if "cannot identify" in reason else reason) from None
+
+
+def _enormous(pixels: int) -> str:
+    most = MAX_PIXELS // 10**6
+    return f"enormous: {pixels // 10**6} megapixels, more than the {most} that are read; shrink it"
 
 
 def _upright(image: Image.Image) -> bool:

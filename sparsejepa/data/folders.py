@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
+import functools
 import os
+import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sparsejepa.data.decode import EXTENSIONS, shown
-from sparsejepa.data.factors import arrow_columns, chosen, factor_target
+from sparsejepa.data.factors import chosen, factor_target
 from sparsejepa.data.masks import read_masks
 from sparsejepa.data.readers import Files, Names, walk
 from sparsejepa.data.sources import (
@@ -28,7 +29,23 @@ from sparsejepa.data.sources import (
     index_target,
 )
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.data.tables import (
+    LabelTable,
+    find_table,
+    match,
+    other_tables,
+    read_table,
+    table_files,
+)
 from sparsejepa.errors import UserError
+
+_NEITHER = "not a folder; give the folder that holds the images"
+_NO_FOLDER = {
+    **dict.fromkeys((".csv", ".tsv"), "a table of labels; give its folder, with the images"),
+    ".parquet": "a parquet file; give its folder",
+    **{f".{kind}": f"a {kind} file; unpack it first" for kind in ("zip", "7z", "rar", "gz")},
+}
+"""What a path that is no folder is, by its ending, and what to do."""
 
 
 class _Found(NamedTuple):
@@ -74,19 +91,15 @@ def split_folders(root: Path) -> dict[str, Path]:
         holder = entries[0]
 
 
-def find_table(root: Path) -> Path | None:
-    """Return the table of labels at the top of a folder, if there is one."""
-    tables = (root / "factors.csv", root / "factors.parquet")
-    return next((path for path in tables if path.is_file()), None)
-
-
 def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str, Listing]:
     """List a folder of images; with `factors`, those columns are the targets.
 
-    Either factors.csv (or .parquet) beside images/ (first column the file, other columns labels,
-    `split` train or test), or train/ and test/ (also val/, valid/, validation/), or one folder that
-    is then split; inside, class folders, possibly nested, or images without labels. Beside images/
-    there may be masks/ with files of the same names: grey or palette values are objects.
+    Either factors.csv (or .parquet) beside images/ or the images (first column the file, other
+    columns labels, `split` train or test), or train/ and test/ (also val/, valid/, validation/), or
+    one folder that is then split; inside, class folders, possibly nested, or images without labels.
+    A sole folder is no class: there, any one table that names the images is read like factors.csv.
+    Beside images/ there may be masks/ with files of the same names: grey or palette values are
+    objects.
 
     Raises UserError: no such folder, no images in it, a table that cannot be read, or a factor that
     is not there or unusable.
@@ -94,10 +107,11 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
     if not root.exists():
         raise UserError(f"{root}: no such folder")
     if not root.is_dir():
-        raise UserError(f"{root}: not a folder; give the folder that holds the images")
+        raise UserError(f"{root}: {_NO_FOLDER.get(root.suffix.lower(), _NEITHER)}")
     table = find_table(root)
     if table is not None:
-        return _read_factors(root, table, name, factors)
+        base = root if _are_beside(root) else root / "images"
+        return _read_factors(root, read_table(table), scan(base).files, name, factors)
     images = root / "images" if (root / "images").is_dir() and (root / "masks").is_dir() else root
     folders = split_folders(images)
     found, rows, unusable = {}, {}, {}
@@ -106,6 +120,11 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
         if not len(found[split].files):
             raise UserError(f"{folder}: no images in it ({', '.join(EXTENSIONS)})")
         rows[split], unusable[split] = _classify(found[split])
+    labels = _labels(root, found, rows)
+    if labels is not None:
+        table, base = labels
+        return _read_factors(root, table, scan(base).files, name, factors)
+    about = f"{folders['test'].name}/" if "test" in folders else ""
     if "test" not in found:
         whole, kept = found["train"], rows["train"]
         test = in_test((whole.files.name(row) for row in kept.tolist()), whole.labels[kept])
@@ -117,6 +136,9 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
         for i in np.unique(found[split].labels[rows[split]])
     }
     names = sorted(used - {""})
+    if len(names) == 1:  # says nothing about an image
+        names = []
+    about = about or f"a fifth{' of each class' if names else ''}, by a hash of the name"
     listings = {}
     for split in ("train", "test"):
         targets = _class_targets(found[split], rows[split], names)
@@ -132,6 +154,7 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
             targets,
             unusable[split],
             _masks_beside(folder, root) if images != root else None,
+            about,
         )
     return listings
 
@@ -177,22 +200,79 @@ def _by_folder(
     return Target(values[found.labels[rows]], tuple(names))
 
 
-def _read_factors(root: Path, path: Path, name: str, factors: Sequence[str]) -> dict[str, Listing]:
-    listed, columns = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
-    reader = scan(root / "images").files
+def _are_beside(root: Path) -> bool:
+    """Whether there is no images/, but images at the top of the folder or below it."""
+    return not (root / "images").is_dir() and next(walk(root), None) is not None
+
+
+def _labels(
+    root: Path, found: dict[str, _Found], rows: dict[str, np.ndarray]
+) -> tuple[LabelTable, Path] | None:
+    """Return the one table that labels images without classes, and the folder that it speaks of.
+
+    None if images have classes. Tables that are there and cannot serve are named in a warning.
+    """
+    parts = {
+        (split, part.classes[i])
+        for split, part in found.items()
+        for i in np.unique(part.labels[rows[split]])
+    }
+    if len({folder for _, folder in parts} - {""}) > 1:
+        return None
+    folder = found["train"].files.folder
+    base = folder / next(inner for split, inner in parts if split == "train")
+    paths = table_files(dict.fromkeys((_holder(root), folder, base)))
+    if not paths:  # the usual case; there may be millions of names
+        return None
+    files = scan(base).files
+    tables, others = other_tables(paths, {files.name(row) for row in range(len(files))})
+    if len(tables) == len(found) == 1:
+        return tables[0], base
+    reason = "the labels of one split only" if len(found) > 1 else "not the only one"
+    others += [f"{table.path.name} ({reason})" for table in tables]
+    if others:
+        remedy = "; put one table and its images into a folder of their own" * bool(tables)
+        _warn(f"{root}: tables not used: {', '.join(others)}{remedy}")
+    return None
+
+
+@functools.lru_cache(256)
+def _warn(message: str) -> None:
+    """Warn once, although a data set is listed for every split."""
+    warnings.warn(message, stacklevel=3)
+
+
+def _holder(root: Path) -> Path:
+    """Return the folder within folders that hold nothing else."""
+    with _readable(root):
+        entries = [path for path in root.iterdir() if not path.name.startswith(".")]
+    single = len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink()
+    return _holder(entries[0]) if single else root
+
+
+def _read_factors(
+    root: Path, table: LabelTable, reader: Files, name: str, factors: Sequence[str]
+) -> dict[str, Listing]:
+    """List the images that a table names; those of the reader that it does not are left out."""
+    path, columns = table.path, table.columns
     files = {reader.name(row): row for row in range(len(reader))}
-    unusable = tuple((shown(f), "no such file in images/") for f in listed if f not in files)
-    unlisted = sorted(set(files) - set(listed))
-    unusable += tuple((shown(f), f"no row in {path.name}") for f in unlisted)
+    where = f"{reader.folder.name}/"
+    listed = match(table.names, files)
     there = [row for row, file in enumerate(listed) if file in files]
     if not there:
-        raise UserError(f"{path}: its first column names no image in images/")
+        example = f" ('{shown(listed[0])}' is not '{shown(min(files))}')" if files else ""
+        raise UserError(f"{path}: its first column names no image in {where}{example}")
+    unusable = tuple((shown(f), f"no such file in {where}") for f in listed if f not in files)
+    unlisted = sorted(set(files) - set(listed))
+    unusable += tuple((shown(f), f"no row in {path.name}") for f in unlisted)
     listed = [listed[row] for row in there]
     columns = {key: [column[row] for row in there] for key, column in columns.items()}
     splits = columns.pop("split", None)
     names = {key: category_names(column) for key, column in columns.items()}
     targets = {key: index_target(columns[key], names[key]) for key in columns if names[key]}
+    about = f"column split of {path.name}"
     if splits is None:
+        about = "a fifth, by a hash of the name"
         primary = next(iter(targets.values()), None)
         labels = primary.values.tolist() if primary else [0] * len(listed)
         test = in_test(listed, labels)
@@ -207,48 +287,16 @@ def _read_factors(root: Path, path: Path, name: str, factors: Sequence[str]) -> 
             for key in chosen(factors, list(columns), str(path))
         }
     rows = np.array([files[file] for file in listed], np.int64)
-    masks = _masks_beside(root / "images", root)
+    images = root / "images"
+    masks = _masks_beside(images, root) if reader.folder == images else None
     listings = {}
     for split, mask in (("train", ~test), ("test", test)):
         own = {key: target.take(mask) for key, target in targets.items()}
         left_out = unusable if split == "train" else ()
-        listings[split] = Listing(name, split, str(root), reader, rows[mask], own, left_out, masks)
+        listings[split] = Listing(
+            name, split, str(root), reader, rows[mask], own, left_out, masks, about
+        )
     return listings
-
-
-def _read_csv(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    """Return the names of the first column, which are files, and the other columns by name."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from None
-    if len(table) < 2 or len(table[0]) < 1:
-        raise UserError(f"{path}: no rows; the first column names files in images/")
-    header, *rows = table
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise UserError(f"{path}: row {number} has {len(row)} cells instead of {len(header)}")
-    columns = {key: [row[i] for row in rows] for i, key in enumerate(header) if i}
-    return [row[0] for row in rows], columns
-
-
-def _read_parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    """As `_read_csv`; list columns are taken apart."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path).read()
-        if not table.num_rows or not table.num_columns:
-            raise UserError(f"{path}: no rows; the first column names files in images/")
-        files = [str(name) for name in table.column(0).to_pylist()]
-        return files, arrow_columns(table.remove_column(0))
-    except UserError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read as a table ({reason})") from None
 
 
 @contextlib.contextmanager

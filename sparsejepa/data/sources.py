@@ -47,6 +47,8 @@ class Listing:
     """(file, reason) of what is left out before decoding."""
     masks: Callable[[ImageSet], np.ndarray | None] | None = None
     """The decoded split -> object masks [N, H, W], if any."""
+    about: str = ""
+    """Where the test split comes from, for people."""
 
     def check(self) -> Listing:
         """Return self. Raises UserError if there are no images."""

@@ -7,12 +7,13 @@ lie; nothing is unpacked, and no name from a shard ever becomes a path.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ def list_tars(path: str, name: str, factors: Sequence[str] = ()) -> dict[str, Li
     In a folder, shards whose names begin with train, test, val, valid or validation, or that lie in
     folders of those names, are that split; otherwise all are one split, which is then divided.
     Targets are KEY.cls as `class`, KEY.txt as `text` where texts repeat, and the fields of KEY.json
-    that call themselves a label or a class; with `factors` those fields, whatever they are.
+    that call themselves a label or a class; with `factors` those fields, whatever they are. Where
+    no sample has any of these, members lie in folders as files do: train/ and test/, and classes.
 
     Raises UserError: no such file, a compressed or damaged one, no images; an unusable factor.
     """
@@ -60,13 +62,22 @@ def list_tars(path: str, name: str, factors: Sequence[str] = ()) -> dict[str, Li
             raise UserError(f"{path}: no images in the shards of the {split} split")
     readers = {split: index.reader(splits[split]) for split, index in found.items()}
     rows = {split: np.arange(len(reader)) for split, reader in readers.items()}
-    targets = _targets(found)
-    if "test" not in found:
+    by_folder = None if any(index.labelled for index in found.values()) else _folders(readers)
+    targets = by_folder.targets if by_folder else _targets(found)
+    about = "shards by their names" if "test" in found else "a fifth, by a hash of the name"
+    if by_folder and by_folder.rows:
+        rows, about = by_folder.rows, f"{by_folder.test}/ in the shards"
+    elif "test" not in found:
         reader, primary = readers["train"], next(iter(targets["train"].values()), None)
         labels = primary.values if primary else np.zeros(len(reader), np.int64)
         test = in_test(map(reader.name, range(len(reader))), labels)
         rows = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
-    if factors:  # after the division, which must not depend on them
+    if factors and by_folder:
+        targets = {
+            split: {key: own[key] for key in chosen(factors, list(own), path)}
+            for split, own in targets.items()
+        }
+    elif factors:  # after the division, which must not depend on them
         train = [np.isin(np.arange(len(readers[split])), rows["train"]) for split in found]
         if len(found) == 2:
             train[1][:] = False
@@ -76,7 +87,9 @@ def list_tars(path: str, name: str, factors: Sequence[str] = ()) -> dict[str, Li
         part = split if split in found else "train"
         own = {key: target.take(rows[split]) for key, target in targets[part].items()}
         unusable = tuple(found[part].unusable) if part == split else ()
-        listings[split] = Listing(name, split, path, readers[part], rows[split], own, unusable)
+        listings[split] = Listing(
+            name, split, path, readers[part], rows[split], own, unusable, about=about
+        )
     return listings
 
 
@@ -113,6 +126,8 @@ class _Index:
         self.shard, self.place = array("i"), array("q")
         self.columns: dict[str, _Column] = {}
         self.unusable: list[tuple[str, str]] = []
+        self.labelled = False
+        """Whether there is a .cls, .json or .txt with any image."""
         self._most = None if everything else MAX_CATEGORIES
         self._left_out: set[str] = set()
         self.names = Names.of(self._read(shards))
@@ -141,6 +156,7 @@ class _Index:
                         self.place.extend(sample.members[ending[1:]])
                         for field, (offset, length) in sample.members.items():
                             if field in ("cls", "txt", "json") and length <= _LARGEST_LABEL:
+                                self.labelled = True
                                 file.seek(offset)
                                 self._label(row, field, file.read(length))
                         yield stem + b"/" + sample.key + ending.encode()
@@ -219,6 +235,75 @@ def _targets(found: dict[str, _Index]) -> dict[str, dict[str, Target]]:
             values = np.array([position[text] for text in part.texts], np.int64)
             targets[split][key] = Target(values[np.frombuffer(part.numbers, np.int64)], names)
     return targets
+
+
+class _Folders(NamedTuple):
+    """What the folders of the members say."""
+
+    targets: dict[str, dict[str, Target]]
+    rows: dict[str, np.ndarray]
+    """Of the train and the test split, if the folders have those names."""
+    test: str
+    """Name of the folder of the test split."""
+
+
+def _folders(readers: dict[str, Members]) -> _Folders | None:
+    """Take the folders of the members for splits and classes; None if they are neither.
+
+    As in folders of files: train/ and test/ come first, and a sole folder is no class. Images that
+    lie in no folder, or in too many, have no class.
+    """
+    places = {
+        split: [_parts(reader.name(row).rpartition("/")[0]) for row in range(len(reader))]
+        for split, reader in readers.items()
+    }
+    rows: dict[str, np.ndarray] = {}
+    test = ""
+    if len(places) == 1:
+        own = places["train"]
+        depth = _shared(own)
+        depth -= depth > 0 and own[0][depth - 1].lower() in TRAIN_NAMES + TEST_NAMES
+        heads = [place[depth] if len(place) > depth else "" for place in own]
+        chosen_heads = choose_splits(dict.fromkeys(heads)) if own else {}
+        if "test" in chosen_heads:
+            test = chosen_heads["test"]
+            rows = {
+                split: np.flatnonzero([head == name for head in heads])
+                for split, name in chosen_heads.items()
+            }
+            places["train"] = [place[depth + 1 :] for place in own]
+    else:  # the names of the shards say it already
+        for split, own in places.items():
+            if all(place and place[0].lower() in TRAIN_NAMES + TEST_NAMES for place in own):
+                places[split] = [place[1:] for place in own]
+    used = {
+        split: [own[row] for row in rows.values() for row in row.tolist()] if rows else own
+        for split, own in places.items()
+    }
+    distinct = {place for own in used.values() for place in own}
+    depth = _shared(distinct)
+    names = sorted({"/".join(place[depth:]) for place in distinct})
+    targets: dict[str, dict[str, Target]] = {split: {} for split in places}
+    if 1 < len(names) <= MAX_CATEGORIES and "" not in names:
+        position = {name: i for i, name in enumerate(names)}
+        for split, own in places.items():
+            values = [position.get("/".join(place[depth:]), 0) for place in own]
+            targets[split]["class"] = Target(np.array(values, np.int64), tuple(names))
+    return _Folders(targets, rows, test) if rows or any(targets.values()) else None
+
+
+@functools.lru_cache(4096)
+def _parts(folder: str) -> tuple[str, ...]:
+    """Return the folders of a member, from the reader's name of them: SHARD/FOLDER/...."""
+    return tuple(shown(part) for part in folder.split("/")[1:] if part not in ("", "."))
+
+
+def _shared(places: Iterable[tuple[str, ...]]) -> int:
+    """Return how many outer folders all places share."""
+    first, last = min(places, default=()), max(places, default=())
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
+    )
 
 
 def _factor_targets(

@@ -56,8 +56,6 @@ def check_path(path: Path, files: Sequence[str] = ()) -> None:
     """Raise UserError unless features of images called `files` can be written to `path`."""
     if path.suffix not in WRITERS:
         raise UserError(f"--out {path}: the name must end in {', '.join(WRITERS)}")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first")
     if path.suffix == ".safetensors" and sum(len(name) + 6 for name in files) > _LARGEST_HEADER:
         raise UserError(
             f"--out {path}: {len(files)} file names are more than this format holds; use .parquet"

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import DeviceImages, ImageSet, Target
 from sparsejepa.distributed import current, gather_rows, own_rows
 from sparsejepa.errors import UserError, nearest
+from sparsejepa.evaluation.sizes import read_fitting
 from sparsejepa.files import load_tensors, save_tensors
 from sparsejepa.interop import Encoder
 
@@ -81,6 +83,8 @@ def embed(
     batch_size: int = 512,
     cache_dir: Path | str | None = None,
     data_root: Path | None = None,
+    img_size: tuple[int, int] | None = None,
+    upscale: bool = False,
 ) -> Features:
     """Return the pooled patch tokens of every image.
 
@@ -94,13 +98,22 @@ def embed(
         batch_size: at most; smaller for encoders with many patches.
         cache_dir: keep the result there and use it again for the same weights, images and pooling.
         data_root: as for `load_dataset`.
+        img_size: height and width that named images are read at; by default their own, or the
+            encoder's if they have several.
+        upscale: enlarge named images that are smaller than that instead of refusing them.
 
     Raises UserError for an unknown pooling, or if the encoder gives NaN or infinity.
     """
     if pool not in POOLS:
         raise UserError(f"pool '{pool}' is not one of {', '.join(POOLS)}{nearest(pool, POOLS)}")
     if isinstance(images, str):
-        images = load_dataset(images, split, data_root=data_root)
+        name = images
+
+        def read(size: tuple[int, int] | None, upscale: bool) -> ImageSet:
+            return load_dataset(name, split, img_size=size, upscale=upscale, data_root=data_root)
+
+        sizes = partial(list, [encoder.img_size])
+        images = read_fitting(read, name, [encoder], sizes, img_size=img_size, upscale=upscale)
     start = time.perf_counter()
 
     def compute() -> Tensor:

@@ -90,7 +90,7 @@ def embed_to(
     The parts lie in a folder ``NAME.parts`` beside it until it is written. The folder must be one
     that all processes see.
 
-    Returns numbers of images, features, groups and unreadable images.
+    Returns numbers of images, features, groups and unreadable images, and the first of these.
 
     Raises UserError if the encoder gives NaN or infinity, if the folder holds something else, or if
     another command is at work in it.
@@ -111,7 +111,13 @@ def embed_to(
 
 
 def _look(folder: Path) -> None:
-    """Raise UserError if there is something else in the folder's place."""
+    """Make the folder above. Raises UserError if there is something else in the folder's place."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out: the folder {folder.parent} cannot be made ({error.strerror}); name another"
+        ) from None
     if not folder.exists() or (folder / ABOUT).exists():
         return
     if not folder.is_dir() or set(folder.iterdir()) - {folder / LOCK, *partial_files(folder)}:
@@ -183,14 +189,15 @@ def _finish(path: Path, folder: Path, wanted: Embedding) -> dict[str, Any]:
     targets = {name: target.take(index) for name, target in images.targets.items()}
     write_table(path, Table(wanted.widths(), index, targets, images.files, blocks))
     dropped: list[int] = np.setdiff1d(np.arange(len(images)), index).tolist()
-    skipped = {name for name, _ in images.skipped} | {shown(images.files[i]) for i in dropped}
+    skipped = [name for name, _ in images.skipped] + [shown(images.files[i]) for i in dropped]
     _remove(folder)
     widths = wanted.widths()
     return {
         "images": len(index),
         "features": widths["x"],
         "groups": widths.get("groups", 0),
-        "skipped": len(skipped),
+        "skipped": len(set(skipped)),
+        **({"first_skipped": skipped[0]} if skipped else {}),
     }
 
 

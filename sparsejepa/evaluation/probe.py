@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.decode import shown
 from sparsejepa.data.store import ImageSet
 from sparsejepa.distributed import current, first_here, on_main
 from sparsejepa.errors import UserError, nearest
@@ -30,6 +31,7 @@ from sparsejepa.evaluation.classifiers import (
 from sparsejepa.evaluation.features import Features, Pool, embed, pixel_features, target
 from sparsejepa.evaluation.finetune import FineTune
 from sparsejepa.evaluation.linear import Standardized
+from sparsejepa.evaluation.sizes import read_fitting, say_enlarged
 from sparsejepa.files import write_text
 from sparsejepa.interop import Encoder, load
 
@@ -117,8 +119,8 @@ def evaluate(
 ) -> list[ProbeRow]:
     """Probe frozen encoders on labelled data sets (METHOD section 6).
 
-    Images come at the data set's own size, or at `img_size`; each encoder resizes them to the one
-    that it was made for.
+    Images come at `img_size`, or at the size that `read_fitting` finds for the encoders; each
+    resizes them to the one that it was made for.
     Probes are fitted and tuned on train; test is used once. The floors of a data set are computed
     once for each architecture (untrained) and once in all (pixels).
 
@@ -147,12 +149,23 @@ def evaluate(
     say = progress or (lambda text: None)
     rows: list[ProbeRow] = []
     for name in [data] if isinstance(data, str) else data:
-        sizes: dict[str, Any] = {"img_size": img_size, "upscale": upscale}
         train, test = first_here(
-            current(), partial(load_splits, name, holdout, data_root=data_root, **sizes)
+            current(),
+            partial(
+                read_fitting,
+                partial(_load_at, name, holdout, data_root),
+                name,
+                refs,
+                lambda: [encoder.img_size for encoder in encoders],
+                img_size=img_size,
+                upscale=upscale,
+                say=say,
+            ),
         )
         train = train.subset(limit, seed)
         chosen = choose_targets(train, test, targets)
+        for line in _remarks(train, test, chosen):
+            say(f"{name}: {line}")
         bench = _Bench(train, test, chosen, tuple(protocols), seed, device, cache_dir)
         pixels: Scores = {}
         untrained: dict[str, Scores] = {}
@@ -161,6 +174,7 @@ def evaluate(
             pixels = bench.floor("pixels", pixel_features)
         for encoder in encoders:
             say(f"{name}: {encoder.name}")
+            say_enlarged(encoder, train.img_size, name, say)
             found = bench.scores(partial(embed, encoder, pool=pool), encoder)
             kind = json.dumps([encoder.architecture, encoder.precision, pool])
             if floors and kind not in untrained:
@@ -398,6 +412,41 @@ def load_splits(name: str, holdout: int, **settings: Any) -> tuple[ImageSet, Ima
     """
     train = load_dataset(name, "train", **settings)
     return train.split_off(holdout) if holdout else (train, load_dataset(name, "test", **settings))
+
+
+def _load_at(
+    name: str,
+    holdout: int,
+    data_root: Path | None,
+    img_size: tuple[int, int] | None,
+    upscale: bool,
+) -> tuple[ImageSet, ImageSet]:
+    return load_splits(name, holdout, data_root=data_root, img_size=img_size, upscale=upscale)
+
+
+def _remarks(train: ImageSet, test: ImageSet, targets: Sequence[str]) -> list[str]:
+    """Say which images are left out, and which classes only one split has."""
+    lines = []
+    for images in (train, test):
+        if images.skipped:
+            file, reason = images.skipped[0]
+            many = f"{len(images.skipped)} {images.split} images are left out, the first is {file}"
+            lines.append(f"{many} ({reason})")
+    for name in targets:
+        there = [images.targets[name] for images in (train, test)]
+        own = [{t.names[i] for i in np.unique(t.values).tolist()} for t in there]
+        parts = []
+        for split, target_, extra in zip(
+            ("train", "test"), there, (own[0] - own[1], own[1] - own[0]), strict=True
+        ):
+            if extra:
+                count = sum(target_.names[i] in extra for i in target_.values.tolist())
+                more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+                listed = ", ".join(shown(label) for label in sorted(extra)[:5])
+                parts.append(f"only in {split}: {listed}{more} ({count} images)")
+        if parts:
+            lines.append(f"{name}: {'; '.join(parts)}")
+    return lines
 
 
 def choose_targets(train: ImageSet, test: ImageSet, names: Sequence[str] | None) -> tuple[str, ...]:

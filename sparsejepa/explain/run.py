@@ -22,6 +22,7 @@ from sparsejepa.data.store import ImageSet
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import target
+from sparsejepa.evaluation.sizes import read_fitting
 from sparsejepa.explain import measures
 from sparsejepa.explain.columns import REFERENCES, RUN, build_columns, short_name
 from sparsejepa.explain.groups import MATCHED_IMAGES, gallery, patch_maps, sibling_stability
@@ -39,7 +40,7 @@ from sparsejepa.explain.subject import (
 )
 from sparsejepa.explain.verdict import verdict
 from sparsejepa.files import save_tensors, write_text
-from sparsejepa.interop import Precision
+from sparsejepa.interop import Precision, load
 from sparsejepa.interop.runs import FITTED
 from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
 from sparsejepa.report.page import Picture, sweep_pictures
@@ -102,13 +103,32 @@ def run_explain(
     out = out or home
     clock = _Clock(say)
     with clock("images"):
-        train, test = (_images(data, split, options) for split in ("train", "test"))
+        train, test = read_fitting(
+            lambda *view: (
+                _images(data, "train", options, view),
+                _images(data, "test", options, view),
+            ),
+            data,
+            [ref],
+            lambda: [load(ref).img_size],
+            img_size=options.img_size,
+            upscale=options.upscale,
+            say=say,
+        )
         targets, left_out = _targets(train, test, options)
     for images, flag in ((train, "--limit"), (test, "--test-limit")):
         if len(images) < LEAST_IMAGES:
+            asked = options.limit if images is train else options.test_limit
+            remedy = (
+                f"use at least {LEAST_IMAGES} ({flag})"
+                if asked < LEAST_IMAGES
+                # A fifth is set aside for testing where the data names no test images.
+                else f"add images, {LEAST_IMAGES} of them for testing (about {5 * LEAST_IMAGES} in "
+                "all if none are named so)"
+            )
             raise UserError(
-                f"{data}: {len(images)} {images.split} images are too few to measure anything; use "
-                f"at least {LEAST_IMAGES} ({flag})"
+                f"{data}: {len(images)} {images.split} images are too few to measure anything; "
+                f"{remedy}"
             )
     if out != home or out.is_dir() or is_public(ref):  # else there is no such run
         _check_folder(out)
@@ -243,13 +263,16 @@ class _Clock:
         self.seconds[part] = round(time.perf_counter() - start, 2)
 
 
-def _images(data: str, split: str, options: Options) -> ImageSet:
+def _images(
+    data: str, split: str, options: Options, view: tuple[tuple[int, int] | None, bool]
+) -> ImageSet:
+    """Load a split; `view` is the size that images are read at and whether small ones grow."""
     images = load_dataset(
         data,
         split,
-        img_size=options.img_size,
+        img_size=view[0],
         data_root=options.data_root,
-        upscale=options.upscale,
+        upscale=view[1],
         truth=split == "test",
         factors=options.factors,
     )

@@ -37,7 +37,7 @@ _USE = """\
 import sparsejepa as sj
 
 model = sj.SparseJEPAEncoder.from_pretrained("{name}")
-pixels = model.preprocess(images)  # uint8 [B, H, W, 3], or a PIL image, or a list of them
+pixels = model.preprocess(images)  # files, PIL images or uint8 [B, H, W, 3]
 found = model(pixels)  # {outputs}
 ```
 """

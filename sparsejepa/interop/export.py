@@ -23,6 +23,7 @@ from sparsejepa.files import save_tensors, write_text
 from sparsejepa.interop.card import PAGE, front_matter, license_name, model_card
 from sparsejepa.interop.encoder import Encoder, vit_arguments
 from sparsejepa.interop.graphs import about, check, data_of, new_beside, quiet, to_onnx, to_pt2
+from sparsejepa.interop.images import timm_rule, transformers_rule
 from sparsejepa.interop.module import SparseJEPAEncoder, open_module
 from sparsejepa.interop.refs import folder_of
 from sparsejepa.interop.runs import CONFIG, groups_folder
@@ -35,6 +36,10 @@ FORMATS: tuple[str, ...] = get_args(Format)
 MODEL, ACTIVATIONS, CARD = "model.safetensors", "group_activations.safetensors", "README.md"
 _TIMM_BASE = "vit_tiny_patch16_224"
 """A name that timm knows; every size is given beside it."""
+_SQUASHES = (
+    "AutoImageProcessor crops only to a square, so it squashes images to {0[0]} x {0[1]} pixels: "
+    "crop them to that shape first"
+)
 _GROUPS_USE = """\
 from safetensors.torch import load_file
 
@@ -156,15 +161,11 @@ def timm_settings(vit: ViT, encoder: Encoder) -> dict[str, Any]:
             "fc_norm": False,
         },
         "pretrained_cfg": {
-            "input_size": [3, *vit.img_size],
-            "fixed_input_size": True,
+            **timm_rule(vit.img_size),
             "num_classes": 0,
             "mean": list(encoder.mean),
             "std": list(encoder.std),
             "license": encoder.license and license_name(encoder.license),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
@@ -195,9 +196,10 @@ def _timm(module: SparseJEPAEncoder, out: Path) -> Exported:
         call = ",\n    ".join(f"{name}={_python(value)}" for name, value in arguments.items())
         use = (
             "import timm\nimport torch\n\n"
-            f'model = timm.create_model(\n    "{_TIMM_BASE}",\n'
-            f'    checkpoint_path="{out / MODEL}",\n    {call},\n).eval()\n'
-            f'# the same in newer versions: timm.create_model("local-dir:{out}", pretrained=True)\n'
+            f'model = timm.create_model("local-dir:{out}", pretrained=True).eval()\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+            f"same = timm.create_model(  # in older versions, which know no transform then\n"
+            f'    "{_TIMM_BASE}",\n    checkpoint_path="{out / MODEL}",\n    {call},\n).eval()\n'
             f"pixels = torch.randn(1, 3, {vit.img_size[0]}, {vit.img_size[1]})  # normalised\n"
             f"tokens = model.forward_features(pixels){patches}  # [B, N, D]\n"
             "pooled = model(pixels)  # [B, D]\n"
@@ -211,11 +213,7 @@ def _transformers(module: SparseJEPAEncoder, out: Path) -> Exported:
     name = settings["architectures"][0]
     processor = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": vit.img_size[0], "width": vit.img_size[1]},
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        **transformers_rule(vit.img_size),
         "do_normalize": True,
         "image_mean": list(encoder.mean),
         "image_std": list(encoder.std),
@@ -235,12 +233,14 @@ def _transformers(module: SparseJEPAEncoder, out: Path) -> Exported:
         difference = None if model is None else check(module, run, "transformers", out)
         patches = f"[:, {prefix}:]" if prefix else ""
         use = (
-            f"import torch\nfrom transformers import {name}\n\n"
+            f"import torch\nfrom transformers import AutoImageProcessor, {name}\n\n"
+            f'processor = AutoImageProcessor.from_pretrained("{out}")\n'
             f'model = {name}.from_pretrained("{out}"{options}).eval()\n'
             f"pixels = torch.randn(1, 3, {vit.img_size[0]}, {vit.img_size[1]})  # normalised\n"
             f"tokens = model(pixel_values=pixels).last_hidden_state{patches}  # [B, N, D]\n"
         )
-        return _beside(module, out, folder, "transformers", use, difference)
+        squashes = "" if vit.img_size[0] == vit.img_size[1] else _SQUASHES.format(vit.img_size)
+        return _beside(module, out, folder, "transformers", use, difference, squashes)
 
 
 def _transformers_model(folder: Path, name: str, no_pooler: bool) -> Any:
@@ -326,17 +326,23 @@ def hub_folder(
         use = (
             "import sparsejepa as sj\n\n"
             f'model = sj.SparseJEPAEncoder.from_pretrained("{out}")\n'
-            "pixels = model.preprocess(images)  # uint8 [B, H, W, 3] or PIL images\n"
+            "pixels = model.preprocess(images)  # files, PIL images or uint8 [B, H, W, 3]\n"
             f"found = model(pixels)  # {', '.join(['tokens', 'pooled', *_group_outputs(module)])}\n"
         )
         return Exported(use, difference, files=_names(folder))
 
 
 def _beside(
-    module: SparseJEPAEncoder, out: Path, folder: Path, to: str, use: str, difference: float | None
+    module: SparseJEPAEncoder,
+    out: Path,
+    folder: Path,
+    to: str,
+    use: str,
+    difference: float | None,
+    left_out: str = "",
 ) -> Exported:
     """Write the groups and a README with the use beside the weights of another program."""
-    left_out = ""
+    note = left_out and f"\n{left_out}.\n"
     if module.groups is not None:
         groups, region = module.groups, module.groups.kind == "region"
         tensors = {"W": groups.W, "mean": groups.mean, "scale": groups.scale, "unit": groups.unit}
@@ -347,14 +353,16 @@ def _beside(
             axes="b" if region else "bn",
             shape="B, G" if region else "B, N, G",
         )
-        left_out = f"{to} has no groups: they are in {ACTIVATIONS} beside the weights"
+        lacks = f"{to} has no groups: they are in {ACTIVATIONS} beside the weights"
+        left_out = f"{lacks}; {left_out}" if left_out else lacks
     encoder = module.encoder
     mean, std = ([round(x, 6) for x in values] for values in (encoder.mean, encoder.std))
     height, width = encoder.img_size
     text = (
         f"{front_matter(encoder.license, to)}\n# {out.name}\n\n"
         f"An encoder of images of {height} x {width} pixels for {to}. Pixels are in [0, 1], less "
-        f"the mean {mean}, over the standard deviation {std}.\n\n"
+        f"the mean {mean}, over the standard deviation {std}. Of images of another size the "
+        f"shorter side is resized and the longer one cropped around its centre.\n{note}\n"
         # The folders of this machine are nobody else's business.
         f"```python\n{use.replace(str(out), out.name)}```\n"
     )

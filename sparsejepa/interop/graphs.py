@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsejepa.errors import UserError
+from sparsejepa.interop.images import RULE
 from sparsejepa.interop.module import SparseJEPAEncoder
 
 BATCHES = (1, 2, 5, 17)
@@ -107,6 +108,7 @@ def about(module: SparseJEPAEncoder) -> dict[str, Any]:
         "grid_size": list(encoder.grid_size),
         "mean": list(encoder.mean),
         "std": list(encoder.std),
+        "preprocessing": RULE,
         "groups": module.kind,
         "license": encoder.license,
     }

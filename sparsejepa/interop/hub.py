@@ -59,8 +59,9 @@ def fetch(
     if found is None and not (ask and reachable()):
         why = "cannot be reached" if ask else "is not to be asked (local_files_only)"
         raise UserError(
-            f"{ref}: not in the hub's cache, and the hub {why}; connect to the "
-            "internet once, or copy the cache folder (HF_HUB_CACHE) from a machine that has it"
+            f"{ref}: not in the hub's cache, and the hub {why} (or there is no such name); "
+            "connect to the internet once, or copy the cache folder (HF_HUB_CACHE) from a machine "
+            "that has it"
         )
     try:
         folder = download(repo, revision or None, force_download=anew, **options)

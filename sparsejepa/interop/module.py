@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from sparsejepa.files import load_tensors
 from sparsejepa.interop import hub
 from sparsejepa.interop.card import PAGE, model_card
 from sparsejepa.interop.encoder import Encoder, Precision
+from sparsejepa.interop.images import RULE, at_size
 from sparsejepa.interop.refs import load
 from sparsejepa.interop.runs import GROUPS, load_groups, save_encoder, save_groups
 from sparsejepa.model.encoder import ViT
@@ -197,22 +197,11 @@ class SparseJEPAEncoder(
     def preprocess(self, images: Any) -> Tensor:
         """Return pixels [B, 3, H, W] for `forward` from images of any size.
 
-        `images`: uint8 [B, H, W, 3] or [H, W, 3], a tensor or an array; a PIL image; or a list of
-        such images. The whole image is resized, bilinear with antialiasing.
+        `images`: a file, a PIL image, uint8 [H, W, 3] or [B, H, W, 3] (tensor or array), or a list
+        of these. As in data sets of files the shorter side is resized and the longer one cropped
+        around its centre. Raises UserError for anything else, and for what cannot be read.
         """
-        if isinstance(images, list | tuple):
-            return torch.cat([self.preprocess(image) for image in images])
-        if hasattr(images, "convert"):
-            images = np.array(images.convert("RGB"))
-        pixels = torch.as_tensor(images)
-        if pixels.ndim == 3:
-            pixels = pixels[None]
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-            raise UserError(
-                f"images of {pixels.dtype} {list(pixels.shape)}: give uint8 [B, H, W, 3] or PIL "
-                "images"
-            )
-        return self.encoder.pixels(pixels)
+        return self.encoder.pixels(at_size(images, self.encoder.img_size))
 
     @classmethod
     def from_pretrained(
@@ -299,7 +288,9 @@ class SparseJEPAEncoder(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         encoder, (groups, rms) = self.encoder, self._written
-        extra = {"license": encoder.license} if encoder.license else {}
+        extra: dict[str, Any] = {"preprocessing": RULE}
+        if encoder.license:
+            extra["license"] = encoder.license
         save_encoder(save_directory, self._vit(), mean=encoder.mean, std=encoder.std, extra=extra)
         if groups is None:
             # Those of an earlier model would pass for this one's.

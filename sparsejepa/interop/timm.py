@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -45,9 +46,7 @@ class TimmViT(nn.Module):
         self.timm_name = name
         self.settings = dict(settings or {})
         self.vit: Any = create_timm(name, pretrained, self.settings)
-        patches: Any = getattr(self.vit, "patch_embed", None)
-        if not hasattr(self.vit, "num_prefix_tokens") or not hasattr(patches, "grid_size"):
-            raise UserError(f"timm:{name}: not a vision transformer with a fixed grid of patches")
+        patches = _patches(self.vit, name)
         about = resolve_model_data_config(self.vit)
         self.mean, self.std = rgb(about["mean"]), rgb(about["std"])
         self.license: str | None = self.vit.pretrained_cfg.get("license")
@@ -177,12 +176,17 @@ def create_timm(name: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise UserError(f"timm:{name}: no such model{nearest(base, timm.list_models())}")
+        known = timm.list_models()
+        alike = [other for other in known if other.startswith(f"{base.partition('_')[0]}_")]
+        raise UserError(f"timm:{name}: no such model{nearest(base, alike or known)}")
     tagged = timm.list_pretrained(f"{base}.*")
     if tag and name not in tagged:
         raise UserError(f"timm:{name}: no such weights{nearest(name, tagged)}")
     if not pretrained:
         return timm.create_model(name, pretrained=False, num_classes=0, **settings)
+    # Before any weights are fetched; some models cannot be built without memory, and come later.
+    with contextlib.suppress(RuntimeError), torch.device("meta"):
+        _patches(timm.create_model(name, pretrained=False, num_classes=0, **settings), name)
     about = timm.models.get_pretrained_cfg(name)
     if about is None or not about.has_weights:
         raise UserError(
@@ -204,6 +208,14 @@ def create_timm(name: str, pretrained: bool, settings: Mapping[str, Any]) -> nn.
     except Exception as error:  # whatever hub client, network and file readers raise
         reason = str(error).strip().splitlines() or [""]
         raise _no_weights(name, f"{type(error).__name__}: {reason[0]}") from error
+
+
+def _patches(vit: nn.Module, name: str) -> Any:
+    """Return the patch embedding of a vision transformer; UserError for another architecture."""
+    patches: Any = getattr(vit, "patch_embed", None)
+    if not hasattr(vit, "num_prefix_tokens") or not hasattr(patches, "grid_size"):
+        raise UserError(f"timm:{name}: not a vision transformer with a fixed grid of patches")
+    return patches
 
 
 def _no_weights(name: str, reason: str) -> UserError:

@@ -13,7 +13,7 @@ from sparsejepa.data.catalog import cache_folder, load_dataset, only_streamed, s
 from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
-from sparsejepa.errors import UserError
+from sparsejepa.errors import TooFewImages, UserError
 from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
@@ -70,9 +70,10 @@ def load_images(config: Config, start: Start | None = None) -> ImageSet | ImageS
         image_set = image_set.subset(wanted.limit, wanted.subset_seed)
     config.check_image(image_set.img_size)
     if config.optim.batch_size > len(image_set):
-        raise UserError(
+        raise TooFewImages(
             f"--batch-size {config.optim.batch_size} is more than the {len(image_set)} training "
-            f"images of {config.data}; use at most {len(image_set)}"
+            f"images of {config.data}; use at most {len(image_set)}",
+            len(image_set),
         )
     if wanted.corruption != "none" and isinstance(image_set, ImageSet):
         image_set = corrupt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from sparsejepa.data.store import ImageSet
     from sparsejepa.data.stream import ImageStream
+    from sparsejepa.interop import Encoder
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Embed(Verb):
     limit: int | None = None
     """Only this many images, at random."""
     img_size: tuple[int, ...] = ()
-    """Size that images are decoded to, one number or height and width; their own if not given."""
+    """Size that images are decoded to, one number or height and width. If not given that of the
+    run's training for its own data, otherwise the images' own, or the encoder's if they have
+    several."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     max_unreadable: float = 0.5
@@ -74,16 +78,22 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
     from sparsejepa.evaluation.activations import find_groups
     from sparsejepa.evaluation.export import check_path
     from sparsejepa.evaluation.parts import Embedding, embed_to
+    from sparsejepa.evaluation.sizes import say_enlarged
     from sparsejepa.interop import load
 
     check_path(args.out)
     encoder = load(args.run, resolve_device(args.device))
     activations = find_groups(args.run, args.groups, encoder)
-    images = first_here(current(), lambda: _open(args)).subset(args.limit)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    images = first_here(current(), lambda: _open(args, encoder, say)).subset(args.limit)
+    say_enlarged(encoder, images.img_size, args.data, say)
     check_path(args.out, images.files)
     start = time.perf_counter()
     wanted = Embedding(encoder, images, args.pool, activations)
-    found = embed_to(args.out, wanted, lambda text: console.print(text, markup=False))
+    found = embed_to(args.out, wanted, say)
     facts = {
         "out": args.out,
         "encoder": encoder.name,
@@ -95,18 +105,45 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
     }
     show_facts(console, facts, f"wrote {args.out}")
+    if args.split == "train" and (hidden := _hidden(args)):
+        say(f"{hidden} images of the test split are not in it: --split test")
     return facts
 
 
-def _open(args: Embed) -> ImageSet | ImageStream:
+def _hidden(args: Embed) -> int:
+    """Return how many images of a folder of one's own are the test split."""
+    from sparsejepa.data.catalog import find_listings
+
+    if not Path(args.data).expanduser().exists():  # a name: its splits are no surprise
+        return 0
+    try:
+        return len(find_listings(args.data, args.data_root)["test"].rows)
+    except UserError:  # no test images, or a folder that is not listed image by image
+        return 0
+
+
+def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> ImageSet | ImageStream:
     from sparsejepa.data.catalog import load_dataset, only_streamed, stream_dataset
+    from sparsejepa.evaluation.sizes import read_fitting
 
     open_dataset = stream_dataset if args.stream or only_streamed(args.data) else load_dataset
-    return open_dataset(
+
+    def read(size: tuple[int, int] | None, upscale: bool) -> ImageSet | ImageStream:
+        return open_dataset(
+            args.data,
+            args.split,
+            img_size=size,
+            data_root=args.data_root,
+            upscale=upscale,
+            max_unreadable=args.max_unreadable,
+        )
+
+    return read_fitting(
+        read,
         args.data,
-        args.split,
+        [args.run or ""],
+        lambda: [encoder.img_size],
         img_size=image_size(args.img_size),
-        data_root=args.data_root,
         upscale=args.upscale,
-        max_unreadable=args.max_unreadable,
+        say=say,
     )

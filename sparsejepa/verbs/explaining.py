@@ -47,7 +47,9 @@ class Explain(Verb):
     test_limit: int = 5_000
     """Test images, at most."""
     img_size: tuple[int, ...] = ()
-    """Size that images are decoded to, one number or height and width; their own if not given."""
+    """Size that images are decoded to, one number or height and width. If not given that of the
+    run's training for its own data, otherwise the images' own, or the encoder's if they have
+    several."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     num_groups: int = 16

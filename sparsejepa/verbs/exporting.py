@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.constructors import PrimitiveConstructorSpec
 
-from sparsejepa.errors import UserError
+from sparsejepa.errors import UserError, nearest
 from sparsejepa.report.terminal import show_facts
 from sparsejepa.verbs.base import Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+Format = Literal["timm", "transformers", "hub", "onnx", "pt2"]
+FORMATS: tuple[str, ...] = get_args(Format)
+# A word as it is: tyro's own complaint of another one lists None as well, and in any order.
+_ANY_WORD = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar=f"{{{','.join(FORMATS)}}}",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class Export(Verb):
 
     run: Positional[str | None] = None
     """Run directory, timm:NAME, hub:OWNER/NAME, a folder or a file of weights."""
-    to: Literal["timm", "transformers", "hub", "onnx", "pt2"] | None = None
+    to: Annotated[Format | None, _ANY_WORD] = None
     """timm: timm.create_model; transformers: IJepaModel; hub: a folder with a model card for
     SparseJEPAEncoder.from_pretrained; onnx: onnxruntime; pt2: torch.export."""
     out: str = ""
@@ -33,7 +45,7 @@ class Export(Verb):
     given."""
     public: FlagCreatePairsOff[bool] = False
     """Let everybody see a repository that hub:OWNER/NAME makes; it is private otherwise."""
-    page: FlagCreatePairsOff[bool] = True
+    no_page: FlagCreatePairsOff[bool] = False
     """Leave out the page of explain (report.html), which --to hub takes along: it shows images and
     the names of folders."""
 
@@ -44,6 +56,10 @@ def export(args: Export, console: Console) -> dict[str, Any]:
         raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
     if not args.to:
         raise UserError("--to is needed: timm, transformers, hub, onnx or pt2")
+    if args.to not in FORMATS:
+        raise UserError(
+            f"--to {args.to}: not one of {', '.join(FORMATS)}{nearest(args.to, FORMATS)}"
+        )
     if not args.out:
         raise UserError("--out is needed: the folder or file to write")
     uploads = args.out.startswith("hub:")
@@ -51,7 +67,7 @@ def export(args: Export, console: Console) -> dict[str, Any]:
         raise UserError(f"--out {args.out}: only --to hub uploads; name a folder or file")
     if args.public and not uploads:
         raise UserError("--public: only for --out hub:OWNER/NAME")
-    if not args.page and args.to != "hub":
+    if args.no_page and args.to != "hub":
         raise UserError("--no-page: only for --to hub; no other format takes the page along")
     from sparsejepa.interop import load
     from sparsejepa.interop.card import PAGE
@@ -62,10 +78,11 @@ def export(args: Export, console: Console) -> dict[str, Any]:
         check_out(Path(args.out), args.to)
     module = open_export(args.run, load(args.run), args.groups)
     run_dir = Path(args.run) if Path(args.run).is_dir() else None
+    about: dict[str, Any] = {"run_dir": run_dir, "page": not args.no_page}
     if uploads:
-        found = publish(module, args.out, public=args.public, run_dir=run_dir, page=args.page)
+        found = publish(module, args.out, public=args.public, **about)
     else:
-        found = write_export(module, args.to, Path(args.out), run_dir=run_dir, page=args.page)
+        found = write_export(module, args.to, Path(args.out), **about)
     facts = {
         "written": args.out,
         "files": ", ".join(found.files),

@@ -36,7 +36,9 @@ class Probe(Verb):
     limit: int | None = None
     """Use at most this many training images."""
     img_size: tuple[int, ...] = ()
-    """Size that images are decoded to, one number or height and width; their own if not given."""
+    """Size that images are decoded to, one number or height and width. If not given that of the
+    runs' training for their own data, otherwise the images' own, or the encoders' if they have
+    several."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     pool: Literal["mean", "concat4"] = "mean"
@@ -74,7 +76,7 @@ def probe(args: Probe, console: Console) -> dict[str, Any]:
         data_root=args.data_root,
         cache_dir=cache_folder(None) / "floors",
         device=resolve_device(args.device),
-        progress=console.print,
+        progress=lambda line: console.print(line, markup=False),
     )
     table = [
         {
@@ -168,6 +170,7 @@ class Data(Verb):
 def data(args: Data, console: Console) -> dict[str, Any]:
     """List, fetch or check data sets."""
     from sparsejepa.data.catalog import describe, list_datasets
+    from sparsejepa.data.facts import counts_text, skipped_lines
 
     if args.action == "list":
         rows = [dataclasses.asdict(row) for row in list_datasets(args.data_root)]
@@ -186,12 +189,20 @@ def data(args: Data, console: Console) -> dict[str, Any]:
             upscale=args.upscale,
             stream=args.stream,
         )
+        if args.action == "get" and about["mean"] is None:
+            raise UserError(f"{name}: {about['notes'][0]}")
         found.append(about)
-        show_facts(console, {k: v for k, v in about.items() if k != "splits"}, name)
+        facts = {k: v for k, v in about.items() if k not in ("splits", "notes") and v is not None}
+        show_facts(console, facts, name)
         for split, values in about["splits"].items():
-            show_facts(console, {**values, "skipped": len(values["skipped"])}, f"{name}: {split}")
-            for file, reason in values["skipped"]:
-                console.print(f"skipped {file}: {reason}", markup=False)
+            classes = {key: counts_text(own) for key, own in values["classes"].items()}
+            shown = {k: v for k, v in values.items() if v is not None}
+            shown |= {"classes": classes, "skipped": len(values["skipped"])}
+            show_facts(console, shown, f"{name}: {split}")
+            for line in skipped_lines(values["skipped"]):
+                console.print(line, markup=False)
+        for note in about["notes"]:
+            console.print(note, markup=False)
     return {"datasets": found}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
@@ -20,9 +21,10 @@ from sparsejepa.config import (
     MaskConfig,
     OptimConfig,
     RunConfig,
+    preset,
 )
 from sparsejepa.distributed import World
-from sparsejepa.errors import UserError, flag
+from sparsejepa.errors import TooFewImages, UserError, flag
 from sparsejepa.report.terminal import show_facts
 from sparsejepa.verbs.base import DATA, Verb, split_names
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparsejepa.cluster import Cluster
+    from sparsejepa.training.loop import Run
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,19 +136,43 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
             )
         from sparsejepa.training.plan import plan
 
-        found = plan(config) | {"would_write": str(run_dir)}
+        found = _with_batch_that_fits(config, plan, console) | {"would_write": str(run_dir)}
         show_facts(console, found, "dry run: nothing was written")
         return found
     if args.resume and not (run_dir / "config.toml").exists():
         console.print(f"--resume: no run in {run_dir} yet, a new one starts")
-    run = train(config, out=run_dir, resume=args.resume, console=console)
+
+    def go(config: Config) -> Run:
+        return train(config, out=run_dir, resume=args.resume, console=console)
+
+    run = _with_batch_that_fits(config, go, console)
     last = run.summary["final"]
     facts = {name: run.summary[name] for name in ("arm", "steps", "seconds", "images_per_second")}
     facts |= {name: last[name] for name in _TELLING if last.get(name) is not None}
     show_facts(console, facts | {"alarms": run.summary["alarms"]}, f"finished: {run.path}")
-    again = shlex.join(["sparsejepa", "probe", str(run.path), "--data", config.data])
-    console.print(f"next: {again}")
-    return {"run": run.path, "summary": run.summary, "config": config.to_dict()}
+    # Only images with labels can be probed, and only these have an accuracy while training.
+    verb = "explain" if last.get("knn") is None else "probe"
+    again = shlex.join(["sparsejepa", verb, str(run.path), "--data", config.data])
+    console.print(f"next: {again}", markup=False, soft_wrap=True)
+    return {"run": run.path, "summary": run.summary, "config": run.config.to_dict()}
+
+
+def _with_batch_that_fits(config: Config, work: Callable[[Config], T], console: Console) -> T:
+    """Return what `work` makes of the settings, with a smaller batch if there are few images.
+
+    Only the preset's own batch size is halved until it fits; one that was asked for is refused.
+    """
+    batch = config.optim.batch_size
+    try:
+        return work(config)
+    except TooFewImages as error:
+        if batch != preset(config.preset).optim.batch_size or error.count < 2:
+            raise
+        count = error.count
+    while batch > count:
+        batch //= 2
+    console.print(f"batch size {batch}: there are only {count} training images")
+    return work(config.replace(batch_size=batch))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sparsejepa.cli import main
 from sparsejepa.data import catalog, scenes
-from sparsejepa.data.catalog import describe, list_datasets, load_dataset
+from sparsejepa.data.catalog import describe, list_datasets, load_dataset, stream_dataset
+from sparsejepa.data.facts import counts_text, one_sided, skipped_lines
 from sparsejepa.errors import UserError
 
 Save = Callable[..., np.ndarray]
@@ -114,6 +117,9 @@ def test_describe_is_plain(tmp_path: Path, save: Save):
     splits = result["splits"]
     assert splits["train"]["images"] + splits["test"]["images"] == 10
     assert splits["train"]["targets"] == {"class": 2}
+    assert splits["train"]["classes"] == {"class": {"a": 4, "b": 4}}
+    assert result["test_split"] == "a fifth of each class, by a hash of the name"
+    assert result["sizes"] == {"smallest": [8, 8], "largest": [8, 8]} and result["notes"] == []
     skipped = splits["train"]["skipped"] + splits["test"]["skipped"]
     assert skipped == [["a/broken.png", "not an image"]]
     assert result["img_size"] == [8, 8] and len(result["mean"]) == len(result["std"]) == 3
@@ -156,3 +162,74 @@ def test_importing_the_catalog_loads_no_readers():
         "sys.exit(any(m in sys.modules for m in ('pyarrow', 'huggingface_hub', 'torchvision')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("size", [16, (16, 16)])
+def test_sizes_as_one_number_or_two(tmp_path: Path, save: Save, size: Any):
+    for i in range(5):
+        save(tmp_path / "d" / f"{i}.jpg", (20 + i, 30))
+    assert load_dataset(tmp_path / "d", img_size=size, cache_dir=tmp_path).img_size == (16, 16)
+    assert stream_dataset(tmp_path / "d", img_size=size).img_size == (16, 16)
+    for wrong in (0, (4, 4, 4), "16", 1.5):
+        with pytest.raises(UserError, match=r"img_size .*: must be one whole number, or height"):
+            load_dataset(tmp_path / "d", img_size=wrong, cache_dir=tmp_path)  # type: ignore
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, save: Save) -> Path:
+    """Images of several sizes; train has a class that test has not, and the other way round."""
+    for i in range(4):
+        save(tmp_path / "d" / "train" / "ab"[i % 2] / f"{i}.jpg", (20, 100 + i))
+        save(tmp_path / "d" / "val" / "bd"[i % 2] / f"{i}.png", (200, 150))
+    return tmp_path / "d"
+
+
+def test_check_tells_of_images_that_are_too_small(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    small = "smallest 20x100, largest 200x150; 4 of 8 are smaller than 64: --upscale or "
+    found = describe(mixed, img_size=64, cache_dir=tmp_path / "c")
+    assert found["notes"][0] == f"{small}--img-size 20"
+    assert found["mean"] is None and found["splits"]["train"]["images"] == 4
+    several = "smallest 20x100, largest 200x150: set --img-size, at most 20 (more with --upscale)"
+    assert describe(mixed)["notes"][0] == several
+    assert describe(mixed, stream=True)["notes"][0] == several
+    for size, upscale in ((20, False), (64, True)):
+        found = describe(mixed, img_size=size, upscale=upscale, cache_dir=tmp_path / "c")
+        assert (
+            found["notes"] == ["class: only in train: a (2 images); only in test: d (2 images)"]
+            and found["mean"]
+        )
+    assert found["test_split"] == "val/"
+    assert main(["data", "check", str(mixed), "--img-size", "64"]) == 0
+    out = capsys.readouterr().out
+    assert small in " ".join(out.split()) and "a 2, b 2" in out and "val/" in out
+    assert main(["data", "get", str(mixed), "--img-size", "64"]) == 2
+    assert "are smaller than 64" in capsys.readouterr().err
+
+
+def test_turned_photos_are_measured_as_they_are_shown(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(5):
+        Image.new("RGB", (40, 20)).save(tmp_path / f"{i}.jpg", exif=exif)
+    assert describe(tmp_path, cache_dir=tmp_path / "c")["sizes"]["smallest"] == [40, 20]
+
+
+def test_one_image_is_too_few(tmp_path: Path, save: Save):
+    save(tmp_path / "d" / "a.png")
+    with pytest.raises(UserError, match="1 image: too few to train on; add some"):
+        describe(tmp_path / "d", cache_dir=tmp_path / "c")
+
+
+def test_lines_about_many_classes_and_files():
+    counts = {f"c{i}": i + 1 for i in range(12)}
+    assert counts_text(counts).endswith("c9 10, and 2 more")
+    (line,) = one_sided({"train": {"class": counts}, "test": {"class": {"c0": 1}}})
+    assert line.startswith("class: only in train: c1, ")
+    assert line.endswith("c10, and 1 more (77 images)")
+    skipped = [[f"{i}.png", "no row in factors.csv"] for i in range(2000)]
+    assert skipped_lines([*skipped, ["x.png", "not an image"]]) == [
+        "skipped 2000 files: no row in factors.csv; the first is 0.png",
+        "skipped x.png: not an image",
+    ]

@@ -119,9 +119,12 @@ def test_unknown_scales_are_refused():
 
 def test_enormous_images_are_refused_before_they_are_decoded():
     bomb = encoded(Image.new("1", (20_000, 20_000)))
-    with pytest.raises(Unreadable):
+    with pytest.raises(Unreadable, match="400 megapixels, more than the 89 that are read"):
         to_rgb(bomb)
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Unreadable, match="enormous"):
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(Unreadable, match="enormous: 100 megapixels"),
+    ):
         to_rgb(encoded(Image.new("1", (10_000, 10_000))))
 
 
@@ -261,3 +264,8 @@ def test_a_jpeg_that_is_turned_is_turned_before_it_is_made_smaller():
 def test_fit_of_the_same_size_changes_nothing():
     image = Image.fromarray(PIXELS)
     assert fit(image, (12, 10)) is image
+
+
+def test_mistakes_of_the_caller_are_not_taken_for_damage():
+    with pytest.raises(TypeError):
+        read_image("a", encoded(Image.fromarray(PIXELS), "JPEG"), 4, True)  # type: ignore[arg-type]

@@ -70,21 +70,27 @@ def test_names_of_the_test_folder(tmp_path: Path, save: Save, both, name: str):
 
 @pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAIN", "Validation")])
 def test_split_folders_in_capitals_are_no_classes(tmp_path: Path, save: Save, both, train, test):
-    save(tmp_path / train / "a" / "1.png")
-    save(tmp_path / test / "a" / "2.png")
+    for name in "ab":
+        save(tmp_path / train / name / "1.png")
+        save(tmp_path / test / name / "2.png")
     found = both(tmp_path)
-    assert [images.files for images in found] == [("a/1.png",), ("a/2.png",)]
-    assert found[0].targets["class"].names == ("a",)
+    assert [i.files for i in found] == [("a/1.png", "b/1.png"), ("a/2.png", "b/2.png")]
+    assert found[0].targets["class"].names == ("a", "b")
 
 
 def test_a_folder_within_a_folder_is_seen_through(tmp_path: Path, save: Save, both):
     save(tmp_path / "pets" / "pets" / "train" / "a" / "1.png")
     save(tmp_path / "pets" / "pets" / "test" / "a" / "2.png")
-    save(tmp_path / "one" / "cat" / "1.png")  # a single class stays one
-    save(tmp_path / "one" / "cat" / "2.png")
     train, test = both(tmp_path / "pets")
     assert (train.files, test.files) == (("a/1.png",), ("a/2.png",))
-    assert both(tmp_path / "one")[0].targets["class"].names == ("cat",)
+
+
+@pytest.mark.parametrize("folder", ["images", "train/cat", "a/b"])
+def test_a_sole_folder_is_no_class(tmp_path: Path, save: Save, both, folder: str):
+    for i in range(5):
+        save(tmp_path / folder / f"{i}.png")
+    for images in both(tmp_path):
+        assert images.targets == {} and len(images)
 
 
 def test_one_split_is_divided_by_class(tmp_path: Path, save: Save, both):
@@ -177,6 +183,7 @@ def test_unreadable_files_are_listed(tmp_path: Path, save: Save, both):
     for i in range(4):
         save(tmp_path / "d" / "train" / "a" / f"{i}.png")
         save(tmp_path / "d" / "test" / "a" / f"{i}.png")
+    save(tmp_path / "d" / "test" / "b" / "0.png")
     (tmp_path / "d" / "train" / "a" / "0.png").write_bytes(b"")
     os.symlink("gone", tmp_path / "d" / "train" / "a" / "4.png")
     train, _ = both(tmp_path / "d")
@@ -204,8 +211,10 @@ def test_folders_with_mutated_files_lose_only_those(form, mutants):
         (root / "train" / "x").mkdir(parents=True)
         (root / "test" / "x").mkdir(parents=True)
         pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+        (root / "test" / "y").mkdir()
         Image.fromarray(pixels).save(root / "test" / "x" / f"0.{form}")
         data = (root / "test" / "x" / f"0.{form}").read_bytes()
+        (root / "test" / "y" / f"0.{form}").write_bytes(data)
         for i in range(4):
             (root / "train" / "x" / f"good{i}.{form}").write_bytes(data)
         for i, (length, edits) in enumerate(mutants):
@@ -236,6 +245,13 @@ def test_missing_empty_and_file(tmp_path: Path, save: Save):
     save(tmp_path / "a.png")
     with pytest.raises(UserError, match="not a folder; give the folder"):
         read_folder(tmp_path / "a.png", "x")
+    for name, remedy in (
+        ("a.zip", "a zip file; unpack it first"),
+        ("a.CSV", "a table of labels; give its folder"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=remedy):
+            load_dataset(tmp_path / name)
 
 
 def test_single_image_trains_but_has_no_test(tmp_path: Path, save: Save):
@@ -300,7 +316,8 @@ def test_table_with_splits_and_gaps(tmp_path: Path, save: Save, both):
         (b"file,a\nx.png,1\n", "names no image in images/"),
         (b"file,a\n0.png,1\n0.png\n", "row 3 has 1 cells instead of 2"),
         (b"file,split\n0.png,dev\n", "split 'dev' is neither train nor test"),
-        (b"file,a\n\xff\xfe,1\n", "cannot be read as a table"),
+        (b"file,a\n\xff\xfe,1\n", "cannot be read as a table .*; save it as UTF-8"),
+        (b"file;a\nx.png;1\n", r"names no image in images/ \('x.png' is not '0.png'\)"),
     ],
 )
 def test_bad_tables(tmp_path: Path, save: Save, text: bytes, message: str):

@@ -243,3 +243,56 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path: Path):
         cut.write_bytes(content[:at])
         with pytest.raises(UserError, match=r"train-0\.tar"):
             stream_dataset(cut.parent, img_size=(5, 5))
+
+
+def folders(path: Path, places: dict[str, int], end: str = "") -> None:
+    """Write a tar with some images in each folder, and nothing else."""
+    image = png(RNG.integers(0, 256, (4, 4, 3), np.uint8))
+    names = [f"{place}/{i}.png" for place, count in places.items() for i in range(count)]
+    write(path, [(name.lstrip("/"), image) for name in names] + ([(end, b"1")] if end else []))
+
+
+@pytest.mark.parametrize("before", ["", "./", "photos/", "./a/b/"])
+def test_folders_of_members_are_classes(tmp_path: Path, before: str):
+    folders(tmp_path / "a.tar", {f"{before}cat": 10, f"{before}dog": 5})
+    found = list_tars(str(tmp_path / "a.tar"), "a")
+    for split, counts in (("train", [8, 4]), ("test", [2, 1])):
+        target = found[split].targets["class"]
+        assert target.names == ("cat", "dog") and np.bincount(target.values).tolist() == counts
+        for row, value in zip(found[split].rows.tolist(), target.values, strict=True):
+            assert f"/{target.names[value]}/" in found[split].reader.name(row)
+    assert list(list_tars(str(tmp_path / "a.tar"), "a", ["class"])["train"].targets) == ["class"]
+
+
+@pytest.mark.parametrize("before", ["", "pets/"])
+def test_folders_of_members_are_splits_first(tmp_path: Path, before: str):
+    counts = {"train/cat": 6, "train/dog": 4, "val/cat": 2, "val/fish": 1}
+    folders(tmp_path / "a.tar", {before + place: count for place, count in counts.items()})
+    found = list_tars(str(tmp_path / "a.tar"), "a")
+    assert [len(found[split].rows) for split in ("train", "test")] == [10, 3]
+    assert found["train"].targets["class"].values.tolist() == [0] * 6 + [1] * 4
+    assert found["test"].targets["class"].values.tolist() == [0, 0, 2]
+    assert found["test"].targets["class"].names == ("cat", "dog", "fish")
+    assert found["test"].about == "val/ in the shards"
+
+
+def test_folders_of_members_in_named_shards(tmp_path: Path):
+    folders(tmp_path / "train-0.tar", {"train/cat": 3, "train/dog": 2})
+    folders(tmp_path / "val-0.tar", {"val/dog": 2, "val/cat": 1})
+    found = list_tars(str(tmp_path), "a")
+    assert found["train"].targets["class"].values.tolist() == [0, 0, 0, 1, 1]
+    assert found["test"].targets["class"].values.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("places", "end"),
+    [
+        ({"cat": 5}, ""),  # a sole folder
+        ({"": 3, "cat": 5, "dog": 1}, ""),  # images in none
+        ({"cat": 5, "dog": 5}, "dog/4.cls"),  # labels come first
+    ],
+)
+def test_folders_of_members_that_are_no_classes(tmp_path: Path, places: dict[str, int], end: str):
+    folders(tmp_path / "a.tar", places, end)
+    found = list_tars(str(tmp_path / "a.tar"), "a")
+    assert found["train"].targets == {} and len(found["test"].rows)

@@ -72,7 +72,12 @@ def test_timm_reads_the_folder_itself(tmp_path: Path) -> None:
     pixels = pixels_for(module)
     assert_same({"pooled": model(pixels).detach()}, {"pooled": module(pixels)["pooled"]})
     about = resolve_model_data_config(model)
-    assert about["input_size"] == (3, 16, 24) and about["crop_mode"] == "squash"
+    assert about["input_size"] == (3, 16, 24)
+    assert (about["crop_mode"], about["crop_pct"], about["interpolation"]) == (
+        "center",
+        1,
+        "bicubic",
+    )
     assert (tuple(about["mean"]), tuple(about["std"])) == (MEAN, STD)
 
 
@@ -191,6 +196,10 @@ def test_the_verb_says_how_the_export_is_used(
     [
         ([], "which encoder? Name a run directory or timm:NAME after the verb"),
         (["RUN"], "--to is needed: timm, transformers, hub, onnx or pt2"),
+        (
+            ["RUN", "--to", "tim", "--out", "OUT"],
+            "--to tim: not one of timm, transformers, hub, onnx, pt2 (did you mean 'timm'?)",
+        ),
         (["RUN", "--to", "timm"], "--out is needed: the folder or file to write"),
         (["RUN", "--to", "onnx", "--out", "OUT"], "the name must end in .onnx"),
         (["RUN", "--to", "timm", "--out", "hub:a/b"], "only --to hub uploads"),

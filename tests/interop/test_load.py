@@ -283,6 +283,8 @@ def test_a_timm_model_gives_its_patch_tokens() -> None:
             "did you mean 'vit_tiny_patch16_224.augreg_in21k",
         ),
         ("timm:resnet18?untrained", "not a vision transformer"),
+        ("timm:resnet18", "not a vision transformer"),  # not first that its weights are lacking
+        ("timm:vit_gibtsnicht", "no such model (did you mean 'vit_"),
         ("timm:vit_tiny_patch16_224?random", "only '?untrained' is"),
     ],
 )

@@ -135,8 +135,10 @@ def test_the_module_gives_tokens_pooled_and_groups(tmp_path: Path, kind: str | N
 def test_images_of_all_forms_are_preprocessed_alike(tmp_path: Path) -> None:
     module = open_run(write_run(tmp_path / "a", shape="wide"))
     images = uint8(2, 40, 50, 3)
-    wanted = module.encoder.pixels(images)
+    wanted = module.preprocess(images)
     assert wanted.shape == (2, 3, 16, 24)
+    ready = uint8(2, 16, 24, 3)
+    assert torch.equal(module.preprocess(ready), module.encoder.pixels(ready))
     one = Image.fromarray(images[0].numpy())
     for given in (images, images.numpy(), [one, images[1]], [*images.numpy()]):
         assert torch.equal(module.preprocess(given), wanted)
@@ -151,7 +153,7 @@ def test_pixels_of_another_size_or_kind_are_refused_in_one_line(tmp_path: Path) 
     module = open_run(write_run(tmp_path / "a"))
     with pytest.raises(UserError, match=r"\[1, 3, 8, 8\].*\[B, 3, 16, 16\]; preprocess"):
         module(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(UserError, match=r"give uint8 \[B, H, W, 3\] or PIL"):
+    with pytest.raises(UserError, match=r"give uint8 \[B, H, W, 3\], PIL"):
         module.preprocess(torch.zeros(1, 16, 16, 3))
 
 
