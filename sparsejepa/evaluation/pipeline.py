@@ -13,16 +13,15 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from torch import Tensor
 
-from sparsejepa.data.decode import fit, read_image, shown, to_8_bit_rgb
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.activations import find_groups
 from sparsejepa.evaluation.features import batch_rows, pooled
 from sparsejepa.interop import Encoder, load
+from sparsejepa.interop.images import at_size
 from sparsejepa.interop.module import GroupActivations, SparseJEPAEncoder
 
 Output = Literal["pooled", "concat4", "groups", "tokens"]
@@ -186,16 +185,4 @@ def _read(image: Any, size: tuple[int, int]) -> Tensor:
     """Return a file or PIL image as uint8 [H, W, 3] of a size, an array as it is."""
     if isinstance(image, np.ndarray | Tensor):
         return _pixels(image)
-    if isinstance(image, str | Path):
-        found = read_image(str(image), image, size, upscale=True)
-        if isinstance(found, str):
-            raise UserError(f"{image}: cannot be read ({found}); mend it or leave it out")
-        return torch.from_numpy(np.array(found))
-    if not isinstance(image, Image.Image):
-        raise UserError(f"images: {type(image).__name__} is no file's name and no PIL image")
-    try:
-        upright = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(fit(to_8_bit_rgb(upright), size)))
-    except Exception as error:  # of a damaged file Pillow's readers raise almost anything
-        reason = shown(str(error).split("\n")[0]) or type(error).__name__
-        raise UserError(f"a PIL image of mode {image.mode}: {reason}; leave it out") from None
+    return at_size(image, size)[0]

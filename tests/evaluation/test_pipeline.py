@@ -189,7 +189,7 @@ def test_mistakes_are_one_line(run: Path, encoder: Encoder, tmp_path: Path) -> N
         ({}, "photo.png", "list of files"),
         ({}, made(2)[0], r"uint8 \[n, H, W, 3\]"),
         ({}, made(2) / 255, "float64"),
-        ({}, [3.5], "float is no file's name"),
+        ({}, [3.5], "images of type float: give uint8"),
         ({}, [Image.new("F", (16, 16))], "mode F"),
         ({}, [torn], "a PIL image of mode RGB: image file is truncated; leave it out"),
         ({}, Image.new("RGB", (16, 16)), "list of files"),
