@@ -27,7 +27,8 @@ class SizesDiffer(UserError):
 class TooFewImages(UserError):
     """There are only `count` images to train on, fewer than a batch takes."""
 
-    def __init__(self, line: str, count: int) -> None:
+    def __init__(self, line: str, count: int = 0) -> None:
+        # With a default it can be pickled: a worker's error is built from its text, then filled in.
         super().__init__(line)
         self.count = count
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 
 import pytest
 
-from sparsejepa.errors import UserError
+from sparsejepa.errors import Interrupted, SizesDiffer, TooFewImages, UserError
 from sparsejepa.workers import workers
 
 
@@ -37,3 +38,13 @@ def test_a_worker_that_dies_is_reported_with_its_cause(how: int, said: str) -> N
     with pytest.raises(UserError, match=f"^a worker process {said}"), workers(2) as submit:
         submit(time.sleep, 30)
         submit(end, how).result()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("a"), SizesDiffer("b"), TooFewImages("c", 5), Interrupted(15)],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_the_way_from_a_worker(error: BaseException) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
