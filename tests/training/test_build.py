@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsejepa.config import Config, preset
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.training.build import load_images
 from sparsejepa.training.loop import pretrain
+
+from .tiny import config_of
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
                 Image.fromarray(pixels).save(root / split / label / f"{i}.png")
     return root
-
-
-def config_of(folder: Path, **settings: Any) -> Config:
-    tiny: dict[str, Any] = {
-        "batch_size": 8, "steps": 4, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
-        "threads": 1, "device": "cpu",
-    }  # fmt: skip
-    return preset("nano").replace(data=str(folder), **{**tiny, **settings})
 
 
 @pytest.mark.parametrize("corruption", ["noise", "shuffle"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
-from sparsejepa.config import Config, preset
+from sparsejepa.config import Config
 from sparsejepa.errors import UserError
 from sparsejepa.interop import Encoder, save_encoder
 from sparsejepa.model.encoder import ViT
@@ -21,15 +21,9 @@ from sparsejepa.training.loop import pretrain
 from sparsejepa.training.plan import plan
 from sparsejepa.training.start import find_start, resize_positions
 
+from .tiny import config_of
+
 MEAN, STD = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
-
-
-def config_of(folder: Path, **settings: Any) -> Config:
-    tiny: dict[str, Any] = {
-        "batch_size": 8, "steps": 4, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
-        "threads": 1, "device": "cpu",
-    }  # fmt: skip
-    return preset("nano").replace(data=str(folder), **{**tiny, **settings})
 
 
 def encoder_in(folder: Path, **changes: Any) -> ViT:
