@@ -29,7 +29,7 @@ from sparsejepa.evaluation import features, parts
 from sparsejepa.evaluation.activations import find_groups
 from sparsejepa.evaluation.export import check_path
 from sparsejepa.evaluation.parts import Embedding, embed_to
-from sparsejepa.interop import Encoder, save_encoder, save_groups
+from sparsejepa.interop import Encoder, save_groups
 from sparsejepa.interop.module import load_activations
 from sparsejepa.interop.runs import FITTED
 from sparsejepa.lock import LOCK
@@ -38,21 +38,6 @@ from sparsejepa.model.groups import GroupMap
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 ENDINGS = (".parquet", ".npz", ".safetensors")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory: a small encoder with concept groups."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run")
-    save_encoder(folder, ViT(16, 4, embed_dim=24, depth=4, num_heads=3), mean=MEAN, std=STD)
-    save_groups(folder, GroupMap("concept", 24, (4, 4), 6, 4), torch.arange(6) + 0.5)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(run: Path) -> Encoder:
-    return sparsejepa.load(run)
 
 
 @pytest.fixture(autouse=True)

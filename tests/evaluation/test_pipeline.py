@@ -21,9 +21,8 @@ from sparsejepa.errors import UserError
 from sparsejepa.evaluation.pipeline import SparseJEPAFeatures
 from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.evaluation.probe import KNNProbe, LogisticProbe, RidgeProbe
-from sparsejepa.interop import Encoder, save_encoder, save_groups
+from sparsejepa.interop import Encoder
 from sparsejepa.interop.module import GroupActivations, SparseJEPAEncoder
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
@@ -38,21 +37,6 @@ def made(count: int = 24, side: int = 16) -> np.ndarray:
 
 
 LABELS = np.arange(24) % 2
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory: a small encoder with concept groups."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run")
-    save_encoder(folder, ViT(16, 4, embed_dim=24, depth=5, num_heads=3), mean=MEAN, std=STD)
-    save_groups(folder, GroupMap("concept", 24, (4, 4), 6, 4), torch.arange(6) + 0.5)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(run: Path) -> Encoder:
-    return sparsejepa.load(run)
 
 
 def test_every_output_is_the_encoders_own(run: Path, encoder: Encoder) -> None:
