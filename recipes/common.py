@@ -5,20 +5,16 @@ from __future__ import annotations
 import _thread
 import argparse
 import contextlib
-import functools
-import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsejepa.benchmarks.packing import Packing, choose, measure
 from sparsejepa.config import Config, load_toml, preset
-from sparsejepa.environment import cores, environment, resolve_device
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.tasks import Probes, Task
+from sparsejepa.tasks import Probes
 from sparsejepa.workers import terminable
 
 HERE = Path(__file__).resolve().parent
@@ -119,66 +115,11 @@ def check_entries(
             raise UserError(f"{where}: '{name}' is missing")
 
 
-def jobs_for(args: argparse.Namespace, tasks: Sequence[Task]) -> int | None:
-    """Return how many runs to do at a time; with --jobs auto see `measured_rates`."""
-    if args.jobs != "auto":
-        return args.jobs
-    if len(tasks) < 2:
-        return 1
-    rates = measured_rates(args, tasks[0].config)
-    return choose([Packing(count, 1, rate) for count, rate in rates.items()]).processes
-
-
-def kept_rates(args: argparse.Namespace, config: Config) -> dict[int, float]:
-    """Return images/s of 1, 2, 4, ... runs at a time, together; empty if never measured here.
-
-    They are kept beside the runs, for each encoder, batch size, data set and device.
-    """
-    path = args.runs / "packing.json"
-    if not path.exists():
-        return {}
-    from sparsejepa.files import read_json  # here, as it brings torch
-
-    rates = read_json(path).get(_alike(args, config), {})
-    return {int(count): rate for count, rate in rates.items()}
-
-
-def measured_rates(args: argparse.Namespace, config: Config) -> dict[int, float]:
-    """Return `kept_rates`, which are measured if there are none yet."""
-    rates = kept_rates(args, config)
-    if rates:
-        return rates
-    from sparsejepa.files import read_json, write_text
-
-    found = measure(config, cores())
-    rates = {packing.processes: round(packing.images_per_second, 1) for packing in found}
-    path, name = args.runs / "packing.json", _alike(args, config)
-    kept = read_json(path) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**kept, name: rates}, indent=1))
-    said = ", ".join(f"{rate:.0f} images/s with --jobs {count}" for count, rate in rates.items())
-    print(f"{name}: {said}", flush=True)
-    return rates
-
-
-def _alike(args: argparse.Namespace, config: Config) -> str:
-    """Return what runs have in common that are packed alike."""
-    model, compiled = config.model, ", compiled" * config.run.compile
-    network = f"{config.data}, {model.encoder}/{model.patch_size}{compiled}"
-    return f"{network}, batch {config.optim.batch_size} on {_hardware(args.device)}"
-
-
-@functools.cache
-def _hardware(device: str) -> str:
-    here, (kind, _, index) = environment(), resolve_device(device).partition(":")
-    return here["gpus"][int(index or 0)] if kind == "cuda" else f"{cores()} x {here['cpu']}"
-
-
-def _jobs(word: str) -> int | str:
+def _jobs(word: str) -> int:
     """Read --jobs."""
-    if word != "auto" and not (word.isdigit() and int(word)):
-        raise argparse.ArgumentTypeError("auto or a number from 1")
-    return word if word == "auto" else int(word)
+    if not (word.isdigit() and int(word)):
+        raise argparse.ArgumentTypeError("a number from 1")
+    return int(word)
 
 
 def add_arguments(parser: argparse.ArgumentParser, results: str, runs: str) -> None:
@@ -186,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser, results: str, runs: str) -> N
     parser.add_argument("--budget-minutes", type=float, default=6e4, help="stop then")
     parser.add_argument("--results", type=Path, help=f"default: {results}")
     parser.add_argument(
-        "--jobs", type=_jobs, help="runs at a time; auto (not for --scale smoke) measures"
+        "--jobs", type=_jobs, help="runs at a time; default: one per GPU, on the CPU one per core"
     )
     parser.add_argument("--runs", type=Path, help=f"run directories; default: {runs}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -205,7 +146,6 @@ def here(args: argparse.Namespace, config: Config) -> Config:
 def place(args: argparse.Namespace, runs: str, results: str) -> None:
     """Fill in where runs and results are kept; those of --scale smoke lie apart."""
     smoke = args.scale == "smoke"
-    args.jobs = args.jobs or (None if smoke else "auto")
     args.runs = args.runs or Path("runs") / (f"{runs}-smoke" if smoke else runs)
     kept = args.runs / "results.jsonl" if smoke else HERE.parent / "results" / results
     args.results = args.results or kept

@@ -6,8 +6,7 @@ Runs with a line in --results, or in another *.jsonl beside it, are skipped; one
 Ctrl-C, SIGTERM or a kill ended goes on from its checkpoint next time. Runs that fit the minutes
 left are done, in the queue's order; with --partial others are begun then, to go on next time. A run
 whose loss is not finite gets a line that says so and is not tried again, unless --retry-failed is
-given. Small runs are packed: --jobs auto measures how many images per second several make side by
-side, and takes the number by which most of an entry's runs end in time.
+given. Several small runs may share a GPU: --jobs says how many.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ from common import (
     check_entries,
     guarded,
     here,
-    jobs_for,
-    kept_rates,
     place,
     read_recipe,
     smoke_probes,
@@ -88,10 +85,9 @@ def work(args: argparse.Namespace) -> int:
         nonlocal status, ledger
         tasks = [task for task in ledger.left(entry) if task.key not in tried]
         try:
-            if partial:
-                jobs = jobs_for(args, tasks)
-            else:
-                tasks, jobs = ledger.choose(entry, tasks, end)
+            jobs = args.jobs
+            if not partial:
+                tasks, jobs = ledger.choose(entry, tasks, (end - time.monotonic()) / 60)
             before, again = ledger.elsewhere, ledger.again
             if tasks:
                 run_tasks(
@@ -135,12 +131,17 @@ class Ledger:
         rows = [(task, self._last.get(task.key)) for task in entry.tasks]
         return [task for task, row in rows if row is None or self.again(row)]
 
-    def minutes(self, entry: Entry, task: Task) -> float | None:
-        """Return what a run takes alone: as measured if there is a run like it, or estimated.
+    def minutes(self, entry: Entry, task: Task, jobs: int = 1) -> float | None:
+        """Return what a run takes, `jobs` at a time: as measured on a run like it, or estimated.
 
         Like it are runs of its recipe on its kind of hardware, of its arm or, where arms change
-        neither network nor length, of any such arm.
+        neither network nor length, of any such arm. Runs that share a GPU are taken to share its
+        speed, which is the worst case; on the CPU each has cores of its own.
         """
+
+        def slower(measured: int) -> float:
+            return max(1.0, jobs / measured) if entry.on_gpu else 1.0
+
         like = [
             row
             for row in self._rows
@@ -152,39 +153,19 @@ class Ledger:
         if not same and "+" not in task.arm:
             same = [row for row in like if "+" not in row["arm"]]
         if same:
-            return (
-                median(
-                    (row["seconds"] + row["probe_seconds"])
-                    / self._slower(entry, task, row.get("jobs", 1))
-                    for row in same
-                )
-                / 60
-            )
-        return entry.minutes
+            taken = ((row, row["seconds"] + row["probe_seconds"]) for row in same)
+            return median(s * slower(row.get("jobs", 1)) for row, s in taken) / 60
+        return entry.minutes and entry.minutes * slower(1)
 
     def choose(
-        self, entry: Entry, tasks: Sequence[Task], end: float
+        self, entry: Entry, tasks: Sequence[Task], minutes: float
     ) -> tuple[list[Task], int | None]:
-        """Return the tasks that should end by `end` (monotonic, s) and how many to do at a time.
+        """Return the tasks that should end within `minutes`, and how many to do at a time.
 
-        That is the number by which most of them end, the faster one of equals. It is measured only
-        if there is a run that fits.
+        That is --jobs or, if none would end then, one.
         """
-
-        def fitting(jobs: int) -> list[Task]:
-            return self._fitting(entry, tasks, (end - time.monotonic()) / 60, jobs)
-
-        alone = fitting(1)
-        if not alone or self._args.jobs is None:
-            return alone, self._args.jobs
-        best = jobs_for(self._args, tasks) or 1
-        counts = [best]
-        if self._args.jobs == "auto":
-            rates = kept_rates(self._args, tasks[0].config)
-            counts = sorted({1, best, *(count for count in rates if count < best)})
-        chosen = {count: fitting(count) for count in counts}
-        jobs = max(counts, key=lambda count: (len(chosen[count]), count))
-        return chosen[jobs], jobs
+        packed = self._fitting(entry, tasks, minutes, self._args.jobs or 1)
+        return (packed, self._args.jobs) if packed else (self._fitting(entry, tasks, minutes, 1), 1)
 
     def _fitting(
         self, entry: Entry, tasks: Sequence[Task], minutes: float, jobs: int
@@ -193,19 +174,11 @@ class Ledger:
         chosen, taken = [], [0.0] * jobs
         for task in tasks:
             first = taken.index(min(taken))
-            over = taken[first] + self._cost(entry, task) * self._slower(entry, task, jobs)
+            over = taken[first] + self._cost(entry, task, jobs)
             if over <= minutes:
                 chosen.append(task)
                 taken[first] = over
         return chosen
-
-    def _slower(self, entry: Entry, task: Task, jobs: int) -> float:
-        """Return how much longer a run takes when `jobs` share the GPU than alone.
-
-        On the CPU each run has cores of its own.
-        """
-        rates = kept_rates(self._args, task.config) if entry.on_gpu and jobs > 1 else {}
-        return jobs * rates[1] / rates[jobs] if {1, jobs} <= set(rates) else 1.0
 
     def check_budget(self, entries: Sequence[Entry]) -> None:
         """Raise UserError if no run left fits the budget; with --partial, if it is no minute."""
@@ -257,13 +230,13 @@ class Ledger:
                 "--redo-other-code does them again"
             )
 
-    def _cost(self, entry: Entry, task: Task) -> float:
+    def _cost(self, entry: Entry, task: Task, jobs: int = 1) -> float:
         """Return the minutes to plan with: 0 if not known, or if a run was begun before.
 
         For that one may be nearly done.
         """
         begun = task.key not in self._last and (task.run_dir / "config.toml").exists()
-        return 0.0 if begun else self.minutes(entry, task) or 0.0
+        return 0.0 if begun else self.minutes(entry, task, jobs) or 0.0
 
     def _other_code(self, row: Row) -> bool:
         return row.get("environment", {}).get("code") != code_version()

@@ -33,7 +33,6 @@ from common import (
     check_entries,
     guarded,
     here,
-    jobs_for,
     place,
     read_recipe,
     stop_after,
@@ -81,8 +80,7 @@ def work(args: argparse.Namespace) -> int:
         with stop_after(args.budget_minutes):
             while (todo := state.todo) and not status:
                 try:
-                    jobs = jobs_for(args, todo)
-                    run_tasks(todo, args.results, jobs=jobs, again=other, console=console)
+                    run_tasks(todo, args.results, jobs=args.jobs, again=other, console=console)
                 except UserError as error:
                     print(f"failed: {error}")
                     status = 1

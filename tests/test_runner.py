@@ -14,7 +14,6 @@ import pytest
 import run as runner
 
 from sparsejepa import runs, tasks
-from sparsejepa.benchmarks.packing import Packing
 from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_rows
@@ -297,58 +296,46 @@ def test_runs_of_other_code_count_until_they_are_to_be_redone(
 
 
 @pytest.mark.parametrize(
-    ("budget", "runs", "jobs"),
+    ("budget", "hardware", "runs", "jobs"),
     [
-        # Alone 4 minutes each, in twos 5, in fours 8.
-        ("10", 4, 4),
-        ("7", 2, 2),
-        ("4.5", 1, 1),
-        ("15.5", 6, 2),  # six in three rounds of 5 minutes
-        ("3", 0, None),
+        # 4 minutes each, two at a time: on a GPU they share its speed until that is measured.
+        ("17", "GPU", 4, 2),
+        ("9", "GPU", 2, 2),
+        ("7", "GPU", 1, 1),
+        ("3", "GPU", 0, None),
+        ("9", "CPU", 4, 2),
     ],
 )
-def test_as_many_are_packed_as_end_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, runs: int, jobs: int | None
-) -> None:
-    measured, began = [], []
-
-    def measure(config: Any, cores: int) -> list[Packing]:
-        measured.append(config)
-        return [Packing(1, 4, 100.0), Packing(2, 2, 160.0), Packing(4, 1, 200.0)]
-
-    monkeypatch.setattr(common, "measure", measure)
+def test_as_many_are_begun_as_end_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, hardware: str, runs: int,
+    jobs: int | None,
+) -> None:  # fmt: skip
+    began: list[tuple[int, int]] = []
     monkeypatch.setattr(
         runner, "run_tasks", lambda tasks, *args, **more: began.append((len(tasks), more["jobs"]))
     )
-    queue = write_queue(tmp_path, arms=["dense"], seeds=list(range(6)), hardware="GPU", minutes=4)
-    more = ["--hardware", "all", "--jobs", "auto", "--budget-minutes", budget]
+    queue = write_queue(tmp_path, arms=["dense"], seeds=list(range(6)), hardware=hardware,
+                        minutes=4)  # fmt: skip
+    more = ["--hardware", "all", "--jobs", "2", "--budget-minutes", budget]
     assert runner.main(words(queue, *more)) == (0 if runs else 2)
     assert began[:1] == ([(runs, jobs)] if runs else [])
-    assert len(measured) == bool(runs)
 
 
-def test_jobs_are_measured_once_for_an_encoder(
-    tmp_path: Path, fake: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    measured, jobs = [], []
+def test_a_measured_run_says_what_as_many_at_a_time_take(tmp_path: Path) -> None:
+    queue = write_queue(tmp_path, arms=["dense"], seeds=[0], hardware="GPU")
+    row = {"key": "-", "recipe": "tiny", "arm": "dense", "seed": 9, "gpu_seconds": 9, "jobs": 2}
+    row["probes"] = []
+    append_row(tmp_path / "results.jsonl", row | {"seconds": 590, "probe_seconds": 10})
+    args = runner.parse(words(queue))
+    (entry,) = runner.read_queue(args)
+    found = [runner.Ledger(args).minutes(entry, entry.tasks[0], jobs) for jobs in (1, 2, 4)]
+    assert found == [10, 10, 20]
 
-    def measure(config: Any, cores: int) -> list[Packing]:
-        measured.append((config.data, config.run.device))
-        return [Packing(1, 2, 100.0), Packing(2, 1, 150.0), Packing(4, 1, 154.0)]
 
-    monkeypatch.setattr(common, "measure", measure)
-    monkeypatch.setattr(runner, "run_tasks", lambda *args, **more: jobs.append(more["jobs"]))
-    queue = write_queue(tmp_path)
-    queue.write_text(queue.read_text() + queue.read_text().replace("[0, 1]", "[2, 3]"))
-    auto = [*words(queue)[:-2], "--jobs", "auto"]
-    assert runner.main(auto) == 0 and runner.main(auto) == 0
-    assert measured == [("scenes", "cpu")] and jobs[:2] == [2, 2]
-    said = capsys.readouterr().out
-    assert "scenes, nano/4, batch 16 on " in said
-    assert ": 100 images/s with --jobs 1, 150 images/s with --jobs 2, 154" in said
-    assert runner.main(words(queue)) == 0 and jobs[-1] == 1
-    with pytest.raises(SystemExit):
-        runner.main([*words(queue), "--jobs", "none"])
+def test_jobs_are_a_number(tmp_path: Path) -> None:
+    for wrong in ("none", "auto", "0"):
+        with pytest.raises(SystemExit):
+            runner.main([*words(write_queue(tmp_path)), "--jobs", wrong])
 
 
 @pytest.mark.parametrize(
