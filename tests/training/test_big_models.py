@@ -14,18 +14,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from sparsejepa.benchmarks.growth import PeakMemory
-from sparsejepa.benchmarks.hardware import GPUS
-from sparsejepa.benchmarks.memory import highest
-from sparsejepa.benchmarks.predict import CHECKPOINTED, Fleet, Prediction
 from sparsejepa.config import Config, preset
 from sparsejepa.data.augment import Augment, _scale_and_shift
-from sparsejepa.model.costs import Sizes, costs, parameters, repeated
 from sparsejepa.model.jepa import SparseJEPA
-from sparsejepa.model.memory import memory
 from sparsejepa.training import build
 from sparsejepa.training.build import build_model
 from sparsejepa.training.step import TERMS, TrainStep
@@ -69,20 +61,12 @@ def augment() -> Augment:
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_parameters_are_counted_exactly_and_as_published(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = preset(name)
-    model = weightless(config, monkeypatch)
-    found = Prediction(config, Fleet(GPUS["h100"])).parameters
-    assert model.groups is not None
-    for part, module in (("encoder", model.context_encoder), ("predictor", model.predictor)):
-        assert found[part] == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert found["W"] == model.groups.W.numel()
-    assert found["groups"] + found["W"] == sum(p.numel() for p in model.groups.parameters())
-    width, patches = model.context_encoder.embed_dim, model.context_encoder.num_patches
+def test_encoders_have_the_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = weightless(preset(name), monkeypatch).context_encoder
+    width, patches = encoder.embed_dim, encoder.num_patches
     more = width + (1 + patches) * width + 1000 * (width + 1)
-    assert found["encoder"] + more == PUBLISHED[name]
+    own = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    assert own + more == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(
@@ -90,17 +74,11 @@ def test_parameters_are_counted_exactly_and_as_published(
     [
         ("vit-l16", False),
         ("vit-h14", True),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in (("vit-b16", False), ("vit-b16", True))
-        ),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in (("vit-l16", True), ("vit-h14", False))
-        ),
+        pytest.param("vit-b16", True, marks=pytest.mark.slow),
+        pytest.param("vit-h14", False, marks=pytest.mark.slow),
     ],
 )
-def test_a_whole_step_has_the_operations_and_the_memory_that_are_predicted(
+def test_a_whole_step_runs_in_full_depth(
     name: str,
     again: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -111,31 +89,11 @@ def test_a_whole_step_has_the_operations_and_the_memory_that_are_predicted(
     request.addfinalizer(_scale_and_shift.cache_clear)  # of tensors that are none
     _scale_and_shift.cache_clear()
     model = weightless(config, monkeypatch)
-    plan = model.sampler.plan(seed=0, step=1)
-    grid, target = model.sampler.grid_size, plan.target[0] * plan.target[1]
-    sizes = Sizes.of(config, grid, plan.count, config.masks.num_targets, target)
     with FakeTensorMode():
         monkeypatch.setattr(SparseJEPA, "to", lambda model, device: model)  # it is there already
         step = TrainStep(config, pretended(model), augment(), 1000)  # type: ignore[arg-type]
-        pixels = torch.empty(32, 224, 224, 3, dtype=torch.uint8)
-        # The fused kernel would not be counted. The optimiser's state comes into being.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step(pixels, 1)
-        with PeakMemory() as measured:
-            for known in [*model.parameters(), *moments(step)]:
-                known.view_as(known)
-            terms = step(pixels, 1)
+        terms = step(torch.empty(32, 224, 224, 3, dtype=torch.uint8), 1)
     assert terms.shape == (len(TERMS),)
-    checkpointed = CHECKPOINTED if again else ()
-    flops = sum(cost.flops for cost in costs(sizes).values()) + repeated(sizes, checkpointed)
-    assert counter.get_total_flops() == flops
-    need = memory(sizes, 4, device="cpu", checkpointed=checkpointed)
-    assert measured.peak == pytest.approx(need.peak, rel=0.05)
-
-
-def moments(step: TrainStep) -> list[torch.Tensor]:
-    """The tensors of the optimiser's state."""
-    return [x for state in step.optimizer.state.values() for x in state.values()]
 
 
 @pytest.mark.slow
@@ -151,15 +109,12 @@ def test_a_step_of_vit_b16_fits_two_cores() -> None:
     moved = sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     fixed = sum(not p.requires_grad for p in model.context_encoder.parameters())
     assert moved == len(after) - 2 * fixed  # the positions of both encoders stay
-    assert sum(parameters(Sizes.of(config, (14, 14), 49, 4, 36)).values()) < 100e6
-    assert highest("cpu") < 8e9
 
 
 # One of two processes: a step of a preset at full width and reduced depth, in shares.
 SHARED = """
 import dataclasses, json, sys
 import torch
-from sparsejepa.benchmarks.growth import Shaped
 from sparsejepa.config import Config, preset
 from sparsejepa.data.augment import Augment
 from sparsejepa.distributed import World, joined
@@ -167,11 +122,15 @@ from sparsejepa.model.collectives import local
 from sparsejepa.training.build import build_model
 from sparsejepa.training.step import TrainStep
 
+class Shallow(Config):
+    @property
+    def encoder_shape(self):
+        width, _, heads = super().encoder_shape
+        return width, 2, heads
+
 torch.set_num_threads(1)
 config = preset(sys.argv[1]).replace(batch_size=4, predictor_depth=2, precision="fp32")
-width, _, heads = config.encoder_shape
-parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-config = Shaped(**parts, shape=(width, 2, heads))
+config = Shallow(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
 world = World.from_environment()
 with joined(world):
     model = build_model(config, (224, 224), 1000).train()
