@@ -10,7 +10,7 @@ PINS := pyproject.toml constraints.txt
 help:
 	@echo "make install EXTRAS=onnx,tensorboard   into .venv, with these extras; none if not given"
 	@echo "make demo    built-in scenes, dense against sparse: a table and a page in runs/demo"
-	@echo "make bench   measure this machine: tables, bench.jsonl and bench.png in runs/bench"
+	@echo "make bench   measure this machine: the training step, data, probe; minutes"
 	@echo "make test    lint, types and tests"
 	@echo "make lint    lint and types only"
 	@echo "make docs    build the pages of docs/ into site/"
@@ -28,7 +28,9 @@ demo: .venv/installed
 	$(BIN)/sparsejepa demo --out runs/demo
 
 bench: .venv/installed
-	$(BIN)/sparsejepa bench --out runs/bench
+	$(BIN)/python bench/step.py
+	$(BIN)/python bench/data.py
+	$(BIN)/python bench/probe.py
 
 test: lint
 	$(BIN)/python -m pytest

@@ -122,7 +122,7 @@ def speed_text(study: Study) -> str:
     model = f"ViT-{shape['encoder'].capitalize()}/{shape['patch_size']}"
     parts = [
         f"**The training step** ({model}, batch {shape['batch']}, {about['threads']} threads, "
-        f"{about['cpu']}, `sparsejepa bench`): a plain reference step does "
+        f"{about['cpu']}, commit {about['commit']}): a plain reference step does "
         f"{rate['reference, fp32']} images/s in fp32 and {rate['reference, bf16']} under bf16 "
         f"autocast; ours {rate['ours, dense, bf16']} dense and {rate['ours, region groups, bf16']} "
         f"with region groups, KL and prox ({ours['x_reference_fp32']:.2f} and "

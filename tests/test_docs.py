@@ -42,7 +42,7 @@ NOT_RUN = {
     r"(python3? -m )?(venv|pip|build)\b": "installs from the network",
     r"(torchrun|srun)\b": "several processes: tests/training/test_distributed.py starts them",
     r"sparsejepa demo\b": "minutes: tests/test_sweep.py runs the quick one from end to end",
-    r"sparsejepa bench\b": "minutes: tests/benchmarks/test_bench.py runs each section",
+    r"python bench/\w+\.py": "minutes: tests/test_bench.py runs each at a tiny size",
     r"python recipes/(run|search)\.py .*--budget": "minutes: tests/test_runner.py, test_search.py",
     r"python recipes/tables\.py": "writes these pages: tests/test_tables.py",
     r"sparsejepa sweep .*--cluster slurm": "needs SLURM: tests/test_cluster.py has a stand-in",

@@ -26,7 +26,6 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["report"],
-    ["benchmarks"],
     ["workers"],
     ["cluster"],
     ["tasks"],
@@ -55,7 +54,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 def test_no_module_needs_an_optional_package_to_be_imported() -> None:
     optional = {"transformers", "onnx", "onnxruntime", "onnxscript", "tensorboard", "wandb",
-                "trackio", "submitit", "IPython", "lightly", "stable_pretraining"}  # fmt: skip
+                "trackio", "submitit", "IPython"}  # fmt: skip
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""One training step: the same object in the loop, in --dry-run and in the benchmark."""
+"""One training step: the same object in the loop, in --dry-run and in bench/."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from sparsejepa.verbs import (
-    benching,
     completing,
     embedding,
     explaining,
@@ -31,7 +30,6 @@ VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
     "data": (looking.Data, looking.data),
     "embed": (embedding.Embed, embedding.embed),
     "export": (exporting.Export, exporting.export),
-    "bench": (benching.Bench, benching.bench),
     "info": (looking.Info, looking.info),
     "completion": (completing.Completion, completing.completion),
 }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from sparsejepa.config import PRESETS, Config, MaskConfig, flat_fields, preset
-from sparsejepa.errors import UserError, flag
+from sparsejepa.config import PRESETS, Config, MaskConfig
+from sparsejepa.errors import UserError
 from sparsejepa.report.terminal import percent, show_facts, show_rows
 from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size, split_names
 
@@ -209,61 +208,14 @@ def data(args: Data, console: Console) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Info(Verb):
     """Versions, hardware and presets; settings and last numbers of a run; architecture, licence and
-    groups of an encoder; or, with --model, what a run would take.
-
-    sparsejepa info --model vit-h14 --gpu h100 --gpus 64 --price 3 predicts parameters, operations,
-    memory, images per second, hours and cost. Nothing is built or started.
-    """
+    groups of an encoder."""
 
     run: Positional[str | None] = None
     """Run directory, timm:NAME, hub:OWNER/NAME, or a folder or file of weights."""
-    model: str | None = None
-    """Predict for this model: a preset, a size (nano to huge) or a timm name such as
-    vit_small_patch16_224."""
-    preset: str | None = None
-    """Predict for this preset."""
-    batch: int | None = None
-    """Images per step, over all GPUs; the preset's if not given, as with all that follow."""
-    img_size: tuple[int, ...] = ()
-    """Image size in pixels, one number or height and width."""
-    patch_size: int | None = None
-    """Side of a patch in pixels."""
-    groups: Literal["none", "region", "concept", "feature"] | None = None
-    """What a group is."""
-    precision: Literal["auto", "bf16", "fp32"] | None = None
-    """auto: bf16 where the GPU has it."""
-    parallel: Literal["ddp", "fsdp"] | None = None
-    """Whole models on each GPU, or shares of one."""
-    checkpoint_activations: bool | None = None
-    """Compute blocks a second time instead of keeping their activations."""
-    accumulate: int | None = None
-    """Parts in which each GPU takes its images."""
-    epochs: int | None = None
-    """Passes over the images."""
-    images: int = 1_281_167
-    """Training images; ImageNet's if not given."""
-    gpu: str | None = None
-    """a100-40gb, a100-80gb, h100 (if not given), h200, b200, l40s, rtx4090, t4; or cpu: this one,
-    measured."""
-    gpus: int = 1
-    """GPUs of the run."""
-    gpus_per_machine: int = 8
-    """GPUs that are linked directly; others are reached over the network."""
-    network: float = 400.0
-    """Gigabits per second of the network, per GPU."""
-    mfu: float = 0.3
-    """Share of the GPU's peak rate that a step reaches: an assumption, see docs/scaling.md."""
-    price: float | None = None
-    """Price of a GPU-hour."""
 
 
 def info(args: Info, console: Console) -> dict[str, Any]:
-    """Describe the installation, a run or an encoder, or predict a run."""
-    if args.model is not None or args.preset is not None:
-        return _predict(args, console)
-    for one in dataclasses.fields(args):
-        if one.name not in ("run", "json") and getattr(args, one.name) != one.default:
-            raise UserError(f"{flag(one.name)}: only for a prediction; add --model or --preset")
+    """Describe the installation, a run or an encoder."""
     if args.run is None:
         from sparsejepa.environment import environment
 
@@ -331,44 +283,6 @@ def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
         return {"architecture": found}
     show_facts(console, encoder.report.facts(), f"{ref}: tensors of the file")
     return {"architecture": found, "tensors": dataclasses.asdict(encoder.report)}
-
-
-def _predict(args: Info, console: Console) -> dict[str, Any]:
-    """Predict a run from the sizes of its model and the data sheet of a GPU."""
-    if args.run is not None:
-        raise UserError(f"{args.run}: a run, and --model or --preset; leave one of them out")
-    if args.model is not None and args.preset is not None:
-        raise UserError("--model and --preset: leave one of them out")
-    check_counts(args, "batch", "gpus", "gpus_per_machine", "images")
-    for name, most in (("mfu", 1.0), ("network", math.inf), ("price", math.inf)):
-        value = getattr(args, name)
-        if value is not None and not 0 < value <= most:
-            bound = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
-            raise UserError(f"{flag(name)} {value:g}: must be {bound}")
-    from sparsejepa.benchmarks.hardware import processor
-    from sparsejepa.benchmarks.predict import Fleet, Prediction, named_model
-
-    config = preset(args.preset) if args.preset is not None else named_model(args.model or "")
-    names = (f.name for f in dataclasses.fields(args) if f.name in flat_fields())
-    changes = {name: getattr(args, name) for name in names}
-    if args.batch is not None:
-        changes["batch_size"] = args.batch
-    config = config.replace(**{k: v for k, v in changes.items() if v not in (None, ())})
-    fleet = Fleet(
-        processor(args.gpu or "h100"), args.gpus, args.gpus_per_machine, args.network * 1e9 / 8
-    )
-    found = Prediction(config, fleet, args.mfu).describe(args.images, args.price)
-    facts = {name: value for name, value in found.items() if name != "memory"}
-    show_facts(console, facts, f"prediction: {args.preset or args.model}")
-    console.print("memory per GPU at the step's peak", style="bold")
-    show_rows(console, found["memory"])
-    fitting = [row for row in found["memory"] if row["fits"]]
-    if not fitting:
-        console.print("None fits: more GPUs, a smaller --batch or a larger --accumulate.")
-    elif not min(fitting, key=lambda row: row["step_seconds"])["chosen"]:
-        console.print("The settings' choice is not the fastest row that fits: see --parallel.")
-    console.print(f"Assumed: {args.mfu:g} of the peak rate (--mfu); the rest: docs/scaling.md.")
-    return found
 
 
 def _last(path: Path) -> dict[str, Any]:
