@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from footprint import everything, normal
 
 import sparsejepa
+from tests.requirements import everything, normal
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sparsejepa"
