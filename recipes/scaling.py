@@ -60,13 +60,16 @@ def measured_cases() -> dict[str, Config]:
 
 def sizes_at(config: Config, step: int = 1) -> Sizes:
     """Return the sizes of one step of a run: the masks' sizes differ from step to step."""
-    from sparsejepa.model.masks import MaskSampler
+    from sparsejepa.training.build import build_sampler
 
     size, patch = config.images.img_size, config.model.patch_size
     grid = (size[0] // patch, size[-1] // patch)
-    plan = MaskSampler(grid, **vars(config.masks)).plan(seed=config.run.seed, step=step)
-    target = plan.target[0] * plan.target[1]
-    return Sizes.of(config, grid, plan.count, config.masks.num_targets, target)
+    sampler = build_sampler(config, grid)
+    plan = sampler.plan(seed=config.run.seed, step=step)
+    targets = (config.masks.num_targets, plan.target[0] * plan.target[1])
+    if sampler.union is not None:
+        targets = (1, sampler.union[plan])
+    return Sizes.of(config, grid, plan.count, *targets)
 
 
 def measure(name: str, config: Config, rounds: int = 3) -> dict[str, Any]:

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import sparsejepa
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
-from sparsejepa.training.build import load_images
+from sparsejepa.training.build import build_model, build_sampler, load_images
 from sparsejepa.training.loop import pretrain
+from sparsejepa.training.plan import plan
 
 from .tiny import config_of
 
@@ -54,6 +57,21 @@ def test_corruption_leaves_the_data_set_itself_alone(folder: Path) -> None:
     before = [load_dataset(folder, split).fingerprint for split in ("train", "test")]
     load_images(config_of(folder, corruption="noise"))
     assert [load_dataset(folder, split).fingerprint for split in ("train", "test")] == before
+
+
+def test_masks_are_those_of_training_wherever_they_are_drawn(folder: Path) -> None:
+    config = config_of(folder, predictor_pass="union", img_size=(32,), upscale=True)
+    trained = build_model(config, (32, 32), 4).sampler
+    ours = build_sampler(config, (8, 8)).sample(5, seed=0, step=1)
+    assert all(map(torch.equal, ours, trained.sample(5, seed=0, step=1)))
+    assert trained.union is not None and ours.targets.shape[1] == 1
+    assert plan(config, timed_steps=1)["merged_targets"] == sorted(set(trained.union.values()))
+    root = Path(sparsejepa.__file__).parent
+    made = {p.relative_to(root).as_posix() for p in root.rglob("*.py")
+            if "MaskSampler(" in p.read_text().replace("class MaskSampler", "")}  # fmt: skip
+    # Groups that are fitted to frozen tokens have masks of their own.
+    own = {"training/build.py", "evaluation/posthoc.py"}
+    assert {name for name in made if not name.startswith("benchmarks/")} == own
 
 
 def test_shuffled_patches_must_fit_the_image(folder: Path) -> None:
