@@ -101,8 +101,8 @@ def explained_text(study: Study) -> str:
                     for n, s in (("one", ""), ("two", "s"))]  # fmt: skip
             return (
                 "**Do groups follow objects?** On built-in scenes (`concept` groups, lam=0.03, one "
-                f"seed): FG-ARI {ari['this run']:.2f}, against {ari['random zeros']:.2f} for "
-                f"random zero patterns, {ari['k-means']:.2f} for k-means, {ari['places']:.2f} for "
+                f"seed): FG-ARI {ari['this run']:.2f}, against {ari['untrained']:.2f} for an "
+                f"untrained encoder, {ari['k-means']:.2f} for k-means, {ari['places']:.2f} for "
                 f"blind blocks of places and {ari['ceiling']:.2f} for perfect patches. Pairs of "
                 f"patches within an object share a group in {same[0]:.2f} of cases, pairs across "
                 f"objects in {same[1]:.2f}. Why, and remedies: [docs/explain.md](docs/explain.md)."
