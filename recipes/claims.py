@@ -246,4 +246,7 @@ How a verdict comes about, by rule and not by hand:
   (does not hold); without a floor they hold in part at most. These intervals resample images and
   know nothing of other seeds.
 - Propositions are judged by tests; [theory.md](theory.md) has the argument. Without the test
-  there is no verdict."""
+  there is no verdict.
+
+What was measured with version 1 is a verdict on random connections, not on learned ones
+([results.md](results.md) says why)."""

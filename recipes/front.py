@@ -18,7 +18,9 @@ def readme_block(study: Study, counts: Mapping[str, Mapping[str, int]]) -> str:
         "Every number here and in [docs/results.md](docs/results.md) is made by "
         "`python recipes/tables.py` from `results/`, whose lines name command, commit, hardware, "
         "settings and seed. Accuracy in percent, mean ± standard deviation over seeds; differences "
-        "paired by seed with the 95 % t interval [ ] and the bootstrap interval ( )."
+        "paired by seed with the 95 % t interval [ ] and the bootstrap interval ( ). "
+        "In rows of version 1 the zeros are those of W's random start: their sparse arms are arms "
+        "of random connections."
     ]
     for block in study.blocks(1):
         if block.config.data == "cifar100" and SPARSE in block.planned:
