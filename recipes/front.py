@@ -18,7 +18,9 @@ def readme_block(study: Study, counts: Mapping[str, Mapping[str, int]]) -> str:
         "Every number here and in [docs/results.md](docs/results.md) is made by "
         "`python recipes/tables.py` from `results/`, whose lines name command, commit, hardware, "
         "settings and seed. Accuracy in percent, mean ± standard deviation over seeds; differences "
-        "paired by seed with the 95 % t interval [ ] and the bootstrap interval ( )."
+        "paired by seed with the 95 % t interval [ ] and the bootstrap interval ( ). "
+        "In rows of version 1 the zeros are those of W's random start: their sparse arms are arms "
+        "of random connections."
     ]
     for block in study.blocks(1):
         if block.config.data == "cifar100" and SPARSE in block.planned:
@@ -101,8 +103,8 @@ def explained_text(study: Study) -> str:
                     for n, s in (("one", ""), ("two", "s"))]  # fmt: skip
             return (
                 "**Do groups follow objects?** On built-in scenes (`concept` groups, lam=0.03, one "
-                f"seed): FG-ARI {ari['this run']:.2f}, against {ari['random zeros']:.2f} for "
-                f"random zero patterns, {ari['k-means']:.2f} for k-means, {ari['places']:.2f} for "
+                f"seed): FG-ARI {ari['this run']:.2f}, against {ari['untrained']:.2f} for an "
+                f"untrained encoder, {ari['k-means']:.2f} for k-means, {ari['places']:.2f} for "
                 f"blind blocks of places and {ari['ceiling']:.2f} for perfect patches. Pairs of "
                 f"patches within an object share a group in {same[0]:.2f} of cases, pairs across "
                 f"objects in {same[1]:.2f}. Why, and remedies: [docs/explain.md](docs/explain.md)."

@@ -9,6 +9,7 @@ import ast
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ from rules import (
 from scipy.stats import rankdata
 from study import Block, Measure, Row, Study
 
-from sparsejepa.report.summary import ENOUGH_SEEDS, LEVEL, compare, mean_sd, outcome
+from sparsejepa.report.summary import ENOUGH_SEEDS, LEVEL, choose, compare, mean_sd, outcome
 
 Judge = Callable[[Study, bool], list[Sign]]  # the bool: at full scale (GPU)
 
@@ -145,12 +146,6 @@ def explained(name: str, floors: Sequence[str], section: str = "") -> Judge:
     return judge
 
 
-def means(block: Block, pattern: str, measure: Measure = CIFAR100) -> dict[str, float]:
-    """Return the mean of a measure over the seeds of each arm that has one."""
-    arms = {arm: block.values(arm, measure) for arm in block.matching(pattern)}
-    return {arm: mean_sd(values)[0] for arm, values in arms.items() if values}
-
-
 def structure(study: Study, gpu: bool) -> list[Sign]:
     """More lambda leaves fewer groups per latent."""
     return fewer_groups(block_of(study, 3, gpu))
@@ -188,9 +183,9 @@ def best_gain(block: Block | None) -> list[Sign]:
     """The penalised arm with the highest mean, of those with the most seeds, against lam=0."""
     arm, count = pick(block) if block else ("", 0)
     if block is None or not arm:
-        return [Sign("queued", UNTESTED)]
+        return [Sign("queued", UNTESTED, needed=True)]
     sign = difference(block, arm, "lam=0", CIFAR100, level=1 - (1 - LEVEL) / count)
-    return [Sign(f"best of {count}, {sign.text}", sign.verdict)]
+    return [replace(sign, text=f"best of {count}, {sign.text}")]
 
 
 def lambdas(study: Study, gpu: bool) -> list[Sign]:
@@ -212,9 +207,15 @@ def group_counts(study: Study, gpu: bool) -> list[Sign]:
     block = block_of(study, 6, gpu)
     pattern = f"{SPARSE}|{SPARSE}+num_groups=*"
     arms = block.matching(pattern) if block else []
-    found = means(block, pattern) if block else {}
-    if block is None or len(found) < 2:
+    values = {arm: block.values(arm, CIFAR100) for arm in arms} if block else {}
+    values = {arm: found for arm, found in values.items() if found}
+    if block is None or len(values) < 2:
         return [Sign("queued", UNTESTED)] if arms else []
+    rivals = choose(values)[1]
+    shared = set.intersection(*(set(values[arm]) for arm in rivals))
+    found = {arm: mean_sd({s: values[arm][s] for s in shared})[0] for arm in rivals if shared}
+    if len(found) < 2:
+        return [Sign("too few arms have the most seeds", UNTESTED)]
     high, low = max(found, key=lambda arm: found[arm]), min(found, key=lambda arm: found[arm])
     pairs = len(found) * (len(found) - 1) // 2
     sign = difference(block, high, low, CIFAR100, level=1 - (1 - LEVEL) / pairs)
@@ -325,7 +326,7 @@ def nearer(study: Study, gpu: bool) -> list[Sign]:
         found = interaction(block, SPARSE, control, CIFAR10, far)
         shown = far.difference(found) if found else "queued"
         text = f"({SPARSE} minus {control}) on {CIFAR10.title} less on {far.title}: {shown}"
-        signs.append(Sign(text, judged(found)))
+        signs.append(Sign(text, judged(found), needed=control == "lam=0"))
     return signs
 
 

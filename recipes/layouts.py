@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from study import Block, Measure, Row, accuracy, number
 
-from sparsejepa.report.summary import LEVEL, Interval, compare, mean_sd, outcome
+from sparsejepa.report.summary import LEVEL, Interval, choose, compare, outcome
 
 SPARSE = "density=0.25"  # the sparse arm of every pair, fixed before any run
 PENALISED = "lam=0.*|density=0.*"
@@ -310,14 +310,11 @@ def alarms(block: Block, arm: str) -> str:
 
 
 def pick(block: Block) -> tuple[str, int]:
-    """Return the penalised arm with the highest mean accuracy and among how many; "" if none.
-
-    Only arms with the most seeds compete: the mean of a single seed wins too easily.
-    """
+    """Return the penalised arm that `choose` takes and among how many; "" if none."""
     found = {arm: block.values(arm, CIFAR100) for arm in block.matching(PENALISED)}
-    most = max(map(len, found.values()), default=0)
-    means = {arm: mean_sd(v)[0] for arm, v in found.items() if v and len(v) == most}
-    return (max(means, key=lambda arm: means[arm]) if means else ""), len(means)
+    found = {arm: values for arm, values in found.items() if values}
+    arm, rivals = choose(found) if found else ("", [])
+    return arm, len(rivals)
 
 
 def best(block: Block) -> str:

@@ -22,6 +22,9 @@ class Sign:
 
     text: str
     verdict: str
+    needed: bool = False
+    """Whether the claim cannot hold even in part while this is open: a gain of sparsity is one over
+    lam=0, the same model without the penalty, whatever it is over dense."""
 
 
 FEW_SEEDS, FEW_ARMS = 3, 8  # the least for a verdict that no sign of a difference gives
@@ -34,6 +37,8 @@ def combine(signs: Sequence[Sign]) -> str:
     found = {sign.verdict for sign in signs}
     if FAILS in found:
         return FAILS
+    if any(sign.needed and sign.verdict == UNTESTED for sign in signs):
+        return UNTESTED
     if found == {HOLDS}:
         return HOLDS
     return PART if found & {HOLDS, PART} else UNTESTED
@@ -86,13 +91,13 @@ def difference(
     block: Block, arm: str, control: str, measure: Measure, sign: int = 1, level: float = LEVEL
 ) -> Sign:
     """Judge one difference by its interval."""
-    interval = block.difference(arm, control, measure, level)
+    interval, needed = block.difference(arm, control, measure, level), control == "lam=0"
     head = f"{measure.title}: {arm} minus {control}"
     if interval is None:
         state = "queued" if {arm, control} <= set(block.planned) else "not planned"
-        return Sign(f"{head} {state}", UNTESTED)
+        return Sign(f"{head} {state}", UNTESTED, needed)
     text = f"{head} {measure.difference(interval)}, {seeds_text(interval)}"
-    return Sign(text, judged(interval, sign))
+    return Sign(text, judged(interval, sign), needed)
 
 
 def seeds_text(interval: Interval) -> str:

@@ -312,9 +312,8 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     import torch
 
     from sparsejepa.data.stream import open_images
-    from sparsejepa.model.masks import MaskSampler
     from sparsejepa.report.page import samples_picture, sweep_pictures
-    from sparsejepa.training.build import load_images
+    from sparsejepa.training.build import build_sampler, load_images
     from sparsejepa.training.loop import read_config
     from sparsejepa.training.start import find_start
 
@@ -324,7 +323,7 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     image_set = load_images(config, find_start(config, runs[arms[-1]]))
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
-    masks = MaskSampler(grid, **vars(config.masks)).sample(SAMPLES, seed=seed, step=0)
+    masks = build_sampler(config, grid).sample(SAMPLES, seed=seed, step=0)
     opened = open_images(image_set, "cpu", 0)  # a stream has no array of all
     first = opened.take(torch.arange(SAMPLES)).numpy()
     opened.close()

@@ -64,6 +64,24 @@ def test_a_gain_needs_both_controls(dense: float, none: float, seeds: int, want:
     assert len(signs) == 2 and verdict(signs) == want
 
 
+def test_a_gain_over_dense_alone_shows_nothing_of_the_penalty() -> None:
+    rows = runs({"dense": 0.2, SPARSE: 0.23}, 5, PAIR)
+    rows += runs({"lam=0": 0.2}, 1, PAIR)  # one seed decides nothing
+    signs = judges.gain(judges.CIFAR100, (40, 45))(make_study(rows), False)
+    assert [sign.verdict for sign in signs] == [HOLDS, UNTESTED]
+    assert verdict(signs) == UNTESTED
+    apart = judges.differ(1, (SPARSE, "lam=0"), (SPARSE, "dense"))(make_study(rows), False)
+    assert verdict(apart) == UNTESTED
+    assert combine([Sign("", HOLDS), Sign("", UNTESTED)]) == PART  # where there is no such control
+
+
+def test_the_number_of_groups_is_judged_on_arms_with_the_most_seeds() -> None:
+    arms = [arm for arm in block([], 6).planned if arm.startswith(f"{SPARSE}+num_groups=")]
+    rows = runs({SPARSE: 0.2, arms[0]: 0.21}, 3) + runs({arms[1]: 0.4}, 1)
+    (sign,) = judges.group_counts(make_study(rows), False)
+    assert sign.text.startswith(f"largest of 1 differences, CIFAR-100: {arms[0]} minus {SPARSE}")
+
+
 def kept(half: float, random: float, seeds: int) -> list[dict[str, Any]]:
     rows = []
     for s in range(seeds):

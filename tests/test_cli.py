@@ -393,6 +393,10 @@ def test_masks_and_data_end_with_their_numbers(
         assert status == 0 and found["target_shapes"] == [[3, 3], [3, 4], [4, 3]]
         assert picture.read_bytes().startswith(b"\x89PNG") and "3x3, 3x4, 4x3" in err
     assert found["counts_right"] and found["blocks_whole"]
+    shares = found["target_min_over_max"]
+    status, out, _ = call(capsys, f"{command} --predictor-pass union")
+    assert status == 0 and json.loads(out)["passed"]
+    assert json.loads(out)["target_min_over_max"] != shares  # of what union trains on
 
     status, out, _ = call(capsys, "data list --json")
     names = {row["name"] for row in json.loads(out)["datasets"]}

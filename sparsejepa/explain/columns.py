@@ -1,7 +1,10 @@
 """The columns of every table: the run, a control, and the floors, each an encoder with a W.
 
-A floor is measured exactly as the run is: the untrained encoder keeps W; PCA and random zeros keep
-the encoder and put other directions in the place of W. Letters as in `readout`.
+A floor is measured exactly as the run is: the untrained encoder keeps W; PCA keeps the encoder and
+puts other directions in the place of W. Random zeros on the run's own encoder are no column: an
+encoder adapts to whatever pattern it was trained with, so even a pattern that was its random start
+beats shuffles of it. What tells is an encoder that was trained with a random pattern, as control.
+Letters as in `readout`.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from sparsejepa.explain.readout import Readout, Scale, read, read_train
 from sparsejepa.explain.subject import PostHoc, Subject, fit_groups
 from sparsejepa.interop import Encoder, folder_of, load, load_groups
 
-RUN, UNTRAINED, PCA, RANDOM = "this run", "untrained", "PCA", "random zeros"
+RUN, UNTRAINED, PCA = "this run", "untrained", "PCA"
+RANDOM, DIRECTIONS = "random zeros", "random directions"
+"""Of some measures only: groups that were fitted with random zeros, and subspaces of equal rank."""
 KMEANS, PLACES, SHUFFLED, ALL = "k-means", "places", "shuffled", "all connections"
-FLOORS = (UNTRAINED, PCA, RANDOM, KMEANS, PLACES, SHUFFLED)
+FLOORS = (UNTRAINED, PCA, RANDOM, DIRECTIONS, KMEANS, PLACES, SHUFFLED)
 """In the order of the tables. Some measures add floors of their own."""
 CEILING = "ceiling"
 """The best that any grouping of whole patches can do; no model."""
@@ -40,8 +45,6 @@ class Column:
     """[n, D]: pooled latents of the test images as the encoder gives them."""
     grid: tuple[int, int]
     """Rows and columns of patches."""
-    units: bool = True
-    """Whether single latents are units of their own here: another W leaves them as they are."""
 
 
 Columns = Mapping[str, Column]
@@ -68,10 +71,10 @@ def build_columns(
     keep = _kept(encoder)
     scale, mine = read_train(encoder, train, keep_tokens=keep // 2)
     axes = principal_axes(mine.z)
-    pca, random = _runs_of(axes, G, P), random_zeros(W, random_state)
-    # One pass for the three that share the encoder: their W are stacked.
+    pca = _runs_of(axes, G, P)
+    # One pass for the two that share the encoder: their W are stacked.
     padded = np.pad(pca, ((0, 0), (0, P - pca.shape[1]), (0, 0)))
-    stacked = torch.from_numpy(np.concatenate([W, random, padded])).float()
+    stacked = torch.from_numpy(np.concatenate([W, padded])).float()
     theirs = read(encoder, test, stacked, scale, keep_tokens=keep)
     raw, grid = _raw(theirs, scale), encoder.grid_size
 
@@ -86,27 +89,14 @@ def build_columns(
         W = fit_groups(fresh, train, posthoc, random_state).W_
     columns[UNTRAINED] = _other(fresh, W, train, test)
     # The units of PCA are the axes themselves.
-    fitted, held_out = (replace(readout, z=readout.z @ axes.T) for readout in own(2, pca))
+    fitted, held_out = (replace(readout, z=readout.z @ axes.T) for readout in own(1, pca))
     columns[PCA] = Column(pca, fitted, held_out, raw, grid)
-    columns[RANDOM] = Column(random, *own(1, random), raw, grid, units=False)
     return columns
 
 
 def principal_axes(z: np.ndarray) -> np.ndarray:
     """Return the principal axes of z [n, D] as rows, [D, D], the largest variance first."""
     return np.linalg.eigh(np.cov(z, rowvar=False))[1][:, ::-1].T.astype(np.float32)
-
-
-def random_zeros(W: np.ndarray, random_state: int = 0) -> np.ndarray:
-    """Return random directions with W's block norms [G, D] shuffled among each latent's groups.
-
-    Every latent keeps its number of groups, so density and groups per latent are those of W.
-    """
-    rng = np.random.default_rng(random_state)
-    norms = rng.permuted(np.linalg.norm(W, axis=1), axis=0)
-    directions = rng.standard_normal(W.shape)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return (directions * norms[:, None]).astype(W.dtype)
 
 
 def _runs_of(axes: np.ndarray, num_groups: int, group_dim: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from sparsejepa.evaluation.classifiers import LogisticProbe
 from sparsejepa.evaluation.estimate import Estimate, from_draws
 from sparsejepa.evaluation.features import pixel_features
 from sparsejepa.evaluation.objects import patch_labels
-from sparsejepa.explain.columns import RANDOM, RUN, SHUFFLED, Column
+from sparsejepa.explain.columns import DIRECTIONS, RUN, SHUFFLED, Column
 from sparsejepa.explain.readout import evenly, read, read_train
 from sparsejepa.explain.subject import Subject
 from sparsejepa.interop import Encoder, load, load_groups
@@ -161,11 +161,11 @@ def gallery(
             MeasureRow(
                 "Groups and factors", SILENCED,
                 f"share of {target} labels that a linear probe no longer gets when what one group "
-                "reads is projected out, mean over groups; random: subspaces of equal rank",
+                "reads is projected out, mean over groups; random directions: of equal rank",
                 "",
                 {
                     RUN: from_draws(drop, drops),
-                    RANDOM: Estimate(float(np.mean([s.chance for s in silenced]))),
+                    DIRECTIONS: Estimate(float(np.mean([s.chance for s in silenced]))),
                 },
             )
         )  # fmt: skip

@@ -65,14 +65,12 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         "", {
             name: Estimate(information.rankme(column.raw))
             for name, column in columns.items()
-            if column.units and name != PCA
+            if name != PCA
         },
     )  # fmt: skip
 
     shares = {
-        name: variance_shares(column.test.tokens)
-        for name, column in columns.items()
-        if column.units and name != PCA
+        name: variance_shares(column.test.tokens) for name, column in columns.items() if name != PCA
     }
     for i, (name, about) in enumerate(
         {
@@ -84,7 +82,9 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         values = {column: Estimate(share[i]) for column, share in shares.items()}
         yield MeasureRow(section, name, f"share of the tokens' variance: {about}", "", values)
 
-    def each(measure: Callable[[Column], Estimate], wanted: Callable[[Column], bool]) -> Values:
+    def each(
+        measure: Callable[[Column], Estimate], wanted: Callable[[Column], bool] = lambda c: True
+    ) -> Values:
         return {name: measure(c) for name, c in columns.items() if wanted(c)}
 
     yield MeasureRow(
@@ -92,7 +92,7 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         "Gaussian-copula multi-information of the pooled latents, bias removed; lower is less "
         "shared. PCA shows what is left without linear dependence",
         "nats",
-        each(lambda c: information.total_correlation(c.test.z), lambda c: c.units),
+        each(lambda c: information.total_correlation(c.test.z)),
     )  # fmt: skip
     yield MeasureRow(
         section, "total correlation, groups",
@@ -125,19 +125,19 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
     yield MeasureRow(
         section, "5 axes, Gaussian copula",
         "total correlation of the first five principal axes, 2,000 images", "nats",
-        each(lambda c: information.total_correlation(few(c)), lambda c: c.units),
+        each(lambda c: information.total_correlation(few(c))),
     )  # fmt: skip
     yield MeasureRow(
         section, "5 axes, Kraskov",
         "the same by nearest neighbours (k = 3): the difference is dependence that a Gaussian "
         "copula does not see",
-        "nats", each(lambda c: information.ksg_total_correlation(few(c)), lambda c: c.units),
+        "nats", each(lambda c: information.ksg_total_correlation(few(c))),
     )  # fmt: skip
     yield MeasureRow(
         section, "density-ratio score",
         "a classifier's bound on the latents' multi-information; for ranking columns only",
         "nats",
-        each(lambda c: information.density_ratio_total_correlation(c.test.z), lambda c: c.units),
+        each(lambda c: information.density_ratio_total_correlation(c.test.z)),
     )  # fmt: skip
 
 
@@ -174,10 +174,9 @@ def disentanglement_rows(
     """
     levels: dict[str, dict[str, dict[str, Estimate]]] = {"latents": {}, "groups": {}}
     for name, column in columns.items():
-        if column.units:
-            levels["latents"][name] = disentangle.disentanglement(
-                column.train.z, train, column.test.z, test, quick=quick
-            )
+        levels["latents"][name] = disentangle.disentanglement(
+            column.train.z, train, column.test.z, test, quick=quick
+        )
         if column.W is not None:
             G, P, _ = column.W.shape
             vectors = (part.vectors.reshape(-1, G * P) for part in (column.train, column.test))

@@ -11,7 +11,7 @@ from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
 from sparsejepa.explain.subject import Subject
 from sparsejepa.model.jepa import make_targets
-from sparsejepa.model.masks import MaskSampler
+from sparsejepa.training.build import build_sampler
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def masked_r2(
     loss = subject.config.loss
     groups = subject.groups.to(device)
     source = DeviceImages(images, device)
-    sampler = MaskSampler(encoder.grid_size, **vars(subject.config.masks))
+    sampler = build_sampler(subject.config, encoder.grid_size)
     N = encoder.grid_size[0] * encoder.grid_size[1]
 
     targets, errors = [], []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsejepa.evaluation.estimate import Estimate
-from sparsejepa.explain.columns import ALL, FLOORS, RANDOM, RUN
+from sparsejepa.explain.columns import ALL, DIRECTIONS, FLOORS, RANDOM, RUN
 from sparsejepa.explain.groups import SILENCED
 from sparsejepa.explain.subject import Subject
 from sparsejepa.report.explain import MeasureRow
@@ -54,6 +54,12 @@ def verdict(subject: Subject, rows: Sequence[MeasureRow], left_out: Sequence[str
                 "The learned pattern of zeros predicts hidden patches no better than random "
                 "patterns like it: do not read meaning into which latent feeds which group."
             )
+    elif not nonzero.all():
+        remarks.append(
+            "The encoder adapted to its pattern of zeros, whichever it is. Whether the learned one "
+            "is worth more than a random one shows beside a run that was trained with --pattern "
+            "random and the same density: give it as --control, or to `sparsejepa compare`."
+        )
     if nonzero.all():
         remarks.append(
             "No connection is zero: every latent feeds every group, so the groups differ by their "
@@ -90,7 +96,7 @@ def _second(subject: Subject, named: Mapping[str, Mapping[str, Estimate]]) -> st
         else:
             text = "There are no object masks and no prediction to judge the groups of patches by"
     silence = named.get(SILENCED, {})
-    cost, chance = silence.get(RUN), silence.get(RANDOM)
+    cost, chance = silence.get(RUN), silence.get(DIRECTIONS)
     if cost is not None and chance is not None and cost.value is not None:
         text += "; to silence one costs the probe "
         if _above(cost, chance):

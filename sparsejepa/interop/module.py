@@ -3,7 +3,7 @@
 A group's activation is ||W^(g) z|| / rms_g: how strongly the group is excited, in units of its own
 root mean square over training images, so that groups compare. z is what enters W: the mean token of
 an image for region groups, each patch's token for concept and feature groups, normalised per latent
-with the running statistics of the map.
+with the statistics that the map holds (`measure_norm`).
 
 Letters: B images, N patches, D latents, G groups, P group width.
 """
@@ -29,6 +29,7 @@ from sparsejepa.interop.runs import GROUPS, load_groups, save_encoder, save_grou
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, Kind, group_norms
 from sparsejepa.model.losses import full
+from sparsejepa.model.masks import MaskSampler
 
 MAY_BE_GONE = [GROUPS, PAGE]
 """Files of an earlier model that a later one may be without: an upload removes them."""
@@ -89,6 +90,38 @@ class GroupActivations(nn.Module):
         """Map what enters W, [..., D], to activations [..., G]."""
         z = (z - self.mean) * self.scale
         return group_norms(self.W, z) * self.unit
+
+
+@torch.no_grad()
+def measure_norm(
+    encoder: Encoder, groups: GroupMap, sampler: MaskSampler, batches: Iterable[Tensor]
+) -> None:
+    """Give a map the mean and variance [D] of what it sees of a frozen encoder.
+
+    That is the context tokens under masks of `sampler`, of region groups their mean. Training
+    collects them of the context encoder; the EMA encoder, which is read afterwards, gives others.
+
+    Args:
+        batches: uint8 images [B, H, W, 3].
+
+    Raises ValueError if there is no image.
+    """
+    norm, count = groups.norm, 0
+    assert norm.running_mean is not None and norm.running_var is not None
+    moments = torch.zeros(2, len(norm.running_mean), dtype=torch.float64)
+    model: Any = encoder.model
+    for step, images in enumerate(batches):
+        context = sampler.sample(len(images), seed=0, step=step, device=encoder.device).context
+        z = full(model(encoder.pixels(images), context))
+        z = z.mean(1) if groups.kind == "region" else z.flatten(0, 1)
+        variance, mean = (x.cpu().double() for x in torch.var_mean(z, 0, correction=0))
+        moments += len(z) * torch.stack([mean, variance + mean.square()])
+        count += len(z)
+    if count == 0:
+        raise ValueError("no images to measure groups on")
+    mean, power = moments / count
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(power - mean.square())
 
 
 def measure_rms(encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor]) -> Tensor:

@@ -95,21 +95,38 @@ def _coverage(sampler: MaskSampler, random: np.random.Generator | None) -> _Cove
                 block, seen = blocks[plan.context], visible[plan.context]
                 enough = seen >= plan.count
                 feasible[plan] += float(enough.mean(1).sum())
-                target[plan] += enough.mean(1) @ hidden
                 taken = np.where(enough, plan.count / np.maximum(seen, 1), 0)  # share in context
                 context[plan] += (taken.T @ shown * block).mean(0)
+                kept, added = _merged(sampler, plan, hidden.sum(1))
+                target[plan] += (kept * enough.mean(1)) @ hidden
+                target[plan] += (added * enough.mean(1)) @ shown
+                target[plan] -= ((added[:, None] * taken).T @ shown * block).mean(0)
         single = covered.mean(0)  # the last resort: one place for all M blocks, the whole grid
         for plan in plans:
             none = (1 - feasible[plan] / total) ** tries
             given = (1 - none) / feasible[plan] if feasible[plan] else 0.0
             left = plan.count / (patches - math.prod(shape))
+            kept, added = _merged(sampler, plan, np.array(math.prod(shape)))
             found[plan] = (
                 given * context[plan] + none * left * (1 - single),
-                given * target[plan] + none * single,
+                given * target[plan] + none * (kept * single + added * (1 - left) * (1 - single)),
                 none,
             )
     columns = zip(*(found[plan] for plan in sampler.plans), strict=True)
     return _Coverage(*(np.array(column) for column in columns))
+
+
+def _merged(
+    sampler: MaskSampler, plan: StepPlan, covered: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities that a target holds a patch of its blocks, and another hidden one.
+
+    `covered`: how many patches the blocks cover. 1 and 0 unless targets are merged.
+    """
+    if sampler.union is None:
+        return np.ones(covered.shape), np.zeros(covered.shape)
+    size, others = sampler.union[plan], math.prod(sampler.grid_size) - plan.count - covered
+    return np.minimum(1, size / covered), (size - covered).clip(0) / np.maximum(others, 1)
 
 
 @dataclass(frozen=True)
@@ -159,7 +176,7 @@ class CoverageAudit:
     counts_right: bool
     """Every image had exactly the planned number of context patches, all different."""
     blocks_whole: bool
-    """Every target was a whole block of the planned shape."""
+    """Every target was a whole block of the planned shape; merged, as many patches as planned."""
     disjoint: bool
     """No context patch was in a target."""
     last_resort: float
@@ -233,7 +250,10 @@ def audit(
         context = torch.zeros(batch_size, patches).scatter_(1, masks.context, 1.0)
         target = torch.zeros(batch_size, patches).scatter_(1, masks.targets.flatten(1), 1.0)
         counts_right &= bool((context.sum(1) == plan.count).all())
-        blocks_whole &= _whole_blocks(masks.targets, sampler, plan.target)
+        if sampler.union is None:
+            blocks_whole &= _whole_blocks(masks.targets, sampler, plan.target)
+        else:
+            blocks_whole &= bool((target.sum(1) == sampler.union[plan]).all())
         disjoint &= not bool((context * target).any())
         use[:, step] = context.mean(0), target.mean(0)
 

@@ -26,8 +26,8 @@ from sparsejepa.model.losses import full
 Kind = Literal["region", "concept", "feature"]
 
 # Block norms start at 1/sqrt(G) give or take 14 %. Exactly equal norms are a fixed point of the
-# spherical prox; with this spread thresholds that sum to 0.06, 0.6 and 6 leave 16, 10 and 1 of 16
-# groups per latent, whatever the group width.
+# spherical prox. With this spread the prox alone, without data, leaves 16, 10 and 1 of 16 groups
+# per latent for thresholds that sum to 0.06, 0.6 and 6: those that began largest.
 _SPREAD = 0.14
 # Without the sphere a block loses lr * lam per step outright; from this scale it survives a total
 # threshold of 4/sqrt(G) (oi-VAE starts W large as well).

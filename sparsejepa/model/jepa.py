@@ -287,16 +287,20 @@ class SparseJEPA(nn.Module):
     def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return (matrices, the rest) of all that AdamW trains: everything but W and the target.
 
-        Weight decay belongs to the first list only, to which learned positions and the class token
-        do not count.
+        Weight decay belongs to the first list only: the weights of linear and convolution layers
+        and the group networks' matrices. Biases, norms, tokens and positions are the rest, whatever
+        their shape.
         """
-        w = self.groups.W if self.groups is not None else None
+        groups = self.groups
+        matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        matrices += groups.networks.weights() if groups is not None else []
+        decays = {id(p) for p in matrices}
+        w = groups.W if groups is not None else None
         trained = [p for p in self.parameters() if p.requires_grad and p is not w]
-        encoder = self.context_encoder
-        places = {id(encoder.pos_embed), id(encoder.cls_token)}
-        decays = [p.ndim >= 2 and id(p) not in places for p in trained]
-        matrices = [p for p, decay in zip(trained, decays, strict=True) if decay]
-        return matrices, [p for p, decay in zip(trained, decays, strict=True) if not decay]
+        return (
+            [p for p in trained if id(p) in decays],
+            [p for p in trained if id(p) not in decays],
+        )
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ class MaskSampler:
     Attributes:
         target_shapes, context_counts: what the steps are drawn from.
         plans: every `StepPlan` with its probability.
+        union: U of every plan; None unless targets are merged.
 
     Raises:
         UserError: if a setting is impossible, or leaves too little context on this grid.
@@ -110,7 +111,7 @@ class MaskSampler:
         for plan in sorted(self.plans, key=lambda p: (-math.prod(p.target), -p.count)):
             if plan.count == self.context_counts[-1]:
                 self._check(plan, "--context-counts" if context_counts else "--target-scale")
-        self._union = {plan: self._mean_union(plan) for plan in self.plans} if merge else None
+        self.union = {plan: self._mean_union(plan) for plan in self.plans} if merge else None
 
     def _check(self, plan: StepPlan, counts_flag: str) -> None:
         """Raise UserError where the last resort fails, or is what most images would need."""
@@ -169,12 +170,13 @@ class MaskSampler:
         keys = torch.rand(visible.shape, generator=draw, device=draw.device)
         context = keys.masked_fill(~visible, -1.0).topk(plan.count, sorted=False).indices
         context = context.sort().values
-        if self._union is None:
+        if self.union is None:
             return Masks(context, index[place])
-        # In [1, 2] for the union, below 1 for the rest, -1 for the context.
+        # In [1, 2] for the union, below 1 for the rest, -1 for the context. New ones: the old keys
+        # of what the context left are small.
         covered = cover(index, keys.shape[1])[place].any(1)
-        keys = (keys + covered).scatter_(1, context, -1.0)
-        union = keys.topk(self._union[plan], sorted=False).indices
+        keys = torch.rand(visible.shape, generator=draw, device=draw.device) + covered
+        union = keys.scatter_(1, context, -1.0).topk(self.union[plan], sorted=False).indices
         return Masks(context, union.sort().values[:, None])
 
     def _choose(

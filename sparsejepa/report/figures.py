@@ -212,7 +212,8 @@ def samples_figure(
 ) -> Figure:  # fmt: skip
     """Images [n, H, W, 3] uint8 above what the context encoder sees of them.
 
-    contexts[i] [C] and targets[i] [M, K] are patch indices; target blocks are outlined.
+    contexts[i] [C] and targets[i] [M, K] are patch indices; target blocks are outlined, a merged
+    target patch by patch.
     """
     n, height, width = images.shape[:3]
     ph, pw = height // grid_size[0], width // grid_size[1]
@@ -226,18 +227,25 @@ def samples_figure(
             axes[0, i].imshow(images[i], interpolation="none")
             axes[1, i].imshow(np.where(mask, images[i], 150), interpolation="none")
             for j, block in enumerate(np.asarray(targets[i])):
-                row, col = block.min() // grid_size[1], (block % grid_size[1]).min()
-                rows = block.max() // grid_size[1] - row + 1
-                cols = (block % grid_size[1]).max() - col + 1
-                axes[1, i].add_patch(
-                    Rectangle(
-                        (col * pw - 0.5, row * ph - 0.5), cols * pw, rows * ph,
-                        fill=False, lw=1.6, ec=COLOURS[j % len(COLOURS)],
-                    )
-                )  # fmt: skip
+                for row, col, rows, cols in _rectangles(block, grid_size[1]):
+                    axes[1, i].add_patch(
+                        Rectangle(
+                            (col * pw - 0.5, row * ph - 0.5), cols * pw, rows * ph,
+                            fill=False, lw=1.6, ec=COLOURS[j % len(COLOURS)],
+                        )
+                    )  # fmt: skip
         for ax in axes.flat:
             ax.set_axis_off()
     return figure
+
+
+def _rectangles(patches: np.ndarray, across: int) -> list[tuple[int, int, int, int]]:
+    """Return row, column and sides of the block that patches fill, or else of each patch."""
+    row, col = patches // across, patches % across
+    rows, cols = np.ptp(row) + 1, np.ptp(col) + 1
+    if rows * cols == len(patches):
+        return [(row.min(), col.min(), rows, cols)]
+    return [(r, c, 1, 1) for r, c in zip(row, col, strict=True)]
 
 
 def save_png(figure: Figure, path: Path) -> Path:

@@ -100,7 +100,10 @@ def _map(
 
 
 def mask_preview_figure(sampler: MaskSampler, path: Path, count: int = 16, seed: int = 0) -> None:
-    """Write a PNG of `count` masks of steps 0, 1, ...: context filled, target blocks outlined."""
+    """Write a PNG of `count` masks of steps 0, 1, ...: context filled, target blocks outlined.
+
+    Merged targets are outlined patch by patch.
+    """
     import matplotlib
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -135,10 +138,13 @@ def mask_preview_figure(sampler: MaskSampler, path: Path, count: int = 16, seed:
             ax.hlines(range(rows + 1), 0, cols, color="white", lw=0.7, zorder=1)
             ax.vlines(range(cols + 1), 0, rows, color="white", lw=0.7, zorder=1)
             ax.set(xlim=(-0.1, cols + 0.1), ylim=(rows + 0.1, -0.1))
-            for i, block in enumerate(targets):
+            if sampler.union is None:
+                outlined = [(block[0], plan.target) for block in targets]
+            else:
+                outlined = [(patch, (1, 1)) for patch in targets[0]]
+            for i, (patch, (height, width)) in enumerate(outlined):
                 inset = 0.08 + 0.12 * (i % 4)  # so that no block hides another's outline
-                top, left = block[0] // cols, block[0] % cols
-                height, width = plan.target
+                top, left = patch // cols, patch % cols
                 ax.add_patch(
                     Rectangle(
                         (left + inset, top + inset), width - 2 * inset, height - 2 * inset,

@@ -192,9 +192,9 @@ def samples_picture(images: np.ndarray, masks: Masks, grid_size: tuple[int, int]
         "samples",
         samples_figure(images, list(contexts), list(targets), grid_size),
         "Training images, and below each what the context encoder sees of it at one step; the "
-        "outlined blocks are predicted.",
+        "outlined patches are predicted.",
         f"{len(images)} training images above their masked versions: {contexts.shape[1]} of "
-        f"{grid_size[0] * grid_size[1]} patches are visible, {targets.shape[1]} target blocks are "
+        f"{grid_size[0] * grid_size[1]} patches are visible, those that are predicted are "
         "outlined.",
     )
 

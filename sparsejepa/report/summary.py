@@ -269,7 +269,7 @@ def verdict(summary: Summary) -> Verdict:
     """Say what the best sparse arm did against lam=0 and against dense.
 
     The measure is the first one on which the controls beat their untrained floor. The arm is the
-    one with the highest mean, and because it was chosen among k its interval is widened to level
+    one that `choose` takes, and because it was chosen among k its interval is widened to level
     1 - 0.05/k (Bonferroni).
     """
     sparse = [a for a in summary.arms if a.sparse and a.accuracy]
@@ -296,8 +296,21 @@ def verdict(summary: Summary) -> Verdict:
     if not sparse:
         text = f"No verdict: no arm with a penalty was probed on {measure}."
         return Verdict(None, measure, {}, text, tuple(remarks))
-    best = max(sparse, key=lambda a: mean_sd(a.accuracy[measure])[0])
-    count = len(sparse)
+    probed = {arm.name: arm.accuracy[measure] for arm in sparse}
+    chosen, rivals = choose(probed)
+    left_out = [f"{name} ({len(probed[name])})" for name in probed if name not in rivals]
+    most = len(probed[rivals[0]])
+    remarks += [
+        f"Left out of the choice, as they have fewer than {most} seeds: {', '.join(left_out)}."
+    ][: len(left_out)]
+    if not chosen:
+        text = (
+            f"No verdict: {' and '.join(rivals)} share no seed on {measure}, so none of them can "
+            "be called the best. Run the missing seeds."
+        )
+        return Verdict(None, measure, {}, text, tuple(remarks))
+    best = next(arm for arm in sparse if arm.name == chosen)
+    count = len(rivals)
     outcomes: dict[str, str] = {}
     clauses = []
     seeds = len(best.accuracy[measure])
@@ -310,9 +323,9 @@ def verdict(summary: Summary) -> Verdict:
         detail = f"{percent(values)} %, {difference(interval)} points"
         said = f"{found} against" if interval.n > 1 else "against"
         clauses.append(f"{said} {control.name} ({detail})")
-    chosen = f"the best of {count} sparse arms, {best.name}," if count > 1 else best.name
+    subject = f"the best of {count} sparse arms, {best.name}," if count > 1 else best.name
     reached = percent(best.accuracy[measure])
-    text = f"On {measure}, {chosen} reaches {reached} %: {' and '.join(clauses)}."
+    text = f"On {measure}, {subject} reaches {reached} %: {' and '.join(clauses)}."
     kept, groups = best.structure.get("density"), best.structure.get("groups_per_latent")
     if kept and groups:
         text += (
@@ -329,6 +342,22 @@ def verdict(summary: Summary) -> Verdict:
             "widened for that choice (Bonferroni); those in the table are not."
         )
     return Verdict(best.name, measure, outcomes, text, tuple(remarks))
+
+
+def choose(values: Mapping[str, BySeed]) -> tuple[str, list[str]]:
+    """Return the arm with the highest mean and the arms that it was chosen among.
+
+    Only arms with the most seeds compete, on the seeds that they share: a mean of fewer seeds wins
+    by luck. The first is "" if they share none.
+
+    Raises ValueError if there is no arm.
+    """
+    most = max(map(len, values.values()))
+    rivals = [arm for arm, found in values.items() if len(found) == most]
+    shared = set.intersection(*(set(values[arm]) for arm in rivals))
+    if not shared:
+        return "", rivals
+    return max(rivals, key=lambda arm: sum(values[arm][seed] for seed in shared)), rivals
 
 
 def outcome(interval: Interval) -> str:

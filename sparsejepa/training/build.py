@@ -91,6 +91,16 @@ def total_steps(config: Config, num_images: int) -> int:
     return config.optim.steps or config.optim.epochs * (num_images // config.optim.batch_size)
 
 
+def build_sampler(config: Config, grid_size: tuple[int, int]) -> MaskSampler:
+    """Return the sampler of a run's masks on a grid of patches (rows, columns).
+
+    The one place that makes it: what previews, audits and scores draw is what is trained. Raises
+    UserError for masks that are impossible on this grid.
+    """
+    merge = config.model.predictor_pass == "union"
+    return MaskSampler(grid_size, **vars(config.masks), merge=merge)
+
+
 def build_model(
     config: Config, img_size: tuple[int, int], total: int, start: Start | None = None
 ) -> SparseJEPA:
@@ -105,16 +115,7 @@ def build_model(
     patch = config.model.patch_size
     grid = (img_size[0] // patch, img_size[1] // patch)
     out_dim = 3 * patch**2 if config.loss.predict == "pixels" else width
-    masks = config.masks
-    sampler = MaskSampler(
-        grid,
-        num_targets=masks.num_targets,
-        target_scale=masks.target_scale,
-        target_aspect_ratio=masks.target_aspect_ratio,
-        context_scale=masks.context_scale,
-        context_counts=masks.context_counts,
-        merge=config.model.predictor_pass == "union",
-    )
+    sampler = build_sampler(config, grid)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, 0, "init-encoder"))
         if start is not None:

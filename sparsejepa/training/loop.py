@@ -7,6 +7,7 @@ decide alike. The main one prints and writes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import signal
 import time
@@ -38,7 +39,7 @@ from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
-from sparsejepa.interop.module import measure_rms
+from sparsejepa.interop.module import measure_norm, measure_rms
 from sparsejepa.lock import LOCK, run_lock
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
@@ -48,6 +49,7 @@ from sparsejepa.training.build import (
     arm_name,
     build_augment,
     build_model,
+    build_sampler,
     default_run_dir,
     load_images,
     total_steps,
@@ -69,8 +71,8 @@ from sparsejepa.training.schedule import Schedule
 from sparsejepa.training.start import FROM_START, START, find_start, license_of
 from sparsejepa.training.step import TERMS, TrainStep
 
-MEASURED = 1024
-"""Training images over which the groups' units are measured, at most."""
+MEASURED = 2048
+"""Training images over which what the groups see and their units are measured, at most."""
 SKIPPED = "skipped.txt"
 """File and reason, a line each, of images that could not be read while training."""
 
@@ -321,7 +323,7 @@ def _finish(
     groups: GroupMap | None,
     summary: dict[str, Any],
 ) -> None:
-    """Write the encoder, the groups with their units and, last of all, summary.json."""
+    """Write the encoder, the groups with statistics of it and, last of all, summary.json."""
     about: dict[str, Any] = {"data": config.data, "arm": arm_name(config), "seed": config.run.seed}
     if license := license_of(run_dir, config):
         about["license"] = license
@@ -337,6 +339,10 @@ def _finish(
         mean, std = image_set.mean, image_set.std
         frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
         frozen.to(groups.W.device)
+        groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
+        looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
+        sampler = build_sampler(config, frozen.grid_size)
+        measure_norm(frozen, groups, sampler, images.batches(looks.split(64)))
         rms = measure_rms(frozen, groups, images.batches(index.split(64)))
         save_groups(run_dir, groups, rms)
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))

@@ -67,6 +67,7 @@ def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
         "target_blocks": config.masks.num_targets,
         "target_shapes": [list(shape) for shape in sampler.target_shapes],
         "context_counts": list(sampler.context_counts),
+        "merged_targets": sorted(set((sampler.union or {}).values())),
         "precision": train_step.precision,
         "device": str(device),
         "images_per_second": batch / seconds,

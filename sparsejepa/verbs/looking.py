@@ -106,6 +106,8 @@ class Masks(Verb):
     patch_size: int = 4
     """Side of a patch in pixels."""
     masks: MaskConfig = field(default_factory=MaskConfig)
+    predictor_pass: Literal["blocks", "packed", "union"] = "blocks"
+    """As in pretrain: union merges the target blocks."""
     batch_size: int = 256
     """Images per step of the audit."""
     batches: int = 200
@@ -121,15 +123,17 @@ class Masks(Verb):
 def masks(args: Masks, console: Console) -> dict[str, Any]:
     """Write the picture and print the numbers."""
     check_counts(args, "batch_size", "batches", "count")
-    config = Config(masks=args.masks).replace(img_size=args.img_size, patch_size=args.patch_size)
+    config = Config(masks=args.masks).replace(
+        img_size=args.img_size, patch_size=args.patch_size, predictor_pass=args.predictor_pass
+    )
     size = image_size(args.img_size) or (32, 32)
     config.check().check_image(size)
     from sparsejepa.model.coverage import audit
-    from sparsejepa.model.masks import MaskSampler
     from sparsejepa.report.masks import mask_audit_figure, mask_preview_figure
+    from sparsejepa.training.build import build_sampler
 
     grid = (size[0] // args.patch_size, size[1] // args.patch_size)
-    sampler = MaskSampler(grid, **vars(args.masks))
+    sampler = build_sampler(config, grid)
     out = args.out or Path(f"masks-{args.action}.png")
     found: dict[str, Any] = {
         "out": out,

@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
-from sparsejepa.explain.columns import principal_axes, random_zeros
+from sparsejepa.explain.columns import principal_axes
 from sparsejepa.explain.prediction import masked_r2
 from sparsejepa.explain.readout import read, read_train, standardise
 from sparsejepa.explain.subject import PostHoc, open_subject
 from sparsejepa.model.losses import normalize_targets
-from sparsejepa.model.masks import MaskSampler
+from sparsejepa.training.build import build_sampler
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +51,6 @@ def test_constant_latents_stay_zero() -> None:
     assert z.tolist() == [[-1, 0], [1, 0]]
 
 
-@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 3), st.integers(1, 12))
-def test_random_zeros_keep_each_latents_groups(seed: int, G: int, P: int, D: int) -> None:
-    rng = np.random.default_rng(seed)
-    W = rng.standard_normal((G, P, D)) * (rng.random((G, 1, D)) < 0.4)
-    shuffled = random_zeros(W, seed)
-    norms, others = (np.sort(np.linalg.norm(w, axis=1), axis=0) for w in (W, shuffled))
-    np.testing.assert_allclose(norms, others, atol=1e-12)
-
-
 def test_principal_axes_are_scikit_learns() -> None:
     z = np.random.default_rng(0).standard_normal((500, 6)) * [5, 4, 3, 2, 1, 0.5]
     ours, theirs = principal_axes(z), PCA().fit(z).components_
@@ -75,7 +64,7 @@ def test_masked_r2_is_the_plain_computation(runs: dict[str, Path], images: Image
     groups, encoder = subject.groups, subject.encoder
     assert groups is not None and subject.config is not None and groups.cells is not None
     model: Any = encoder.model
-    sampler = MaskSampler(encoder.grid_size, **vars(subject.config.masks))
+    sampler = build_sampler(subject.config, encoder.grid_size)
     mean, std = torch.tensor(encoder.mean), torch.tensor(encoder.std)
     pixels = ((torch.as_tensor(part.images.copy()) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():

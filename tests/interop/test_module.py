@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from sparsejepa.interop.module import (
     GroupActivations,
     SparseJEPAEncoder,
     load_activations,
+    measure_norm,
     measure_rms,
 )
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.masks import MaskSampler
 
 from .exported import MEAN, STD, assert_same, open_run, pixels_for, write_run
 
@@ -69,6 +72,25 @@ def test_activations_share_nothing_with_the_map() -> None:
         groups.W.zero_()
     assert torch.equal(activations.W, before)
     assert not list(activations.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_are_those_of_what_a_map_sees(tmp_path: Path, kind: str) -> None:
+    encoder, groups = load(write_run(tmp_path / "a")), random_map(kind)
+    sampler, images = MaskSampler((4, 4), num_targets=2), uint8(20, 16, 16, 3)
+    measure_norm(encoder, groups, sampler, images.split(8))
+    model: Any = encoder.model
+    with torch.no_grad():
+        z = [
+            model(encoder.pixels(part), sampler.sample(len(part), seed=0, step=step).context)
+            for step, part in enumerate(images.split(8))
+        ]
+    seen = [x.mean(1) if kind == "region" else x.flatten(0, 1) for x in z]
+    normal = groups.norm(torch.cat(seen))
+    torch.testing.assert_close(normal.mean(0), torch.zeros(24), rtol=0, atol=1e-4)
+    torch.testing.assert_close(normal.var(0, correction=0), torch.ones(24), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="no images"):
+        measure_norm(encoder, groups, sampler, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)

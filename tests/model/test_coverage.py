@@ -44,8 +44,14 @@ def brute_force(sampler: MaskSampler) -> tuple[np.ndarray, np.ndarray]:
                 if len(block - hidden) >= plan.count
             )
             weight = probability / len(sequences)
-            target[list(hidden)] += weight
-            context[list(visible)] += weight * plan.count / len(visible)
+            seen = np.zeros(len(patches))
+            seen[list(visible)] = plan.count / len(visible)
+            context += weight * seen
+            size = len(hidden) if sampler.union is None else sampler.union[plan]
+            rest = list(patches - hidden)
+            others = max(1, len(rest) - plan.count)
+            target[list(hidden)] += weight * min(1, size / len(hidden))
+            target[rest] += weight * max(0, size - len(hidden)) / others * (1 - seen[rest])
     return context, target
 
 
@@ -56,6 +62,16 @@ def brute_force(sampler: MaskSampler) -> tuple[np.ndarray, np.ndarray]:
         ((3, 3), {"num_targets": 1, "context_scale": (0.4, 1.0), "context_counts": (3, 4)}),
         ((2, 4), {"num_targets": 2, "target_scale": (0.2, 0.5), "context_counts": (1, 2)}),
         ((3, 4), {"num_targets": 2, "target_aspect_ratio": (0.5, 0.5), "context_counts": (8,)}),
+        (
+            (3, 3),
+            {
+                "num_targets": 2,
+                "context_scale": (0.4, 1.0),
+                "context_counts": (2,),
+                "target_scale": (0.2, 0.3),
+                "merge": True,
+            },
+        ),
     ],
 )
 def test_exact_coverage_against_brute_force(grid: tuple[int, int], settings: dict) -> None:
@@ -153,6 +169,16 @@ def test_standard_errors_are_right() -> None:
     shares = np.array([found.context.share for found in audits])
     p = audits[0].context.expected
     assert (shares.var(0) / (p * (1 - p) / (24 * 16))).mean() > 1.5
+
+
+@pytest.mark.parametrize("scale", [(0.85, 1.0), (0.6, 0.6)])
+def test_audit_of_merged_targets(scale: tuple[float, float]) -> None:
+    sampler = MaskSampler((8, 8), context_scale=scale, context_counts=(10,), merge=True)
+    found = audit(sampler, batch_size=256, batches=200, seed=0)
+    assert found.passed
+    assert sampler.union is not None
+    sizes = np.array([sampler.union[plan] for plan in sampler.plans])
+    assert found.target.expected.sum() == pytest.approx(sizes @ list(sampler.plans.values()))
 
 
 class Faulty(MaskSampler):

@@ -153,6 +153,34 @@ def test_w_is_not_among_the_parameters_of_adamw() -> None:
     assert len(ids) == len(matrices) + len(rest)
 
 
+ENCODER = {"patch_embed.proj", *(f"blocks.{i}.{part}" for i in range(6) for part in (
+    "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))}  # fmt: skip
+PREDICTORS = {
+    "transformer": {"embed", "proj", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1",
+                    "blocks.0.mlp.fc2"},
+    "mlp": {"embed", "embed_position", "proj"},
+}  # fmt: skip
+NETWORKS = {"none": "", "region": "AB", "concept": "AEMB", "feature": "AEMB"}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_only_matrices_decay(kind: str, predictor: str) -> None:
+    """Not the biases that groups have one row each of, nor tokens and positions."""
+    settings = {"predictor": predictor, "predictor_depth": 1, "kl": "posterior", "groups": kind}
+    model = model_of(small(**settings))
+    with torch.no_grad():  # as an encoder has them that a run goes on from
+        model.context_encoder.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 96))
+        model.context_encoder.pos_embed.requires_grad_(True)
+    decays, _ = model.network_parameters()
+    named = {id(p): name for name, p in model.named_parameters()}
+    wanted = {f"context_encoder.{name}.weight" for name in ENCODER}
+    wanted |= {f"predictor.{name}.weight" for name in PREDICTORS[predictor]}
+    wanted |= {f"groups.networks.{letter}" for letter in NETWORKS[kind]}
+    wanted |= {"log_variance.weight"} if kind != "none" else set()
+    assert {named[id(p)] for p in decays} == wanted
+
+
 def test_region_groups_are_asked_for_every_hidden_patch() -> None:
     model = model_of(small())
     masks = model.sampler.sample(5, seed=0, step=0)

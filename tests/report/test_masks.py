@@ -34,6 +34,7 @@ def test_figures_are_written(grid: tuple[int, int], tmp_path: Path) -> None:
     audit_image, both = imread(tmp_path / "audit.png"), imread(tmp_path / "both.png")
     assert both.shape[0] == audit_image.shape[0] and both.shape[1] > audit_image.shape[1]
     preview = imread(tmp_path / "preview.png")[..., :3].reshape(-1, 3)
+    mask_preview_figure(MaskSampler(grid, num_targets=2, merge=True), tmp_path / "merged.png", 2)
     filled = np.abs(preview - np.array([0x2F, 0x6F, 0x9F]) / 255).max(1) < 0.02
     assert filled.mean() > 0.05  # the context is there to see
 

@@ -202,6 +202,8 @@ def test_samples_grey_out_hidden_patches(tmp_path: Path) -> None:
     cell = figure.axes[1].transData.transform([[3.5, -0.5], [7.5, 3.5]])
     assert block[2] == pytest.approx(abs(cell[1, 0] - cell[0, 0]))
     assert save_png(figure, tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
+    apart = samples_figure(images, [np.array([0])], [np.array([[1, 2, 3]])], (2, 2))
+    assert len(apart.axes[1].patches) == 3  # a union that is no block
 
 
 def test_a_figure_of_one_seed_and_no_floor() -> None:

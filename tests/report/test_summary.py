@@ -14,6 +14,7 @@ from scipy import stats
 from sparsejepa.report.summary import (
     Interval,
     beats,
+    choose,
     compare,
     mean_sd,
     outcome,
@@ -186,6 +187,28 @@ def test_the_best_of_many_needs_a_wider_interval() -> None:
     assert found.outcomes["lam=0"] == "no difference shown"
     assert "best of 3" in found.text
     assert any("widened" in remark for remark in found.remarks)
+
+
+def test_a_single_lucky_seed_is_not_the_best_arm() -> None:
+    lucky = {"dense": GOOD, "lam=0": GOOD, "lam=0.01": GOOD, "lam=0.1": GOOD[:1]}
+    rows = rows_of(lucky)
+    rows[-1]["probes"][0]["accuracy"] = 0.9
+    found = verdict(summarise(rows))
+    assert found.arm == "lam=0.01" and "best of" not in found.text
+    said = "Left out of the choice, as they have fewer than 5 seeds: lam=0.1 (1)."
+    assert said in found.remarks
+
+
+def test_arms_are_compared_on_the_seeds_that_they_share() -> None:
+    # Seed 9 is easy, and only the second arm ran it.
+    values = {"a": {0: 0.41, 1: 0.41, 2: 0.41}, "b": {1: 0.40, 2: 0.40, 9: 0.9}, "c": {1: 0.9}}
+    assert choose(values) == ("a", ["a", "b"])
+    assert choose({"a": {0: 0.1}, "b": {1: 0.9}}) == ("", ["a", "b"])
+    rows = rows_of({"dense": GOOD, "lam=0": GOOD, "lam=0.01": GOOD, "lam=0.1": GOOD})
+    mine = {("lam=0.01", 0), ("lam=0.1", 1)}
+    few = [r for r in rows if "lam=0." not in r["arm"] or (r["arm"], r["seed"]) in mine]
+    found = verdict(summarise(few))
+    assert found.arm is None and "share no seed" in found.text
 
 
 def test_few_seeds_are_said() -> None:

@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import sparsejepa
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
-from sparsejepa.training.build import load_images
+from sparsejepa.interop import load, load_groups
+from sparsejepa.training.build import build_model, build_sampler, load_images
 from sparsejepa.training.loop import pretrain
+from sparsejepa.training.plan import plan
 
 from .tiny import config_of
 
@@ -54,6 +59,56 @@ def test_corruption_leaves_the_data_set_itself_alone(folder: Path) -> None:
     before = [load_dataset(folder, split).fingerprint for split in ("train", "test")]
     load_images(config_of(folder, corruption="noise"))
     assert [load_dataset(folder, split).fingerprint for split in ("train", "test")] == before
+
+
+def test_masks_are_those_of_training_wherever_they_are_drawn(folder: Path) -> None:
+    config = config_of(folder, predictor_pass="union", img_size=(32,), upscale=True)
+    trained = build_model(config, (32, 32), 4).sampler
+    ours = build_sampler(config, (8, 8)).sample(5, seed=0, step=1)
+    assert all(map(torch.equal, ours, trained.sample(5, seed=0, step=1)))
+    assert trained.union is not None and ours.targets.shape[1] == 1
+    assert plan(config, timed_steps=1)["merged_targets"] == sorted(set(trained.union.values()))
+    root = Path(sparsejepa.__file__).parent
+    made = {p.relative_to(root).as_posix() for p in root.rglob("*.py")
+            if "MaskSampler(" in p.read_text().replace("class MaskSampler", "")}  # fmt: skip
+    # Groups that are fitted to frozen tokens have masks of their own.
+    own = {"training/build.py", "evaluation/posthoc.py"}
+    assert {name for name in made if not name.startswith("benchmarks/")} == own
+
+
+@pytest.mark.parametrize("kind", ["region", "concept"])
+def test_groups_are_kept_with_statistics_of_the_encoder_that_is_kept(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    """In training they are the context encoder's, which moves away from the kept one here."""
+    config = config_of(folder, groups=kind, lr=0.02, ema=0.9999, ema_final=0.9999,
+                       img_size=(32,), upscale=True)  # fmt: skip
+    out = tmp_path / "run"
+    pretrain(config, out=out)
+    encoder, images = load(out), load_images(config)
+    groups = load_groups(out, encoder.grid_size)
+    assert groups is not None and isinstance(images, ImageSet)
+    model: Any = encoder.model
+
+    def offset() -> float:
+        """The power of the mean of W^(g) z over that of W^(g) z, the largest of all groups."""
+        pixels = encoder.pixels(torch.from_numpy(images.images.copy()))
+        z = []
+        with torch.no_grad():
+            for step in range(8):
+                masks = build_sampler(config, (8, 8)).sample(len(pixels), seed=5, step=step)
+                tokens = model(pixels, masks.context)
+                z.append(tokens.mean(1) if kind == "region" else tokens.flatten(0, 1))
+        u = torch.einsum("gpd,nd->ngp", groups.W, groups.norm(torch.cat(z)))
+        return float((u.mean(0).square().sum(-1) / u.square().sum(-1).mean(0)).max())
+
+    assert offset() < 0.03
+    (checkpoint,) = (out / "checkpoints").glob("*4*/")
+    trained = load_file(next(checkpoint.glob("*.safetensors")))
+    assert groups.norm.running_mean is not None and groups.norm.running_var is not None
+    groups.norm.running_mean.copy_(trained["model.groups.norm.running_mean"])
+    groups.norm.running_var.copy_(trained["model.groups.norm.running_var"])
+    assert offset() > 0.1
 
 
 def test_shuffled_patches_must_fit_the_image(folder: Path) -> None:
