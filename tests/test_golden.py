@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,15 @@ def write(name: str, values: dict[str, Any]) -> None:
             inner = "{\n" + ",\n".join(lines) + "\n }"
         parts.append(f" {json.dumps(key)}: {inner}")
     (GOLDEN / name).write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products: more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_every_setting_that_counts_is_named() -> None:
