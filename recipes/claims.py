@@ -191,7 +191,7 @@ CLAIMS = (
 def ledger(study: Study) -> tuple[str, dict[str, dict[str, int]]]:
     """Return docs/claims.md and the number of each verdict by scale."""
     counts: dict[str, dict[str, int]] = {}
-    parts = [ABOUT]
+    parts = [ABOUT, *filter(None, [study.left_out])]
     for section in dict.fromkeys(claim.section for claim in CLAIMS):
         lines = [f"## {section}", "", "| claim | scale | verdict | evidence |", "|---|---|---|---|"]
         for claim in (c for c in CLAIMS if c.section == section):

@@ -31,7 +31,7 @@ def readme_block(study: Study, counts: Mapping[str, Mapping[str, int]]) -> str:
                     f"![{text}](docs/images/results-lambda.png)\n*{text}, small runs: table 3 of "
                     "docs/results.md names their recipes.*"
                 )
-    parts += [verdicts(counts), found_text(study), explained_text(study)]
+    parts += [study.left_out, verdicts(counts), found_text(study), explained_text(study)]
     parts += [folder_text(study), speed_text(study)]
     return "\n\n".join(part for part in parts if part)
 

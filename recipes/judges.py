@@ -342,12 +342,11 @@ def grows(study: Study, gpu: bool) -> list[Sign]:
         if small in gains and large in gains:
             text = f"gain of {SPARSE} over lam=0, {large} less {small}"
             found = compare(gains[large], gains[small])
-            one, other = blocks[small].made_by, blocks[large].made_by
+            one, other = blocks[small].made_on, blocks[large].made_on
             if found is None:
                 signs.append(Sign(f"{text}: queued", UNTESTED))
             elif one != other:
-                apart = f"{', '.join(other)} against {', '.join(one)}"
-                signs.append(Sign(f"{text}: not of one code version ({apart})", UNTESTED))
+                signs.append(Sign(f"{text}: not on one device ({other} against {one})", UNTESTED))
             else:
                 shown = f"{CIFAR100.difference(found)}, {seeds_text(found)}"
                 signs.append(Sign(f"{text}: {shown}", judged(found)))

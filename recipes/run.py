@@ -6,7 +6,9 @@ Runs with a line in --results, or in another *.jsonl beside it, are skipped; one
 Ctrl-C, SIGTERM or a kill ended goes on from its checkpoint next time. Runs that fit the minutes
 left are done, in the queue's order; with --partial others are begun then, to go on next time. A run
 whose loss is not finite gets a line that says so and is not tried again, unless --retry-failed is
-given. Several small runs may share a GPU: --jobs says how many.
+given. The encoder behind a line is kept in runs/encoders/, beside the run directories: when only
+EVAL_VERSION has been raised since, it is probed again and not trained. Several small runs may
+share a GPU: --jobs says how many.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from common import (
 from rich.console import Console
 
 from sparsejepa.config import load_toml
-from sparsejepa.environment import code_version, resolve_device
+from sparsejepa.environment import resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.results import read_beside, read_results
+from sparsejepa.results import is_current, read_beside, read_results
 from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings
 from sparsejepa.tasks import Task, row_key
@@ -123,8 +125,7 @@ class Ledger:
 
     def again(self, row: Row) -> bool:
         """Return whether a run that has this line is to be done again."""
-        failed = self._args.retry_failed and row.get("failed")
-        return bool(failed) or (self._args.redo_other_code and self._other_code(row))
+        return bool(self._args.retry_failed and row.get("failed"))
 
     def left(self, entry: Entry) -> list[Task]:
         """Return the runs of an entry that are still to do."""
@@ -223,12 +224,9 @@ class Ledger:
         failed = sum(bool(row.get("failed")) for row in rows)
         if failed:
             print(f"{_runs(failed)} failed and recorded so; --retry-failed runs them again")
-        other = sum(self._other_code(row) for row in rows)
-        if other and not self._args.redo_other_code:
-            print(
-                f"{_runs(other)} done by other code than {code_version()}, kept apart in tables; "
-                "--redo-other-code does them again"
-            )
+        other = sum(not is_current(row) for row in self._rows)
+        if other:
+            print(f"{_runs(other)} of other train or eval versions are kept and count for nothing")
 
     def _cost(self, entry: Entry, task: Task, jobs: int = 1) -> float:
         """Return the minutes to plan with: 0 if not known, or if a run was begun before.
@@ -237,9 +235,6 @@ class Ledger:
         """
         begun = task.key not in self._last and (task.run_dir / "config.toml").exists()
         return 0.0 if begun else self.minutes(entry, task, jobs) or 0.0
-
-    def _other_code(self, row: Row) -> bool:
-        return row.get("environment", {}).get("code") != code_version()
 
 
 def _name(task: Task) -> str:
@@ -303,7 +298,8 @@ def _entry(run: Row, args: argparse.Namespace) -> Entry:
                 command = shlex.join(["python", "recipes/run.py", "--only", name])
                 task = Task(one, args.runs, probes, command, arm, run["recipe"])
                 # An edited recipe makes another run, whatever is left of the one before.
-                tasks.append(replace(task, run_dir=args.runs / f"{name}-{task.key[:8]}"))
+                folder = args.runs / f"{name}-{task.run_key[:8]}"
+                tasks.append(replace(task, run_dir=folder, encoders=args.runs.parent / "encoders"))
     hardware = run.get("hardware", "CPU or GPU")
     minutes = None if args.scale == "smoke" else run.get("minutes")
     return Entry(tasks, minutes, hardware, run.get("tables", ()))
@@ -325,9 +321,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--partial", action="store_true", help="then begin runs that will not end in time"
     )
     parser.add_argument("--retry-failed", action="store_true", help="also runs that failed before")
-    parser.add_argument(
-        "--redo-other-code", action="store_true", help="also runs that other code has done"
-    )
     add_arguments(parser, "results/queue.jsonl", "runs/queue")
     args = parser.parse_args(argv)
     args.only = args.only or ["*"]

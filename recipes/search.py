@@ -19,9 +19,8 @@ import argparse
 import itertools
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -40,9 +39,8 @@ from common import (
 from rich.console import Console
 
 from sparsejepa.config import Config, load_toml
-from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
-from sparsejepa.results import read_results
+from sparsejepa.results import is_current, read_results
 from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings
 from sparsejepa.tasks import Probes, Task, row_key
@@ -62,31 +60,19 @@ def work(args: argparse.Namespace) -> int:
     """Run what is missing, rung by rung, and print what was found."""
     search = replace(read_search(args.search, smoke=args.scale == "smoke"), runs=args.runs)
     search = replace(search, config=here(args, search.config))
-    console, status, code = Console(highlight=False), 0, code_version()
-
-    def other(row: Settings) -> bool:
-        return _code(row) != code
-
+    console, status = Console(highlight=False), 0
     state = replay(read_results(args.results), search)
     if args.dry_run:
         print("\n".join(plan(search)))
     else:
-        if state.todo and state.code not in (None, code):
-            raise UserError(
-                f"{args.results}: most trials are of code {state.code or 'unknown'}, this is "
-                f"{code}, and only trials of one code are compared; go on with that one, or begin "
-                "anew with another --results"
-            )
         with stop_after(args.budget_minutes):
             while (todo := state.todo) and not status:
                 try:
-                    run_tasks(todo, args.results, jobs=args.jobs, again=other, console=console)
+                    run_tasks(todo, args.results, jobs=args.jobs, console=console)
                 except UserError as error:
                     print(f"failed: {error}")
                     status = 1
                 state = replay(read_results(args.results), search)
-                if not status and {task.key for task in todo} <= {t.key for t in state.todo}:
-                    raise UserError("the code changed while trials ran; run the same command again")
     state = replay(read_results(args.results), search)
     print("\n".join(show(state)))
     return status
@@ -123,8 +109,7 @@ def show(state: State) -> list[str]:
         lines.append(f"  {line['candidate']:40} {seeds:20} {score:18} {mark}".rstrip())
     over = "" if not state.todo else f" so far ({len(state.todo)} trials come next)"
     if state.others:
-        apart = ", ".join(f"{count} of {code or 'unknown'}" for code, count in state.others.items())
-        lines.append(f"trials of code {state.code or 'unknown'} count, not those of other: {apart}")
+        lines.append(f"{state.others} trials of other train or eval versions do not count")
     return [*lines, *(f"{arm}{over}: {text(best)}" for arm, best in state.winners.items())]
 
 
@@ -182,7 +167,7 @@ class Search:
     def placed(self, task: Task) -> Task:
         """Return a trial with a run directory of its own."""
         optim, seed = task.config.optim, task.config.run.seed
-        name = f"{task.arm}-{optim.steps}-s{seed}-{task.key[:8]}"
+        name = f"{task.arm}-{optim.steps}-s{seed}-{task.run_key[:8]}"
         return replace(task, run_dir=self.runs / name)
 
 
@@ -193,10 +178,8 @@ class State:
     lines: list[dict[str, Any]]
     todo: list[Task]
     winners: dict[str, Settings]
-    code: str | None = None
-    """That the trials which count are of, see `replay`; None if there are no trials."""
-    others: Mapping[str, int] = field(default_factory=dict)
-    """Trials left out, by their code."""
+    others: int = 0
+    """Trials of other versions, which are left out."""
 
 
 def trace(rows: Sequence[Settings], search: Search) -> list[dict[str, Any]]:
@@ -212,25 +195,14 @@ def trace(rows: Sequence[Settings], search: Search) -> list[dict[str, Any]]:
 
 
 def replay(rows: Sequence[Settings], search: Search) -> State:
-    """Follow the search through the lines of results, up to the first trials that are missing.
-
-    Only trials of one code are compared, as `environment.code_version` names it: of the code that
-    most lines are of. Lines that do not say count together, as of the code "".
-    """
+    """Follow the search through the lines of results, up to the first trials that are missing."""
     rows = [row for row in rows if row.get("recipe") == search.recipe]
-    codes = Counter(sorted(map(_code, rows)))
-    code = max(codes, key=lambda name: codes[name], default=None)
-    done = {row_key(row): row for row in rows if _code(row) == code}
-    others = {name: count for name, count in codes.items() if name != code}
-    state = State([], [], {}, code, others)
+    done = {row_key(row): row for row in rows if is_current(row)}
+    state = State([], [], {}, sum(not is_current(row) for row in rows))
     for arm in search.arms:
         state.winners[arm] = _follow(arm, search, done, state)
     state.lines.sort(key=lambda line: (line["round"], line["rung"]))  # stable: arms in order
     return state
-
-
-def _code(row: Settings) -> str:
-    return row.get("environment", {}).get("code", "")
 
 
 def _follow(arm: str, search: Search, done: Mapping[str, Settings], state: State) -> Settings:

@@ -1,12 +1,13 @@
 """The study: what is planned, what was found, and what may be averaged together.
 
-Rows are averaged and paired only within a batch: rows of one recipe, computed by the same code on
-the same kind of device, with one torch version (major.minor), and with the same settings but for
-those that the arm and the seed set.
+Rows are averaged and paired only within a batch: rows of one recipe, computed on the same kind of
+device, with one torch version (major.minor), and with the same settings but for those that the arm
+and the seed set. Rows of other train or eval versions than the current ones are counted, no more.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sparsejepa import version
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError
 from sparsejepa.report.summary import LEVEL, BySeed, Interval, compare, mean_sd
-from sparsejepa.results import read_checked
+from sparsejepa.results import is_current, read_checked, versions
 from sparsejepa.sweep import arm_settings
 from sparsejepa.tasks import row_key
 
@@ -122,9 +124,9 @@ class Block:
         return "GPU" in self.hardware
 
     @property
-    def made_by(self) -> tuple[str, str]:
-        """Code and device of the rows, see `batch`; empty without rows."""
-        return next(((code_of(row), device_of(row)) for row in self.all_rows), ("", ""))
+    def made_on(self) -> str:
+        """Device of the rows, see `batch`; empty without rows."""
+        return next((device_of(row) for row in self.all_rows), "")
 
     @cached_property
     def all_rows(self) -> list[Row]:
@@ -232,6 +234,19 @@ class Study:
     """Rows of a search, by file."""
     explain: Sequence[Row] = ()
     bench: Sequence[Row] = ()
+    others: Sequence[Row] = ()
+    """Lines of other versions, which are in none of the above."""
+
+    @property
+    def left_out(self) -> str:
+        """Say how many lines are of other versions; empty if none is."""
+        counts = Counter(map(versions, self.others))
+        now = f"the present ones are {version.TRAIN_VERSION} and {version.EVAL_VERSION}"
+        return " ".join(
+            f"{count} lines of train version {train} and eval version {probe} are kept in "
+            f"`results/` and shown nowhere: {now}."
+            for (train, probe), count in counts.items()
+        )
 
     def blocks(self, table: int) -> list[Block]:
         """Return the blocks of a table: the CPU's first, CIFAR-100 first, then as queued."""
@@ -279,7 +294,7 @@ def choose(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]],
     The batch is the one that covers most (arm, seed) pairs, of equals the newest; of two rows of
     one pair the newer counts.
     """
-    batches: dict[tuple[str, str, str], dict[tuple[str, int], Row]] = {}
+    batches: dict[tuple[str, str], dict[tuple[str, int], Row]] = {}
     rows = sorted(rows, key=lambda row: row.get("finished", ""))
     for row in rows:
         batches.setdefault(batch(row, recipe), {})[row["arm"], row["seed"]] = row
@@ -292,19 +307,13 @@ def choose(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]],
     parts = []
     for key, found in batches.items():
         if key != best:
-            named = ("of other code", f"on {key[1]}", "with other settings")
+            named = (f"on {key[0]}", "with other settings")
             reason = ", ".join(n for n, a, b in zip(named, key, best, strict=True) if a != b)
             commits = ", ".join(sorted({str(r["environment"]["commit"]) for r in found.values()}))
             parts.append(f"{len(found)} run{'s'[: len(found) > 1]} {reason} (commit {commits})")
     repeats = len(rows) - sum(len(found) for found in batches.values())
     parts += [f"{repeats} earlier repeat{'s'[: repeats > 1]}"] * (repeats > 0)
     return chosen, f"Kept apart, never averaged with these: {'; '.join(parts)}." if parts else ""
-
-
-def code_of(row: Row) -> str:
-    """Return the version of the code that a row was made by: its hash, or the commit."""
-    about = row["environment"]
-    return about.get("code") or f"commit {about.get('commit')}"
 
 
 def device_of(row: Row) -> str:
@@ -316,17 +325,16 @@ def device_of(row: Row) -> str:
     return f"{kind} with torch {version}"
 
 
-def batch(row: Row, recipe: Row) -> tuple[str, str, str]:
-    """Return code, device and settings (all but arm and seed) that a row must share with others."""
-    made = code_of(row), device_of(row)
+def batch(row: Row, recipe: Row) -> tuple[str, str]:
+    """Return device and settings (all but arm and seed) that a row must share with others."""
     try:
         base = recipe_config(recipe).flat()
         own = {name: base[name] for name in arm_settings(row["arm"])}
         settings = Config.from_dict(row["settings"], "results").replace(**own, seed=0).to_dict()
     except UserError:  # a setting that is no more
-        return *made, row["key"]
+        return device_of(row), row["key"]
     limit = (row.get("probed") or {}).get("limit")
-    return *made, row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
+    return device_of(row), row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
 
 
 def recipe_config(recipe: Row) -> Config:
@@ -350,14 +358,21 @@ def read_study(root: Path) -> Study:
     for run in queue:
         if run.get("recipe") not in recipes:
             raise UserError(f"recipes/queue.toml: unknown recipe '{run.get('recipe')}'")
+    others: list[Row] = []
+
+    def current(found: Sequence[Row]) -> list[Row]:
+        others.extend(row for row in found if not is_current(row))
+        return [row for row in found if is_current(row)]
+
     rows: list[Row] = []
     trials: dict[str, Sequence[Row]] = {}
     for path in sorted((root / "results").glob("*.jsonl")):
         found = [row for row in read_checked(path) if {"arm", "seed", "environment"} <= set(row)]
         if path.stem.startswith("search"):
-            trials[path.name] = found
+            trials |= {path.name: kept} if (kept := current(found)) else {}
         else:
-            rows += [{**row, "recipe": row.get("recipe") or path.stem} for row in found]
+            rows += [{**row, "recipe": row.get("recipe") or path.stem} for row in current(found)]
     more = [root / "results" / f"{name}.jsonl" for name in ("explain", "bench")]
     explain, bench = (read_checked(path) if path.exists() else [] for path in more)
-    return Study(root, queue, recipes, rows, trials, explain, bench)
+    explain = current(explain)
+    return Study(root, queue, recipes, rows, trials, explain, bench, others)

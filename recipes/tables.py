@@ -67,9 +67,10 @@ How to read the tables:
   is what it is compared with, and is named. Intervals in a table are not widened for the number
   of comparisons in it; where a best arm is picked among k, its interval is (Bonferroni, 95 % for
   all k and both controls), and it is picked from the arms with the most seeds.
-- Only runs of the same code, the same settings, the same kind of device and the same torch version
-  are averaged or paired; what was left apart for that is named under the table. "failed": the
-  loss became infinite or not a number. "queued": planned, not yet run; "not run": not planned.
+- Only runs of the present train and eval version (`sparsejepa/version.py`), the same settings, the
+  same kind of device and the same torch version are averaged or paired; what was left apart for
+  that is named. "failed": the loss became infinite or not a number. "queued": planned, not yet
+  run; "not run": not planned.
 - `dense` is I-JEPA without group map, `lam=0` the group map without penalty: the control of every
   sparse arm. `density=0.25`: lambda steered so that a quarter of the (group, latent) connections
   stay.
@@ -193,7 +194,7 @@ SPECS = (
 def results_page(study: Study) -> str:
     """Return docs/results.md."""
     figures = shown(study)
-    parts = [PRELUDE.strip(), coverage(study)]
+    parts = [PRELUDE.strip(), coverage(study), study.left_out]
     for spec in SPECS:
         blocks = study.blocks(spec.number)
         parts += [f'## <a id="table-{spec.number}"></a>{spec.number}. {spec.title}', spec.question]

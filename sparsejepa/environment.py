@@ -1,10 +1,7 @@
-"""What a number was measured with: versions, hardware, commit and code."""
+"""What a number was measured with: versions, hardware and commit."""
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
 import os
 import platform
 import re
@@ -13,19 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsejepa import __version__
-from sparsejepa.config import ENCODER_SIZES, Config
 from sparsejepa.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
-# What the numbers of a run depend on; the sizes and defaults of `config` count with it.
-_CODE = ("rng.py", "model", "data", "interop", "evaluation", "training")
 
 
-def environment(begun: str = "") -> dict[str, Any]:
-    """Return versions, hardware and, in a source checkout, the commit (``+``: changed since).
-
-    "code" is `code_version`; if a run began with other code, `begun`, it names both: "1f..+a0..".
-    """
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and, in a source checkout, the commit (``+``: changed since)."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -38,50 +29,7 @@ def environment(begun: str = "") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": gpus,
         "commit": _commit(),
-        "code": "+".join(dict.fromkeys([*filter(None, begun.split("+")), code_version()])),
     }
-
-
-@functools.cache
-def code_version(package: Path = _PACKAGE) -> str:
-    """Return 8 hex digits that change with the code that numbers depend on.
-
-    Comments, docstrings and layout do not count. Read once per process, as the code itself is.
-    """
-    sources = [path for name in _CODE for path in _python_files(package / name)]
-    trees = [
-        [path.relative_to(package).as_posix(), _plain(ast.parse(path.read_text(encoding="utf-8")))]
-        for path in sorted(sources)
-    ]
-    text = repr([trees, ENCODER_SIZES, Config().flat()])
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-def _python_files(path: Path) -> list[Path]:
-    return [path] if path.suffix else list(path.rglob("*.py"))
-
-
-def _plain(value: Any) -> Any:
-    """Return a syntax tree as nested lists, without texts that stand alone and empty fields.
-
-    Fields that only some versions of Python have are empty in all code here, so that the versions
-    agree.
-    """
-    if isinstance(value, list):
-        return [_plain(item) for item in value if not _is_text(item)]
-    if not isinstance(value, ast.AST):
-        return repr(value)
-    fields = [(name, _plain(item)) for name, item in ast.iter_fields(value)]
-    return [type(value).__name__, *(f for f in fields if f[1] not in ("None", []))]
-
-
-def _is_text(node: Any) -> bool:
-    """Return whether a statement is nothing but a text: a docstring or the like."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
 
 
 def _cpu_name() -> str:

@@ -4,13 +4,68 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsejepa import version
 from sparsejepa.errors import UserError
 
+ROW = {
+    "key": "hash of settings, seed, probes and versions, see `tasks.Task.key`",
+    "train_version": "`TRAIN_VERSION` of the run; 1 where a line does not say",
+    "eval_version": "`EVAL_VERSION` of its probes and measures; 1 where a line does not say",
+    "recipe": "the recipe or search that it belongs to; empty for a sweep",
+    "arm": "its name among its twins: dense, lam=0.01, density=0.25+beta=0",
+    "seed": "of weights, order, masks and augmentation",
+    "data": "the images that it was trained on",
+    "failed": "None, or the loss that was not finite or exploded and its step; then no probes",
+    "probes": "a `ProbeRow` without its encoder for each data set, target and protocol",
+    "jobs": "runs that shared the machine",
+    "command": "what repeats it",
+    "settings": "as `Config.to_dict`, without data_root",
+    "probed": "as `tasks.Probes`",
+    "environment": "versions, hardware and commit of the training",
+    "finished": "when the line was written, UTC",
+}
+"""What a line of results holds, by field."""
+
+DONE = {
+    "measures": "by name, those of `evaluation.measured` that were asked for",
+    "knn": "last accuracy of the online k-NN, None without labels",
+    "rankme": "last effective rank of the pooled embedding",
+    "density": "share of non-zero (group, latent) columns of W, None for dense; so the next four",
+    "groups_per_latent": "mean number of groups that a latent feeds",
+    "dead_groups": "groups that no latent feeds",
+    "nonzero_elements": "of W",
+    "elements": "of W",
+    "alarms": "signs of collapse, in the order in which they were raised",
+    "steps": "optimiser steps",
+    "seconds": "wall time of the training",
+    "probe_seconds": "wall time of probes and measures",
+    "gpu_seconds": "the sum of both divided by `jobs`; 0 on the CPU",
+    "images_per_second": "of the training",
+    "encoder": "sha256 of encoder.safetensors, which recipes/run.py keeps in runs/encoders/",
+}
+"""What a line holds as well unless its run failed."""
+
+RARE = {
+    "trial": "in a search: round, rung, candidate and score",
+    "final": "in the oldest lines: the run's last metrics, among them knn to dead_groups",
+}
+"""What only some lines hold."""
+
 _ALWAYS = {"key", "arm", "seed", "probes"}
+
+
+def versions(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the train and the eval version of a line."""
+    return row.get("train_version", 1), row.get("eval_version", 1)
+
+
+def is_current(row: Mapping[str, Any]) -> bool:
+    """Return whether a line may stand in a table: it is of the versions that are computed now."""
+    return versions(row) == (version.TRAIN_VERSION, version.EVAL_VERSION)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

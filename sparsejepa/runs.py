@@ -43,6 +43,8 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """Train and probe each task that `results` has no line of; return the lines of all, in order.
 
+    Lines of other versions are none of these, but their encoders may serve: see `run_and_probe`.
+
     Args:
         results: JSON-lines file; one line is appended per finished run, and per run that ended
             because a loss was not finite or exploded: its "failed" says so.
@@ -62,14 +64,17 @@ def run_tasks(
         raise UserError(f"--jobs {jobs}: must be at least 1")
     check_starts(tasks)
     found: dict[str, list[dict[str, Any]]] = {}
+    trained: dict[str, dict[str, Any]] = {}
     say = console.print if console else lambda line: None
     for row in [*before, *read_results(results, say)]:
         found.setdefault(row_key(row), []).append(row)
+        if "encoder" in row:
+            trained[row_key(row, run=True)] = row
     todo = []
     for task in tasks:
         rows = found.setdefault(task.key, [])
         if not rows:
-            todo.append(task)
+            todo.append(replace(task, earlier=trained.get(task.run_key)))
         elif again(rows[-1]):
             beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
             todo.append(replace(task, run_dir=beside))

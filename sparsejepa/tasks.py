@@ -7,21 +7,25 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsejepa import version
 from sparsejepa.config import Config
 from sparsejepa.errors import UserError
+from sparsejepa.results import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sparsejepa.interop import Encoder
+    from sparsejepa.training.loop import Run
 
 # Settings that change no number.
 _FREE = {
@@ -56,7 +60,8 @@ class Task:
 
     `arm` is the run's name among its twins, by default that of `training.build.arm_name`; `recipe`
     the one that it belongs to, if any; `trial` what a search has to say about it; `jobs` how many
-    runs share the machine meanwhile.
+    runs share the machine meanwhile; `encoders` the folder where encoders outlive run directories,
+    if any, and `earlier` the line of this run from before `EVAL_VERSION` was raised, if any.
     """
 
     config: Config
@@ -67,32 +72,42 @@ class Task:
     recipe: str = ""
     trial: Mapping[str, Any] | None = None
     jobs: int = 1
+    encoders: Path | None = None
+    earlier: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def key(self) -> str:
-        """Hash of all that the numbers depend on: settings, seed and probes."""
-        return _key(self.config, asdict(self.probes))
+        """Hash of all that the numbers depend on: settings, seed, probes and versions."""
+        return _key(self.config, asdict(self.probes), version.TRAIN_VERSION, version.EVAL_VERSION)
+
+    @functools.cached_property
+    def run_key(self) -> str:
+        """The key but for `EVAL_VERSION`: what a run and its kept encoder are called by."""
+        return _key(self.config, asdict(self.probes), version.TRAIN_VERSION, 1)
 
 
-def row_key(row: Mapping[str, Any]) -> str:
-    """Return the key of a line of results, made anew from its settings.
+def row_key(row: Mapping[str, Any], *, run: bool = False) -> str:
+    """Return the key of a line of results, made anew from its settings; with `run` its `run_key`.
 
     A setting that came later has its default there, which must be what was done before: so a key
     outlives new settings. A line that cannot be read so keeps the key that it was written with.
     """
     if "probed" not in row:
         return str(row["key"])
+    train, probe = versions(row)
     try:
-        return _key(Config.from_dict(row["settings"], "results"), row["probed"])
+        config = Config.from_dict(row["settings"], "results")
+        return _key(config, row["probed"], train, 1 if run else probe)
     except (ValueError, LookupError, TypeError, AttributeError):  # UserError is a ValueError
         return str(row["key"])
 
 
-def _key(config: Config, probes: Mapping[str, Any]) -> str:
+def _key(config: Config, probes: Mapping[str, Any], train: int, probe: int) -> str:
     settings = {k: v for k, v in config.flat().items() if k not in _FREE}
     # What came later counts only where it is used, so that older lines keep their keys.
     later = {"measures", "extra_protocols"}
-    return _hash([settings, {k: v for k, v in probes.items() if v or k not in later}])
+    about: list[Any] = [settings, {k: v for k, v in probes.items() if v or k not in later}]
+    return _hash([*about, *([train, probe] if (train, probe) != (1, 1) else [])])
 
 
 def check_starts(tasks: Sequence[Task]) -> None:
@@ -128,10 +143,7 @@ def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
     Raises UserError for whatever else ends it, memory that is not enough for instance.
     """
     from sparsejepa.environment import environment
-    from sparsejepa.training.build import arm_name
-    from sparsejepa.training.loop import code_of
 
-    begun = code_of(task.run_dir)
     try:
         row = {**run_and_probe(task, console), "failed": None}
     except Exception as error:
@@ -144,21 +156,9 @@ def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
         found = re.search(failure, str(error))
         if not found:
             raise
-        row = {
-            "key": task.key,
-            "recipe": task.recipe,
-            "arm": task.arm or arm_name(task.config),
-            "seed": task.config.run.seed,
-            "data": task.config.data,
-            "failed": f"{found[1]} {found[2]}",
-            "probes": [],
-            "jobs": task.jobs,
-            "command": task.command,
-            "settings": task.config.replace(data_root=None).to_dict(),
-            "probed": asdict(task.probes),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-    row["environment"] = environment(begun)
+        row = {**_about(task), "failed": f"{found[1]} {found[2]}", "probes": []}
+    # A run that is only probed again keeps what it was trained with.
+    row.setdefault("environment", environment())
     if task.trial is not None:
         score = row["probes"][0]["accuracy"] if row["probes"] else None
         row["trial"] = {**task.trial, "score": score}
@@ -166,48 +166,86 @@ def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
 
 
 def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
-    """Train (or go on with, or read) one run, probe it and return its line of results.
+    """Train (or go on with, or read) one run, probe it and return its line, see `results.ROW`.
 
-    "seconds" and "probe_seconds" are wall time; "gpu_seconds" is their sum divided by "jobs", the
-    runs that shared the GPU, and 0 on the CPU.
+    Where only probes have changed since `task.earlier`, its kept encoder is probed instead.
     """
-    from sparsejepa.environment import environment, resolve_device
+    from sparsejepa.environment import resolve_device
     from sparsejepa.training.loop import pretrain
 
-    run = pretrain(task.config, out=task.run_dir, resume=True, console=console)
+    if task.earlier and _kept(task) == task.earlier["encoder"] and task.encoders:
+        row, task = {**task.earlier}, replace(task, run_dir=task.encoders / task.run_key)
+    else:
+        row = _trained(task, pretrain(task.config, out=task.run_dir, resume=True, console=console))
     began = time.perf_counter()
-    probes, measures = _probe(task), _measures(task)
-    probe_seconds = time.perf_counter() - began
-    seconds = run.summary["seconds"]
+    row |= {**_about(task), "probes": _probe(task), "measures": _measures(task)}
+    spent = time.perf_counter() - began
     on_gpu = resolve_device(task.config.run.device).startswith("cuda")
-    final = run.summary["final"]
-    w = load_w(task.run_dir)
-    row = {
+    row["probe_seconds"] = round(spent, 1)
+    row["gpu_seconds"] = round((row["seconds"] + spent) / task.jobs, 1) if on_gpu else 0
+    return json.loads(json.dumps(row))  # as it will be read back
+
+
+def _about(task: Task) -> dict[str, Any]:
+    """Return what every line of results says of its run, see `results.ROW`."""
+    from sparsejepa.training.build import arm_name
+
+    return {
         "key": task.key,
+        "train_version": version.TRAIN_VERSION,
+        "eval_version": version.EVAL_VERSION,
         "recipe": task.recipe,
-        "arm": task.arm or run.summary["arm"],
-        "seed": run.summary["seed"],
+        "arm": task.arm or arm_name(task.config),
+        "seed": task.config.run.seed,
         "data": task.config.data,
-        "probes": probes,
-        "measures": measures,
-        **{name: final.get(name) for name in ("knn", "rankme", "density", "groups_per_latent")},
-        "dead_groups": final.get("dead_groups"),
+        "jobs": task.jobs,
+        "command": task.command,
+        "settings": task.config.replace(data_root=None).to_dict(),
+        "probed": asdict(task.probes),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _trained(task: Task, run: Run) -> dict[str, Any]:
+    """Return what a line says of a finished run before it is probed, and keep its encoder."""
+    final, w = run.summary["final"], load_w(task.run_dir)
+    names = ("knn", "rankme", "density", "groups_per_latent", "dead_groups")
+    return {
+        **{name: final.get(name) for name in names},
         "nonzero_elements": None if w is None else int((w != 0).sum()),
         "elements": None if w is None else int(w.size),
         "alarms": run.summary["alarms"],
         "steps": run.summary["steps"],
-        "seconds": round(seconds, 1),
-        "probe_seconds": round(probe_seconds, 1),
-        "jobs": task.jobs,
-        "gpu_seconds": round((seconds + probe_seconds) / task.jobs, 1) if on_gpu else 0,
+        "seconds": round(run.summary["seconds"], 1),
         "images_per_second": round(run.summary["images_per_second"], 1),
-        "command": task.command,
-        "settings": task.config.replace(data_root=None).to_dict(),
-        "probed": asdict(task.probes),
-        "environment": environment(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "encoder": _keep(task),
     }
-    return json.loads(json.dumps(row))  # as it will be read back
+
+
+def _keep(task: Task) -> str:
+    """Copy a run's encoder and groups to ENCODERS/RUN_KEY; return the sha256 of the encoder."""
+    from sparsejepa.interop.runs import CONFIG, GROUPS, WEIGHTS
+
+    found = hashlib.sha256((task.run_dir / WEIGHTS).read_bytes()).hexdigest()
+    if task.encoders and _kept(task) != found:
+        folder = task.encoders / task.run_key
+        beside = folder.with_name(f".{folder.name}.tmp")
+        for leftover in (beside, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name in (WEIGHTS, CONFIG, GROUPS):
+            if (task.run_dir / name).exists():
+                shutil.copy2(task.run_dir / name, beside)
+        beside.rename(folder)
+    return found
+
+
+def _kept(task: Task) -> str | None:
+    """Return the sha256 of the encoder that is kept of a run, None if there is none."""
+    from sparsejepa.interop.runs import WEIGHTS
+
+    path = task.encoders / task.run_key / WEIGHTS if task.encoders else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.exists() else None
 
 
 def _probe(task: Task) -> list[dict[str, Any]]:
@@ -217,8 +255,7 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
     run directories.
     """
-    from sparsejepa.environment import code_version, resolve_device
-    from sparsejepa.evaluation.probe import FLOOR_VERSION
+    from sparsejepa.environment import resolve_device
     from sparsejepa.files import write_text
     from sparsejepa.interop import load
 
@@ -226,7 +263,7 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     rows, seed = _evaluate(task, encoder), task.config.run.seed
     if seed:
         about = [encoder.architecture, encoder.precision, _fingerprints(task)]
-        key = _hash([asdict(task.probes), *about, FLOOR_VERSION, code_version()])
+        key = _hash([asdict(task.probes), *about, version.TRAIN_VERSION, version.EVAL_VERSION])
         path = _floors(task) / f"untrained-s{seed}-{key}.json"
         if not path.exists():
             twin = _evaluate(task, encoder.untrained(seed), floors=False)

@@ -241,13 +241,14 @@ def test_interpretability_apart_from_accuracy(
     assert verdict(judges.measured(factors(order, seeds, gpu=True), True)) == want
 
 
-def test_growth_is_judged_within_one_code_version() -> None:
+def test_growth_is_judged_on_one_device() -> None:
     small = runs({"lam=0": 0.2, SPARSE: 0.2}, 3)
     large = {"lam=0": 0.2, SPARSE: 0.25}
     assert verdict(judges.grows(make_study(small + runs(large, 3, TINY)), False)) == PART
-    other = judges.grows(make_study(small + runs(large, 3, TINY, code="b")), False)
+    about = {"cpu": "CPU", "cores": 2, "gpus": [], "torch": "9.9", "commit": "c0ffee"}
+    other = judges.grows(make_study(small + runs(large, 3, TINY, environment=about)), False)
     sign = next(sign for sign in other if TINY in sign.text)
-    assert sign.verdict == UNTESTED and "not of one code version" in sign.text
+    assert sign.verdict == UNTESTED and "not on one device" in sign.text
 
 
 def test_above_nothing_is_at_most_in_part() -> None:

@@ -170,10 +170,8 @@ import sparsejepa.explain.run, sparsejepa.sweep, sparsejepa.training.loop, spars
 import matplotlib.backends.backend_svg, scipy.linalg, sklearn.linear_model, timm
 from sparsejepa import cli
 from sparsejepa.data import catalog
-from sparsejepa.environment import code_version
 from sparsejepa.evaluation.disentangle import disentanglement
 
-code_version()  # it is kept: a run asks for it when it starts
 catalog.SCENE_COUNTS = json.loads(sys.argv[1])
 disentanglement.__kwdefaults__["resamples"] = 2  # intervals take most of the time of `explain`
 for line in sys.stdin:

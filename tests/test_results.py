@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sparsejepa import results
 from sparsejepa.errors import UserError
-from sparsejepa.results import append_row, read_checked, read_results, read_rows
+from sparsejepa.results import append_row, read_checked, read_results, read_rows, versions
 
 ROW = {"key": "a", "arm": "dense", "seed": 0, "probes": [{"accuracy": 0.25}]}
 
@@ -54,3 +55,16 @@ def test_a_torn_line_is_said_by_file_and_number(tmp_path: Path) -> None:
     append_row(path, ROW)
     assert read_results(path, said.append) == [ROW]
     assert said == [f"{path}, line 1: cut short and passed over; its run is done again"]
+
+
+def test_the_lines_at_hand_have_the_fields_that_are_documented() -> None:
+    known = {*results.ROW, *results.DONE, *results.RARE}
+    count = 0
+    for path in (Path(__file__).parents[1] / "results").glob("*.jsonl"):
+        for row in read_rows(path):
+            if "arm" in row:
+                assert set(row) <= known, f"{path}: {sorted(set(row) - known)}"
+                assert set(row) >= {"arm", "seed", "data", "probes", "settings", "environment"}
+                assert all(number >= 1 for number in versions(row))
+                count += 1
+    assert count

@@ -13,12 +13,10 @@ import common
 import pytest
 import run as runner
 
-from sparsejepa import runs, tasks
-from sparsejepa.environment import code_version
+from sparsejepa import runs, tasks, version
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_rows
 from sparsejepa.tasks import Task
-from sparsejepa.training.build import arm_name
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -82,9 +80,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             time.sleep(60)
         probe = {"data": "scenes", "target": "count", "protocol": "logistic", "accuracy": 0.5}
         return {
-            "key": task.key, "recipe": task.recipe, "arm": arm_name(task.config),
-            "seed": task.config.run.seed, "probes": [probe], "groups_per_latent": None,
-            "seconds": 90.0, "probe_seconds": 30.0, "alarms": [],
+            **tasks._about(task), "probes": [probe], "groups_per_latent": None, "seconds": 90.0,
+            "probe_seconds": 30.0, "alarms": [],
         }  # fmt: skip
 
     monkeypatch.setattr(tasks, "run_and_probe", run_and_probe)
@@ -249,13 +246,7 @@ def test_lines_of_the_files_beside_count(tmp_path: Path, fake: list[str], capsys
     results, beside = tmp_path / "results.jsonl", tmp_path / "before.jsonl"
     results.rename(beside)
     (tmp_path / "bench.jsonl").write_text('{"verb": "bench"}\n[1]\n')
-    old = beside.read_text().replace(code_version(), "01234567", 1)
-    beside.write_text(old)
     assert runner.main(words(queue)) == 0 and len(fake) == 2 and not results.exists()
-    assert runner.main(words(queue, "--redo-other-code")) == 0
-    assert fake[2:] == ["dense-s0~2"] and len(read_rows(results)) == 1
-    assert beside.read_text() == old
-    assert runner.main(words(queue, "--redo-other-code")) == 0 and len(fake) == 3
 
 
 def test_an_edited_recipe_has_folders_of_its_own(tmp_path: Path) -> None:
@@ -278,21 +269,21 @@ def test_compiling_changes_no_key(tmp_path: Path) -> None:
     assert not any(task.config.run.compile for task in plain.tasks)
 
 
-def test_runs_of_other_code_count_until_they_are_to_be_redone(
-    tmp_path: Path, fake: list[str], capsys: Capture
+def test_lines_of_other_versions_count_for_nothing_and_are_kept(
+    tmp_path: Path, fake: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = write_queue(tmp_path, seeds=[0])
     assert runner.main(words(queue)) == 0
-    assert "other code" not in capsys.readouterr().out
+    assert "other train" not in capsys.readouterr().out
     results = tmp_path / "results.jsonl"
-    old = results.read_text().replace(code_version(), "01234567", 1)
-    results.write_text(old)
-    assert runner.main(words(queue)) == 0 and len(fake) == 2
-    assert f"1 run done by other code than {code_version()}" in capsys.readouterr().out
-    assert runner.main(words(queue, "--redo-other-code")) == 0
-    assert fake[2:] == ["dense-s0~2"] and results.read_text().startswith(old)
-    assert runner.main(words(queue, "--redo-other-code")) == 0 and len(fake) == 3
-    assert "other code" not in capsys.readouterr().out.splitlines()[-1]
+    old = results.read_text()
+    monkeypatch.setattr(version, "TRAIN_VERSION", 2)
+    assert runner.main(words(queue)) == 0 and fake[2:] == fake[:2]
+    assert "2 runs of other train or eval versions are kept" in capsys.readouterr().out
+    assert results.read_text().startswith(old)
+    assert [row["train_version"] for row in read_rows(results)] == [1, 1, 2, 2]
+    assert len({row["key"] for row in read_rows(results)}) == 4
+    assert runner.main(words(queue)) == 0 and len(fake) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsejepa import environment
+from sparsejepa import version
 from sparsejepa.config import Config
 from sparsejepa.data import catalog
 from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
 from sparsejepa.interop import load
+from sparsejepa.results import DONE, ROW
+from sparsejepa.runs import run_tasks
 from sparsejepa.tasks import Probes, Task, attempt, row_key, run_and_probe
 from sparsejepa.training import loop
 
@@ -104,33 +108,53 @@ def test_held_out_images_replace_the_test_split_of_the_run_only(
     assert [p["pixels"] is None for p in mine] == [False, True]
 
 
-def test_a_line_names_every_code_that_took_part_and_floors_are_of_one(
+def test_floors_are_of_one_version(
     tmp_path: Path, splits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = replace(make_task(tmp_path, "none"), probes=Probes(("scenes",), limit=200), jobs=2)
-
-    def stopped(*args: Any) -> None:
-        raise KeyboardInterrupt  # after the last checkpoint
-
-    monkeypatch.setattr(environment, "code_version", lambda: "AAAA")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_finish", stopped)
-        for code in ("AAAA", "BBBB", "BBBB"):
-            monkeypatch.setattr(environment, "code_version", lambda code=code: code)
-            with pytest.raises(KeyboardInterrupt):
-                loop.pretrain(task.config, out=task.run_dir, resume=True)
-    row = attempt(task)
-    assert row["environment"]["code"] == "AAAA+BBBB" and row["jobs"] == 2
+    task = replace(make_task(tmp_path, "none"), probes=Probes(("scenes",), limit=200))
 
     def floors() -> int:
         return len(list((tmp_path / "floors").glob("untrained-s1-*.json")))
 
-    assert floors() == 1
-    monkeypatch.setattr(environment, "code_version", lambda: "CCCC")
-    assert attempt(task)["environment"]["code"] == "AAAA+BBBB+CCCC" and floors() == 2
-    monkeypatch.setattr(probe, "FLOOR_VERSION", -1)
     attempt(task)
-    assert floors() == 3
+    assert floors() == 1
+    monkeypatch.setattr(version, "EVAL_VERSION", 2)
+    assert attempt(task)["eval_version"] == 2 and floors() == 2
+
+
+@pytest.mark.parametrize("groups", ["none", "region"])
+def test_a_line_has_the_fields_that_are_documented_and_its_encoder_is_kept(
+    tmp_path: Path, splits: list[str], monkeypatch: pytest.MonkeyPatch, groups: str
+) -> None:
+    probes = Probes(("scenes",), targets={"scenes": ("count",)}, limit=200)
+    task = replace(make_task(tmp_path, groups), probes=probes, encoders=tmp_path / "encoders")
+    results = tmp_path / "results.jsonl"
+    (row,) = run_tasks([task], results, jobs=1)
+    assert set(row) == set(ROW) | set(DONE)
+    kept = tmp_path / "encoders" / task.key
+    names = {"encoder.safetensors", "config.json", "groups.safetensors"}
+    without = {"groups.safetensors"} if groups == "none" else set()
+    assert {path.name for path in kept.iterdir()} == names - without
+    weights = (kept / "encoder.safetensors").read_bytes()
+    assert row["encoder"] == hashlib.sha256(weights).hexdigest()
+    # Only probes changed: the kept encoder is read, without the run directory.
+    shutil.rmtree(task.run_dir)
+    trained: list[Any] = []
+    real = loop.pretrain
+    monkeypatch.setattr(loop, "pretrain", lambda *a, **k: trained.append(a) or real(*a, **k))
+    monkeypatch.setattr(version, "EVAL_VERSION", 2)
+    (again,) = run_tasks([replace(task)], results, jobs=1)
+    assert not trained and not (task.run_dir / "config.toml").exists()
+    changed = {name for name in row if row[name] != again[name]}
+    assert {"key", "eval_version"} <= changed
+    assert changed <= {"key", "eval_version", "probes", "probe_seconds", "finished"}
+    assert again["probes"][0]["accuracy"] == row["probes"][0]["accuracy"]
+    # A kept encoder that is not the one of the line is not read, and the run is trained again.
+    (kept / "encoder.safetensors").write_bytes(weights[:-1])
+    monkeypatch.setattr(version, "EVAL_VERSION", 3)
+    (anew,) = run_tasks([replace(task)], results, jobs=1)
+    assert trained and anew["encoder"] == row["encoder"]
+    assert (kept / "encoder.safetensors").read_bytes() == weights
 
 
 def test_the_key_knows_measures_and_lines_from_before_there_were_any(tmp_path: Path) -> None:

@@ -199,28 +199,14 @@ def test_failed_trials_are_worst_and_are_counted(path: Path) -> None:
     assert {(x["mean"], x["sd"], x["failed"], x["kept"]) for x in half} == {(0.9, None, 1, False)}
 
 
-def test_only_trials_of_one_code_are_compared(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_trials_of_the_present_versions_are_compared(path: Path) -> None:
     found = search.read_search(path)
-
-    def of(rows: list[dict[str, Any]], code: str) -> list[dict[str, Any]]:
-        return [{**r, "environment": {"code": code}} for r in rows]
-
-    most = of(finish(found, lambda task: int(task.key[:4], 16) / 2**16), "aaaa")
-    other = of(most[:3], "bbbb")
-    for each in other:
-        each["probes"] = [{**each["probes"][0], "accuracy": 1.0}]
+    most = finish(found, lambda task: int(task.key[:4], 16) / 2**16)
+    other = [{**r, "train_version": 2, "probes": [{"accuracy": 1.0}]} for r in most[:3]]
     state = search.replay([*most, *other], found)
     alone = search.replay(most, found)
     assert (state.lines, state.winners, state.todo) == (alone.lines, alone.winners, [])
-    assert (state.code, state.others) == ("aaaa", {"bbbb": 3})
-    assert "trials of code aaaa count, not those of other: 3 of bbbb" in search.show(state)
-    results = tmp_path / "results.jsonl"
-    results.write_text("".join(json.dumps({**r, "finished": ""}) + "\n" for r in most[:5]))
-    words = [str(path), "--results", str(results), "--runs", str(tmp_path), "--jobs", "1"]
-    assert search.main(words) == 2
-    assert "most trials are of code aaaa, this is " in capsys.readouterr().err
+    assert "3 trials of other train or eval versions do not count" in search.show(state)
 
 
 def test_scores_on_test_are_refused(path: Path) -> None:

@@ -28,7 +28,6 @@ from sparsejepa import cli, runs
 from sparsejepa import tasks as tasks_module
 from sparsejepa.config import preset
 from sparsejepa.demo import LAM, TARGETS, run_demo
-from sparsejepa.environment import code_version
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_results, read_rows
 from sparsejepa.runs import run_tasks
@@ -245,7 +244,7 @@ def test_a_run_that_is_not_finite_is_recorded_and_not_repeated(
     first, second = run_tasks(tasks, results, jobs=1)
     assert first["failed"] == "kl is not finite at step 7" and first["probes"] == []
     assert (first["key"], first["arm"], first["seed"]) == (tasks[0].key, "lam=0", 0)
-    assert first["settings"]["optim"]["lr"] == 3.0 and first["environment"]["code"]
+    assert first["settings"]["optim"]["lr"] == 3.0 and first["train_version"] == 1
     assert second["failed"] is None
     assert run_tasks(tasks, results, jobs=1) == [first, second] and len(fake) == 2
     # Asked for, it is run again beside the first one, and the last line counts.
@@ -267,24 +266,6 @@ def test_a_sweep_leaves_failed_runs_out_and_says_so(tmp_path: Path, tiny_images:
     assert "lam=0, seed 0: failed" in (tmp_path / "sweep" / "report.html").read_text()
     with pytest.raises(UserError, match="all runs failed; dense, seed 0: failed"):
         run_sweep(config.replace(lr=1e9), seeds=1, jobs=1, out=tmp_path / "other")
-
-
-def test_code_is_remembered_from_the_start_of_a_run(tmp_path: Path, fake: list[str]) -> None:
-    tasks = [make_task(tmp_path, seed=seed) for seed in range(4)]
-    texts = ('{"code": "0123abcd"}', '{"torch": "2"}', '{"code": "0123abcd"}')
-    for task, text in zip(tasks[1:], texts, strict=True):
-        task.run_dir.mkdir()
-        (task.run_dir / "environment.json").write_text(text)
-    for task in tasks[1:3]:  # the last one took no step that was kept
-        (task.run_dir / "checkpoints" / f"step-{1:09d}").mkdir(parents=True)
-    rows = run_tasks(tasks, tmp_path / "results.jsonl", jobs=1)
-    now = code_version()
-    assert [row["environment"]["code"] for row in rows] == [
-        now,
-        f"0123abcd+{now}",
-        f"unknown+{now}",
-        now,
-    ]
 
 
 @pytest.mark.parametrize("line", ['{"key": "a", "arm": "dense"}', "[1]", "17"])

@@ -27,6 +27,7 @@ from scipy import stats
 from search import read_search, replay
 from study import Block, Study, choose, matches, read_study, recipe_config
 
+from sparsejepa import version
 from sparsejepa.config import load_toml
 from sparsejepa.report.summary import paired_interval
 from sparsejepa.sweep import arm_settings
@@ -37,7 +38,7 @@ CHANCE = {"cifar100": ("fine_label", 100), "cifar10": ("label", 10), "gtsrb32": 
 
 
 def make_row(
-    name: str, arm: str, seed: int, accuracy: float = 0.2, *, code: str = "aaaaaaaa",
+    name: str, arm: str, seed: int, accuracy: float = 0.2, *,
     commit: str = "c0ffee", finished: str = "2026-01-01", failed: str | None = None,
     far: float | None = None, changed: dict[str, Any] | None = None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -56,11 +57,11 @@ def make_row(
                  "n_train": 5000, "n_test": 10000, "n_classes": classes}
             )  # fmt: skip
     return {
-        "key": f"{name}{arm}{seed}{code}{finished}", "recipe": name, "arm": arm, "seed": seed,
+        "key": f"{name}{arm}{seed}{finished}", "recipe": name, "arm": arm, "seed": seed,
         "data": config.data, "failed": failed, "probes": [] if failed else probes, "alarms": [],
         "steps": 390, "seconds": 90.0, "probe_seconds": 10.0, "settings": config.to_dict(),
         "probed": {"data": [], "limit": about.get("probe_limit")}, "finished": finished,
-        "environment": {"cpu": "CPU", "cores": 2, "gpus": [], "commit": commit, "code": code},
+        "environment": {"cpu": "CPU", "cores": 2, "gpus": [], "commit": commit},
         **more,
     }  # fmt: skip
 
@@ -185,18 +186,24 @@ def test_a_queue_with_an_unknown_recipe_is_one_clear_line(
 # --- what is averaged and paired
 
 
-def test_rows_of_other_code_are_kept_apart_and_named() -> None:
-    rows = three("dense", 0.2, 0.2, 0.2) + three("dense", 0.9, 0.9, code="b", commit="0ld")
-    found = block(rows)
-    assert found.values("dense", CIFAR100) == {0: 0.2, 1: 0.2, 2: 0.2}
-    assert "2 runs of other code (commit 0ld)" in found.apart
-
-
-def test_rows_without_code_are_told_apart_by_commit() -> None:
-    rows = three("dense", 0.2, 0.2, 0.2) + three("lam=0", 0.9, 0.9, commit="other")
-    for row in rows:
-        del row["environment"]["code"]
-    assert block(rows).values("lam=0", CIFAR100) == {}
+@pytest.mark.parametrize("name", ["TRAIN_VERSION", "EVAL_VERSION"])
+def test_lines_of_other_versions_are_counted_and_shown_nowhere(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    old = read_study(ROOT)
+    assert old.rows and old.trials and old.explain and not old.left_out
+    monkeypatch.setattr(version, name, 2)
+    new = read_study(ROOT)
+    assert not (new.rows or new.trials or new.explain) and new.bench == old.bench
+    lines = [len(old.rows), *map(len, old.trials.values()), len(old.explain)]
+    assert len(new.others) == sum(lines)
+    for page in tables.pages(new).values():
+        assert page.count(f"{sum(lines)} lines of train version 1 and eval version 1 are kept") == 1
+    _, counts = ledger(new)
+    assert {name for name, count in counts["small"].items() if count} == {UNTESTED}
+    own = make_row(SMALL, "dense", 0, train_version=2, eval_version=1)
+    (checkout / "results" / "more.jsonl").write_text(json.dumps(own) + "\n")
+    assert len(read_study(checkout).rows) == (name == "TRAIN_VERSION")
 
 
 def test_rows_with_other_settings_are_kept_apart_and_named() -> None:
@@ -215,12 +222,12 @@ def test_arms_and_machines_are_no_other_settings() -> None:
 
 
 def test_of_batches_that_cover_as_much_the_newest_counts() -> None:
-    old = three("dense", 0.1, finished="2026-01-02", code="old")
-    new = three("dense", 0.3, finished="2026-01-03", code="new")
+    old = three("dense", 0.1, finished="2026-01-02", changed={"lr": 0.5})
+    new = three("dense", 0.3, finished="2026-01-03", changed={"lr": 0.25})
     for rows in (old + new, new + old):
         chosen, apart = choose(rows, recipe(SMALL))
         assert chosen["dense"][0]["probes"][0]["accuracy"] == 0.3
-        assert "1 run of other code" in apart
+        assert "1 run with other settings" in apart
 
 
 def test_a_repeat_replaces_the_earlier_run_and_is_named() -> None:

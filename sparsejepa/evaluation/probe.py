@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsejepa import version
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.decode import shown
 from sparsejepa.data.store import ImageSet
@@ -58,9 +59,6 @@ FEW_LABELS_PENALTY = 1.0
 class, so none to choose it on. With one image per class accuracy hardly depends on it."""
 
 _SHARE_STREAM = 0x1ABE1
-
-FLOOR_VERSION = 3
-"""Part of the key of kept floors; to be raised when probes or pixel features change."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +289,8 @@ class _Bench:
         if self.cache_dir is None:
             return self.scores(features, encoder)
         images = [self.train.fingerprint, self.test.fingerprint, len(self.train)]
-        about = [FLOOR_VERSION, kind, images, self.targets, self.protocols, self.seed]
+        versions = version.TRAIN_VERSION, version.EVAL_VERSION
+        about = [versions, kind, images, self.targets, self.protocols, self.seed]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
         path = self.cache_dir / f"{digest.hexdigest()}.json"
         # Of several processes one reads and writes: all must agree on whether there is work to do.

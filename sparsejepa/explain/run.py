@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsejepa import __version__
+from sparsejepa import __version__, version
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.environment import environment, resolve_device
@@ -47,6 +47,7 @@ from sparsejepa.report.page import Picture, sweep_pictures
 from sparsejepa.report.summary import summarise, usable
 from sparsejepa.results import read_rows
 from sparsejepa.sweep import RESULTS
+from sparsejepa.training.checkpoint import train_version
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"
 PREDICTED_IMAGES = 1_000
@@ -195,6 +196,8 @@ def run_explain(
     metrics = {
         "format": 1,
         "sparsejepa": __version__,
+        "train_version": train_version(Path(ref)) or version.TRAIN_VERSION,
+        "eval_version": version.EVAL_VERSION,
         "run": ref,
         "data": data,
         "images": {"train": len(train), "test": len(test)},

@@ -62,6 +62,20 @@ class _Broken(Exception):
     """Why a checkpoint cannot be used."""
 
 
+def train_version(run_dir: Path) -> int | None:
+    """Return the `TRAIN_VERSION` that a run has computed with so far, None before any checkpoint.
+
+    What does not say so, a finished run's summary or the newest checkpoint, is of version 1.
+    """
+    newest = reversed(_steps(run_dir / "checkpoints"))
+    for path in (run_dir / "summary.json", *(step / _MANIFEST for step in newest)):
+        # What is damaged is named when it is read in full.
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            about = json.loads(path.read_bytes())
+            return about.get("progress", about).get("train_version", 1)
+    return None
+
+
 def has_checkpoint(run_dir: Path) -> bool:
     """Return whether there is anything to resume from, whole or not."""
     return bool(_steps(run_dir / "checkpoints")) or (run_dir / SINGLE_FILE).exists()

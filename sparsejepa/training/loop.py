@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from sparsejepa import version
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
@@ -54,7 +55,7 @@ from sparsejepa.training.build import (
     load_images,
     total_steps,
 )
-from sparsejepa.training.checkpoint import Checkpoints, has_checkpoint
+from sparsejepa.training.checkpoint import Checkpoints, train_version
 from sparsejepa.training.guard import Guard
 from sparsejepa.training.loggers import Loggers, check_loggers
 from sparsejepa.training.monitor import (
@@ -254,6 +255,7 @@ def _train(
                 loggers.show({**log.newest, **drawn})
                 if saving:
                     progress = {"step": done, "seconds": seconds, "images": image_set.fingerprint}
+                    progress["train_version"] = version.TRAIN_VERSION
                     checkpoints.save(model, train_step.optimizer, progress)
                     saved = f"the last good checkpoint is that of step {done}"
                     since = time.perf_counter()
@@ -274,7 +276,7 @@ def _begin(run_dir: Path, config: Config) -> None:
     """Write what a run directory says of its run before the first step."""
     for partial in partial_files(run_dir):
         partial.unlink(missing_ok=True)
-    about = environment(code_of(run_dir))
+    about = environment()
     if launch_name():
         about["launch"] = launch_name()
     write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
@@ -305,6 +307,7 @@ def _summary(
         "data": config.data,
         "steps": total,
         "images": count,
+        "train_version": version.TRAIN_VERSION,
         "seconds": seconds,
         "images_per_second": count / max(seconds, 1e-9),
         "final": log.last,
@@ -387,6 +390,13 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
         raise UserError(
             f"--out {run_dir} already holds a run; continue it with --resume or name a new folder"
         )
+    begun = train_version(run_dir)
+    if begun not in (None, version.TRAIN_VERSION):
+        raise UserError(
+            f"{run_dir}: the run there computes train version {begun}, this release "
+            f"{version.TRAIN_VERSION}; name a new folder with --out, or finish it with the release "
+            "that began it"
+        )
     stored = read_config(run_dir).flat()
     free = _FREE_ON_RESUME | (FROM_START if config.model.init else set())
     for name, value in config.flat().items():
@@ -406,14 +416,6 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
                 "again with --resume"
             )
     return summary
-
-
-def code_of(run_dir: Path) -> str:
-    """Return the code that a run was trained with so far, as `environment` names it."""
-    if not has_checkpoint(run_dir) and not (run_dir / "summary.json").exists():
-        return ""
-    code = _about(run_dir).get("code")
-    return code if isinstance(code, str) else "unknown"
 
 
 def _about(run_dir: Path) -> dict[str, Any]:

@@ -27,9 +27,7 @@ SERVER = """
 import os, shlex, signal, sys
 import sparsejepa.training.loop, sparsejepa.verbs.training, sklearn.neighbors, scipy.linalg
 from sparsejepa.cli import main
-from sparsejepa.environment import code_version
 
-code_version()  # it is kept: a run asks for it when it starts
 pid = None
 for line in sys.stdin:
     if pid:
