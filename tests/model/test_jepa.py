@@ -114,14 +114,15 @@ def test_ema_follows_its_closed_form() -> None:
 
 
 def test_after_step_takes_the_proximal_gradient_step_on_w() -> None:
-    from sparsejepa.model.groups import prox_sphere
+    from sparsejepa.model.groups import LAM_UNIT, prox_sphere
 
     config = small(lam=0.2)
     model = model_of(config, total=1000)
     model(images(), step=0).total.backward()
     assert model.groups is not None and model.groups.W.grad is not None
-    lr = model.rates.w_lr(0)
-    expected = prox_sphere(model.groups.W - lr * model.groups.W.grad, lr * 0.2)
+    rate, gradient = model.rates.w_rate(0), model.groups.W.grad.clone()
+    pull = -gradient / gradient.square().sum(1).mean().sqrt()
+    expected = prox_sphere(model.groups.W + rate * pull, rate * 0.2 / LAM_UNIT)
     model.after_step(0)
     torch.testing.assert_close(model.groups.W, expected)
     assert model.groups.W.grad is None
