@@ -81,7 +81,7 @@ class GroupMap(nn.Module):
         self.mean.lerp_(self.W.grad, 1 / window)
         v = self.W - rate * self.mean / self.mean.norm(dim=1).square().mean().sqrt()
         norms = v.norm(dim=1)  # [G, D]
-        r = (norms - rate * lam / 0.01).clamp_min(0)  # the unit in which lam is stated
+        r = (norms - rate * (lam / 0.01) ** 0.5).clamp_min(0)  # 0.01: the average pull
         lone = F.one_hot(norms.argmax(0), G).T.float()  # none above the threshold: keep the largest
         r = torch.where(r.sum(0) > 0, r / r.norm(dim=0).clamp_min(1e-12), lone)
         self.W.copy_(v * (r / norms.clamp_min(1e-12))[:, None])
@@ -142,7 +142,8 @@ for step in range(args.steps):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    groups.proximal_step(4 / args.steps, args.lam, min(step + 1, args.steps / 10))
+    lam = args.lam * min(1, max(0, step / args.steps - 0.1) / 0.5)  # it comes in slowly
+    groups.proximal_step(4 / args.steps, lam, min(step + 1, args.steps / 5))
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.data.lerp_(fast.data, 0.02)
     if step % 50 == 0 or step == args.steps - 1:

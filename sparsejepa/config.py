@@ -122,13 +122,13 @@ class GroupConfig:
     w_form: Literal["sphere", "plain"] = "sphere"
     """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
     lam: float = 0.01
-    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. A connection stays
-    that the data pull at more than lam / 0.01 times as strongly as at the average one."""
+    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. At 0.01 the penalty is
+    as strong as the data's average pull on a connection; at lam, 0.01 / lam of them can stay."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
     pattern: str = "learned"
     """learned, or a control with zeros in random places along the same path to --density: random
-    (all groups alike), or a run directory, to give each group and latent as many as it has there."""
+    (all groups alike), or a run directory (each group and latent with as many as it has there)."""
     group_weight: float = 0.1
     """Weight of the group map's own prediction loss."""
     group_detach: float = 0.0

@@ -36,6 +36,7 @@ from sparsejepa.model.groups import (
     GroupMap,
     Kind,
     group_norms,
+    ramp,
     random_pattern,
 )
 from sparsejepa.model.jepa import gather_tokens
@@ -81,9 +82,8 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         num_groups: G, at most D.
         group_dim: P; D / G if None.
         lam: group-lasso penalty.
-        density: steer lam towards this share of non-zero blocks (g, j) instead of fixing it; those
-            stay that are strongest on average over the last two fifths of the first fit (at least
-            one per latent).
+        density: steer lam towards this share of non-zero blocks (g, j) instead of fixing it, and
+            bring it there exactly in the last step of the first fit (at least one per latent).
         kind: what a group is, see `GroupMap`.
         steps, batch_size: of each of the two fits.
         context: smallest and largest share of the patches that the context is given.
@@ -289,7 +289,6 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         )
         steer = searching and self.density is not None
         controller = DensityController(self.steps).to(x.device) if steer else None
-        lam: float | Tensor = self.lam
         # Up, constant, down to 0.
         share = np.arange(1, self.steps + 1) / self.steps
         rates = np.minimum(np.minimum(share / _WARMUP, 1), (1 + 1 / self.steps - share) / _DECAY)
@@ -303,13 +302,13 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            w_rate, keep = TRAVEL * float(rates[step] / rates.sum()), None
+            w_rate, way = TRAVEL * float(rates[step] / rates.sum()), ramp(step / self.steps)
+            lam, keep = self.lam * way, None
             if not searching:
                 keep = groups.block_norms() > 0
             elif controller is not None and self.density is not None:
                 if step == self.steps - 1:
                     keep = groups.strongest(self.density, w_rate)
-                way = min(1.0, max(0.0, (step / self.steps - 0.1) / 0.5))
                 now = (groups.block_norms() > 0).float().mean()
                 controller.step(now, 1 + (self.density - 1) * way)
                 lam = controller.lam
@@ -414,6 +413,11 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             raise UserError("steps, batch_size and group_dim must be at least 1")
         if self.lam < 0 or not 0 < (1 if self.density is None else self.density) <= 1:
             raise UserError("lam must not be negative, and density lie above 0 and at most at 1")
+        if self.density is not None and self.density < 1 / self.num_groups:
+            raise UserError(
+                f"density {self.density:g} is below 1/{self.num_groups}: each latent keeps at "
+                "least one group"
+            )
         if self.kind not in ("region", "concept", "feature"):
             raise UserError(f"kind '{self.kind}' is not one of region, concept, feature")
         if not 0 < self.context[0] <= self.context[1] < 1:

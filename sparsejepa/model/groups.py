@@ -32,7 +32,7 @@ _SPREAD = 0.14
 _PLAIN_SCALE = 4.0
 
 LAM_UNIT = 0.01
-"""The lam whose penalty is as strong as the average pull of the data on a block of W."""
+"""The lam at which the prox is as strong as the average pull of the data on a block of W."""
 
 W_WINDOW = 0.2
 """Share of a run over which W's gradient is averaged."""
@@ -42,6 +42,14 @@ TRAVEL = 4.0
 # Small outputs at the start (as in the ViT), so that the untrained head does not push the encoder.
 _OUT_STD = 0.02
 _TINY = 1e-30
+
+
+def ramp(share: float) -> float:
+    """Return how much of the penalty is there after a share of the penalised steps, 0 to 1.
+
+    Nothing in the first tenth, all from six tenths on: W follows the data before it is thinned out.
+    """
+    return min(1.0, max(0.0, (share - 0.1) / 0.5))
 
 
 def prox_group_lasso(W: Tensor, t: float | Tensor) -> Tensor:
@@ -368,14 +376,15 @@ class GroupMap(nn.Module):
     ) -> None:
         """Take one step of proximal gradient descent on W, and clear W.grad (which may be None).
 
-        m <- momentum m + (1 - momentum) W.grad;  W <- prox(W + rate pull, rate lam / LAM_UNIT)
+        m <- momentum m + (1 - momentum) W.grad
+        W <- prox(W + rate pull, rate sqrt(lam / LAM_UNIT)),  pull = -m / rms_gj ||m_gj||
 
-        with pull = -m / rms_gj ||m_gj||. So only the direction of the gradient counts, whatever
-        weight, loss and batch size stand before it, and lam / LAM_UNIT says how many times the
-        average pull a block needs to stay. As the squares of the pulls average 1, a penalty above
-        LAM_UNIT leaves in the end at most about the share (LAM_UNIT / lam)^2. A zero block comes
-        back when its pull exceeds the penalty; momentum keeps the noise of single batches, of
-        which it leaves sqrt((1 - momentum) / (1 + momentum)), from bringing it back.
+        Only the direction of the gradient counts, whatever weight, loss and batch size stand before
+        it, and a block stays if the data pull at it more than sqrt(lam / LAM_UNIT) times as much as
+        at the average one. As the squares of the pulls average 1, at most the share LAM_UNIT / lam
+        of the blocks can stay in the long run (on the sphere, at least one per latent). A zero
+        block comes back when its pull exceeds the penalty; momentum keeps the noise of single
+        batches, of which it leaves sqrt((1 - momentum) / (1 + momentum)), from bringing it back.
 
         Args:
             rate: how far a block goes under the average pull.
@@ -386,7 +395,7 @@ class GroupMap(nn.Module):
             self.momentum.lerp_(self.W.grad, 1 - momentum)
             self.W.grad = None
         W = self.W + rate * self.pull()
-        t: float | Tensor = rate / LAM_UNIT * lam
+        t = rate * (lam / LAM_UNIT) ** 0.5
         if keep is not None:
             W, t = W * keep[:, None], 0.0
         self.W.copy_(prox_sphere(W, t) if self.sphere else prox_group_lasso(W, t))
@@ -463,9 +472,9 @@ class DensityController(nn.Module):
         lam: where lam starts; low enough to remove nothing by itself.
     """
 
-    proportional = 8.0  # log lam per unit of density
-    integral_gain = 60.0  # the same, per run
-    fastest = 60.0  # the limit on the change of log lam, per run
+    proportional = 12.0  # log lam per unit of density
+    integral_gain = 90.0  # the same, per run
+    fastest = 90.0  # the limit on the change of log lam, per run
     low, high = math.log(1e-6), math.log(1e2)
 
     def __init__(self, total_steps: int, lam: float = 2e-3) -> None:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sparsejepa.config import Config
-from sparsejepa.model.groups import TRAVEL, W_WINDOW
+from sparsejepa.model.groups import TRAVEL, W_WINDOW, ramp
 
 # `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
 _EMA_REFERENCE_STEPS = 29_000
@@ -88,14 +88,14 @@ class Schedule:
         return 1 - max(1 / (step + 1), 1 / max(5.0, W_WINDOW * self.total))
 
     def lam(self, step: int) -> float:
-        """Group-lasso penalty when it is fixed; 0 where the pattern is frozen."""
-        return self.config.groups.lam if self.config.penalised and not self.frozen(step) else 0.0
+        """Group-lasso penalty when it is fixed, see `ramp`; 0 where the pattern is frozen."""
+        acts = self.config.penalised and not self.frozen(step)
+        return self.config.groups.lam * ramp(step / self.penalised_steps) if acts else 0.0
 
     def wanted_density(self, step: int) -> float:
-        """Density wanted at this step: 1 for a tenth of the penalised steps, then a line to the
-        final value at six tenths, then constant."""
-        share = min(1.0, max(0.0, (step / self.penalised_steps - 0.1) / 0.5))
-        return 1 + ((self.config.groups.density or 1.0) - 1) * share
+        """Density wanted at this step: from 1 to the final value as the penalty grows."""
+        final = 1.0 if self.config.groups.density is None else self.config.groups.density
+        return 1 + (final - 1) * ramp(step / self.penalised_steps)
 
     def group_detached(self, step: int) -> bool:
         """Whether the group loss is kept from the encoder at this step."""

@@ -320,7 +320,7 @@ def test_proximal_step_is_a_step_along_the_mean_gradient_then_prox(sphere: bool)
     W, gradients = model.W.detach().clone(), [normal(G, P, D, seed=s) * 1e-3 for s in (4, 5)]
     for i, (gradient, momentum) in enumerate(zip(gradients, (0.0, 0.75), strict=True)):
         model.W.grad = gradient.clone()
-        model.proximal_step(0.05, torch.tensor(2 * LAM_UNIT), momentum=momentum)
+        model.proximal_step(0.05, torch.tensor(4 * LAM_UNIT), momentum=momentum)
         mean = gradient if i == 0 else 0.75 * gradients[0] + 0.25 * gradient
         pull = -mean / mean.square().sum(1).mean().sqrt()
         W = (prox_sphere if sphere else prox_group_lasso)(W + 0.05 * pull, 0.1)

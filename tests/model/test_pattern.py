@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
 from sparsejepa.interop.runs import save_groups
-from sparsejepa.model.groups import random_pattern
+from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.training.build import build_model
 
@@ -97,3 +97,14 @@ def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:
         model_of(pattern=str(tmp_path), num_groups=4)
     with pytest.raises(UserError, match="--pattern nowhere: not learned, random or a finished run"):
         model_of(pattern="nowhere")
+
+
+@given(st.floats(0.2, 1.0), st.integers(0, 10**6))
+def test_the_largest_blocks_are_kept_and_one_of_every_latent(density: float, seed: int) -> None:
+    norms = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
+    kept = largest(norms, density)
+    first = torch.zeros(5, 7, dtype=torch.bool).scatter(0, norms.argmax(0, keepdim=True), True)
+    assert kept[first].all() and kept.sum() == max(7, round(density * 35))
+    gone, others = norms[~kept], norms[kept & ~first]
+    if len(gone) and len(others):
+        assert others.min() >= gone.max()
