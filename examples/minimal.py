@@ -64,6 +64,7 @@ class GroupMap(nn.Module):
         super().__init__()
         w = torch.randn(G, P, D)
         self.W = nn.Parameter(w / w.norm(dim=(0, 1)))  # each latent's weights have norm 1
+        self.register_buffer("mean", torch.zeros(G, P, D))  # of W's gradient
         self.norm = nn.BatchNorm1d(D, affine=False)
         self.place = nn.Parameter(0.1 * torch.randn(SIDE * SIDE, 64))
         self.up = nn.Parameter(torch.randn(G, P, 64) / P**0.5)
@@ -75,11 +76,12 @@ class GroupMap(nn.Module):
         return torch.einsum("bnh,nhd->bnd", F.gelu(h), self.down[CELL])  # [B, N, D]
 
     @torch.no_grad()
-    def proximal_step(self, lr, lam):
-        """SGD, then the exact prox of the group lasso on the unit sphere of each latent."""
-        v = self.W - lr * self.W.grad
+    def proximal_step(self, rate, lam, window):
+        """A step along the mean gradient, then the exact prox of the group lasso on the sphere."""
+        self.mean.lerp_(self.W.grad, 1 / window)
+        v = self.W - rate * self.mean / self.mean.norm(dim=1).square().mean().sqrt()
         norms = v.norm(dim=1)  # [G, D]
-        r = (norms - lr * lam).clamp_min(0)
+        r = (norms - rate * (lam / 0.01) ** 0.5).clamp_min(0)  # 0.01: the average pull
         lone = F.one_hot(norms.argmax(0), G).T.float()  # none above the threshold: keep the largest
         r = torch.where(r.sum(0) > 0, r / r.norm(dim=0).clamp_min(1e-12), lone)
         self.W.copy_(v * (r / norms.clamp_min(1e-12))[:, None])
@@ -140,7 +142,8 @@ for step in range(args.steps):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    groups.proximal_step(lr=60 / args.steps, lam=args.lam)
+    lam = args.lam * min(1, max(0, step / args.steps - 0.1) / 0.5)  # it comes in slowly
+    groups.proximal_step(4 / args.steps, lam, min(step + 1, args.steps / 5))
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.data.lerp_(fast.data, 0.02)
     if step % 50 == 0 or step == args.steps - 1:

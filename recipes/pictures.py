@@ -196,7 +196,7 @@ def w_figure(steps: int = 1000) -> Figure:
         groups = GroupMap("region", 96, GRID, num_groups=16, group_dim=6)
         schedule = Schedule(config, steps)
         for step in range(steps):
-            groups.proximal_step(schedule.w_lr(step), schedule.lam(step))
+            groups.proximal_step(schedule.w_rate(step), schedule.lam(step))
         norms = groups.block_norms().detach().numpy()
         order = np.lexsort((-norms.max(0), norms.argmax(0)))
         shown = np.where(norms > 0, norms, np.nan)[:, order]

@@ -22,8 +22,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "predictor_depth": (1, 64), "num_targets": (1, 64), "target_scale": (0.001, 0.99),
     "target_aspect_ratio": (0.05, 20), "context_scale": (0.01, 1), "context_counts": (1, _BIG),
     "num_groups": (1, _BIG), "group_dim": (1, _BIG), "lam": (0, _BIG), "density": (0, 1),
-    "group_weight": (0, _BIG), "group_detach": (0, 1), "balance": (0, _BIG), "ridge": (0, _BIG),
-    "debias": (0, 1), "w_lr_sum": (0, _BIG), "beta": (0, _BIG), "kl_marginal": (0, _BIG),
+    "group_weight": (0, _BIG), "group_detach": (0, 1), "ridge": (0, _BIG),
+    "debias": (0, 1), "beta": (0, _BIG), "kl_marginal": (0, _BIG),
     "kl_correlation": (0, _BIG), "target_layers": (1, 64), "vicreg": (0, _BIG),
     "sigreg": (0, _BIG), "activation_l1": (0, _BIG), "rectified": (0, _BIG),
     "rectified_share": (0.01, 0.99),
@@ -165,11 +165,14 @@ def _check_objective(config: Config) -> None:
     """Refuse combinations of stem, targets, pattern and regularisers that cannot work."""
     if config.model.stem == "hierarchical" and config.model.patch_size < 2:
         raise UserError("--stem hierarchical needs a --patch-size of at least 2")
-    if config.groups.pattern == "random":
+    pattern = config.groups.pattern
+    if pattern != "learned":
         if config.groups.groups == "none":
-            raise UserError("--pattern random: with --groups none there is no pattern")
+            raise UserError(f"--pattern {pattern}: with --groups none there is no pattern")
         if config.groups.density is None:
-            raise UserError("--pattern random needs --density, the share of columns to keep")
+            raise UserError(f"--pattern {pattern} needs --density, the share of columns to keep")
+    if config.model.predictor == "groups" and config.groups.groups == "none":
+        raise UserError("--predictor groups needs groups; choose --groups region, concept, feature")
     depth, layers = config.encoder_shape[1], config.loss.target_layers
     if layers > depth and _known(config):
         raise UserError(

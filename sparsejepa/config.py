@@ -81,8 +81,9 @@ class EncoderConfig:
     """From a patch to its token: a linear map, or stacked convolutions within the patch (hMLP)."""
     drop_path: float = 0.05
     """Stochastic depth of the last block of the context encoder."""
-    predictor: Literal["transformer", "mlp"] = "transformer"
-    """transformer (I-JEPA) or a shallow MLP (the SparseJEPA paper)."""
+    predictor: Literal["transformer", "mlp", "groups"] = "transformer"
+    """transformer (I-JEPA), a shallow MLP (the SparseJEPA paper), or the group map itself: then
+    nothing reaches the targets but through W."""
     predictor_dim: int = 128
     """Width of the predictor."""
     predictor_depth: int = 4
@@ -121,23 +122,21 @@ class GroupConfig:
     w_form: Literal["sphere", "plain"] = "sphere"
     """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
     lam: float = 0.01
-    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised."""
+    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. At 0.01 the penalty is
+    as strong as the data's average pull on a connection; at lam, 0.01 / lam of them can stay."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
-    pattern: Literal["learned", "random"] = "learned"
-    """random: zeros drawn once, --density of the columns left, never changed: a control."""
+    pattern: str = "learned"
+    """learned, or a control with zeros in random places along the same path to --density: random
+    (all groups alike), or a run directory (each group and latent with as many as it has there)."""
     group_weight: float = 0.1
     """Weight of the group map's own prediction loss."""
     group_detach: float = 0.0
     """First part of training in which that loss does not reach the encoder (0 to 1)."""
-    balance: float = 0.03
-    """Weight of the usage-balance term that keeps latents from crowding into one group."""
     ridge: float = 1e-3
     """Weight of the squared weights of the group networks (plain form only)."""
     debias: float = 0.15
     """Last part of training with lam = 0 and the zero pattern frozen (0 to 1)."""
-    w_lr_sum: float = 60.0
-    """Sum of the learning rates of W over the run: the scale on which lam acts."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +308,7 @@ class Config:
     def penalised(self) -> bool:
         """Whether W is under a sparsity penalty at all."""
         groups = self.groups
-        if groups.groups == "none" or groups.pattern == "random":
+        if groups.groups == "none" or groups.pattern != "learned":
             return False
         return groups.density is not None or groups.lam > 0
 
@@ -383,7 +382,7 @@ PRESETS: dict[str, Preset] = {
         "posterior KL, fixed lambda",
         {
             "predictor": "mlp", "predictor_depth": 2, "predictor_dim": 256, "loss": "l2",
-            "w_form": "plain", "kl": "posterior", "beta": 0.01, "group_weight": 1.0, "balance": 0.0,
+            "w_form": "plain", "kl": "posterior", "beta": 0.01, "group_weight": 1.0,
             "debias": 0.0, "augment": "crop",
         },
         command="sparsejepa pretrain cifar100 --preset paper",

@@ -11,5 +11,5 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 EVAL_VERSION = 1

@@ -29,8 +29,16 @@ from torch import Tensor
 
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.fitted import ABOUT, Fit, read_fit, write_fit
-from sparsejepa.evaluation.patterns import shuffle_pattern, strongest
-from sparsejepa.model.groups import DensityController, GroupMap, Kind, group_norms
+from sparsejepa.model.groups import (
+    TRAVEL,
+    W_WINDOW,
+    DensityController,
+    GroupMap,
+    Kind,
+    group_norms,
+    ramp,
+    random_pattern,
+)
 from sparsejepa.model.jepa import gather_tokens
 from sparsejepa.model.masks import Masks, MaskSampler
 from sparsejepa.rng import derive_seed, generator
@@ -39,12 +47,7 @@ LEAST_IMAGES = 16
 BLOCK = 256
 """Images whose tokens are worked on at once."""
 
-# The learning rates of W sum to what they do in training (training/schedule.py), and so lam acts on
-# the same scale: 0.001, 0.01 and 0.1 leave about 16, 13 and 1 of 16 groups per latent. The loss
-# weighs more for W, or the pattern would be that of the random start, and less and less in the
-# end, or its noise would bring blocks back.
-_W_LR_SUM, _W_WEIGHT = 60.0, 30.0
-_LR, _WEIGHT_DECAY, _BALANCE = 3e-3, 0.05, 0.03
+_LR, _WEIGHT_DECAY = 3e-3, 0.05
 # Shares of the steps in which learning rates rise, and fall to 0 at the end.
 _WARMUP, _DECAY = 0.05, 0.4
 # Width of the group networks: as good as the 64 of training here, at half the cost.
@@ -79,9 +82,8 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         num_groups: G, at most D.
         group_dim: P; D / G if None.
         lam: group-lasso penalty.
-        density: steer lam towards this share of non-zero blocks (g, j) instead of fixing it; those
-            stay that are strongest on average over the last two fifths of the first fit (at least
-            one per latent).
+        density: steer lam towards this share of non-zero blocks (g, j) instead of fixing it, and
+            bring it there exactly in the last step of the first fit (at least one per latent).
         kind: what a group is, see `GroupMap`.
         steps, batch_size: of each of the two fits.
         context: smallest and largest share of the patches that the context is given.
@@ -200,30 +202,34 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         """Return what the held-out R^2 of the learned pattern is to be compared with.
 
         Each is the same fit to `tokens_train` with another seed of the weights, scored on
-        `tokens_test` with the same masks: `unpenalised` with lam = 0; `random`, `repeats` times
-        with a fixed random zero pattern, which keeps the number of groups of each latent and the
-        number of latents of each group (so the density too) and changes only which goes with which.
+        `tokens_test` with the same masks: `unpenalised` with lam = 0, the others `repeats` times
+        with fixed random zeros of the same density. `uniform` gives all latents as many groups, and
+        all groups as many latents, give or take one; `random` as many as the learned pattern does,
+        so that only which goes with which has changed.
 
         Returns:
-            {"learned": R^2 of this fit, "unpenalised": R^2, "random": [R^2, ...]}.
+            {"learned": R^2 of this fit, "unpenalised": R^2, "random": [R^2, ...],
+            "uniform": [R^2, ...]}.
         """
         learned = torch.as_tensor(self.block_norms_ > 0)
-        rng = np.random.default_rng(derive_seed(self.random_state, 0, "random-pattern"))
 
-        def other(pattern: Tensor | None, seed: int) -> float:
+        def other(seed: int, like: Tensor | None = None, zeros: bool = True) -> float:
             params = {**self.get_params(), "lam": 0.0, "density": None}
-            params["random_state"] = derive_seed(self.random_state, seed, "random-pattern")
+            params["random_state"] = seed = derive_seed(self.random_state, seed, "random-pattern")
+            pattern = None
+            if zeros:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed)
+                    pattern = random_pattern(*learned.shape, float(learned.float().mean()), like)
             fitted = type(self)(**params)._fit(tokens_train, pattern)
             fitted.random_state = self.random_state  # for the masks of the score
             return fitted.score(tokens_test)
 
         return {
             "learned": self.score(tokens_test),
-            "unpenalised": other(None, 0),
-            "random": [
-                other(torch.as_tensor(shuffle_pattern(learned.numpy(), rng)), i + 1)
-                for i in range(repeats)
-            ],
+            "unpenalised": other(0, zeros=False),
+            "random": [other(i + 1, learned) for i in range(repeats)],
+            "uniform": [other(repeats + i + 1) for i in range(repeats)],
         }
 
     def _fit(self, tokens: Any, pattern: Tensor | None) -> Self:
@@ -234,15 +240,13 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         self._measure(x)
         if pattern is None and (self.lam > 0 or self.density is not None):
             self._start(x, "posthoc-search")
-            _, norms = self._train(x, searching=True)
+            self._train(x, searching=True)
             pattern = self.map_.block_norms() > 0
-            if self.density is not None:
-                pattern = strongest(norms, self.density)
         self._start(x, "posthoc")
         if pattern is not None:
             with torch.no_grad():
                 self.map_.W.mul_(pattern.to(x.device)[:, None])
-        self.loss_curve_, _ = self._train(x, searching=False)
+        self.loss_curve_ = self._train(x, searching=False)
         self.map_.requires_grad_(False)
         self._describe()
         squares = torch.zeros(self.num_groups, dtype=torch.float64, device=x.device)
@@ -272,28 +276,23 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         self.map_.eval().to(x.device)
         self._place_norm(x)
 
-    def _train(self, x: Tensor, *, searching: bool) -> tuple[np.ndarray, Tensor]:
-        """Train `map_`; lam and density act while searching.
-
-        Returns the loss of each step, and the block norms [G, D] summed over the steps in which
-        learning rates fall.
-        """
+    def _train(self, x: Tensor, *, searching: bool) -> np.ndarray:
+        """Train `map_`, and return the loss of each step. While searching, lam and density act."""
         groups = self.map_
-        networks = [p for p in groups.parameters() if p is not groups.W]
+        matrices = groups.networks.weights()
+        rest = [p for p in groups.networks.parameters() if not any(p is m for m in matrices)]
         optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in networks if p.ndim > 2], "weight_decay": _WEIGHT_DECAY},
-                {"params": [p for p in networks if p.ndim <= 2], "weight_decay": 0.0},
+                {"params": matrices, "weight_decay": _WEIGHT_DECAY},
+                {"params": rest, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.98),
         )
         steer = searching and self.density is not None
         controller = DensityController(self.steps).to(x.device) if steer else None
-        lam: float | Tensor = self.lam
         # Up, constant, down to 0.
         share = np.arange(1, self.steps + 1) / self.steps
         rates = np.minimum(np.minimum(share / _WARMUP, 1), (1 + 1 / self.steps - share) / _DECAY)
-        norms = torch.zeros_like(groups.block_norms().detach())
         batches = self._batches(x, self._shuffled(len(x)), "posthoc-fit")
         losses = []
         for step, (index, masks) in enumerate(batches):
@@ -301,21 +300,23 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
                 part["lr"] = _LR * rates[step]
             predicted, target = self._predict(x[index], masks)
             loss = (predicted - target).square().mean()
-            (loss + _BALANCE * groups.balance()).backward()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if controller is not None:
-                way = min(1.0, max(0.0, (step / self.steps - 0.1) / 0.5))
-                density = (groups.block_norms() > 0).float().mean()
-                controller.step(density, 1 + ((self.density or 1.0) - 1) * way)
+            w_rate, way = TRAVEL * float(rates[step] / rates.sum()), ramp(step / self.steps)
+            lam, keep = self.lam * way, None
+            if not searching:
+                keep = groups.block_norms() > 0
+            elif controller is not None and self.density is not None:
+                if step == self.steps - 1:
+                    keep = groups.strongest(self.density, w_rate)
+                now = (groups.block_norms() > 0).float().mean()
+                controller.step(now, 1 + (self.density - 1) * way)
                 lam = controller.lam
-            assert groups.W.grad is not None
-            groups.W.grad *= _W_WEIGHT * rates[step]
-            groups.proximal_step(_W_LR_SUM / self.steps, lam, freeze_pattern=not searching)
+            momentum = 1 - max(1 / (step + 1), 1 / max(5.0, W_WINDOW * self.steps))
+            groups.proximal_step(w_rate, lam, momentum=momentum, keep=keep)
             losses.append(loss.detach())
-            if step >= (1 - _DECAY) * self.steps:
-                norms += groups.block_norms().detach()
-        return torch.stack(losses).cpu().numpy(), norms
+        return torch.stack(losses).cpu().numpy()
 
     def _predict(self, tokens: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Return predictions and targets [B, T, D] of the hidden patches of tokens [B, N, D]."""
@@ -413,6 +414,11 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             raise UserError("steps, batch_size and group_dim must be at least 1")
         if self.lam < 0 or not 0 < (1 if self.density is None else self.density) <= 1:
             raise UserError("lam must not be negative, and density lie above 0 and at most at 1")
+        if self.density is not None and self.density < 1 / self.num_groups:
+            raise UserError(
+                f"density {self.density:g} is below 1/{self.num_groups}: each latent keeps at "
+                "least one group"
+            )
         if self.kind not in ("region", "concept", "feature"):
             raise UserError(f"kind '{self.kind}' is not one of region, concept, feature")
         if not 0 < self.context[0] <= self.context[1] < 1:

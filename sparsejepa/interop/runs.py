@@ -56,7 +56,8 @@ def save_groups(run_dir: Path, groups: GroupMap, rms: Tensor | None = None) -> N
         "eps": groups.norm.eps,
     }
     units = {} if rms is None else {"rms": rms}
-    save_tensors(run_dir / GROUPS, groups.state_dict() | units, about)
+    tensors = {k: v for k, v in groups.state_dict().items() if k != "momentum"}  # for training only
+    save_tensors(run_dir / GROUPS, tensors | units, about)
 
 
 def groups_folder(folder: Path) -> Path:
@@ -93,7 +94,7 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         units = tensors.pop("rms", torch.ones(num_groups))
         if units.shape != (num_groups,):
             raise ValueError(f"rms of shape {list(units.shape)} for {num_groups} groups")
-        groups.load_state_dict(tensors)
+        groups.load_state_dict(tensors | {"momentum": groups.momentum})
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         detail = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit {CONFIG} ({detail}); copy the run again") from None

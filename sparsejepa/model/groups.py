@@ -25,16 +25,31 @@ from sparsejepa.model.losses import full
 
 Kind = Literal["region", "concept", "feature"]
 
-# Block norms start at 1/sqrt(G) give or take 14 %. Exactly equal norms are a fixed point of the
-# spherical prox. With this spread the prox alone, without data, leaves 16, 10 and 1 of 16 groups
-# per latent for thresholds that sum to 0.06, 0.6 and 6: those that began largest.
+# Block norms start at 1/sqrt(G) give or take 14 %: exactly equal norms are a fixed point of the
+# spherical prox.
 _SPREAD = 0.14
-# Without the sphere a block loses lr * lam per step outright; from this scale it survives a total
-# threshold of 4/sqrt(G) (oi-VAE starts W large as well).
+# Without the sphere a block loses what the prox takes outright; oi-VAE starts W large as well.
 _PLAIN_SCALE = 4.0
+
+LAM_UNIT = 0.01
+"""The lam at which the prox is as strong as the average pull of the data on a block of W."""
+
+W_WINDOW = 0.2
+"""Share of a run over which W's gradient is averaged."""
+
+TRAVEL = 4.0
+"""How far a block moves over a run under the average pull; its norm starts near 1/sqrt(G)."""
 # Small outputs at the start (as in the ViT), so that the untrained head does not push the encoder.
 _OUT_STD = 0.02
 _TINY = 1e-30
+
+
+def ramp(share: float) -> float:
+    """Return how much of the penalty is there after a share of the penalised steps, 0 to 1.
+
+    Nothing in the first tenth, all from six tenths on: W follows the data before it is thinned out.
+    """
+    return min(1.0, max(0.0, (share - 0.1) / 0.5))
 
 
 def prox_group_lasso(W: Tensor, t: float | Tensor) -> Tensor:
@@ -271,6 +286,9 @@ class GroupMap(nn.Module):
         blocks = F.normalize(torch.randn(num_groups, group_dim, embed_dim), dim=1)
         spread = (1 + _SPREAD * torch.randn(num_groups, 1, embed_dim)).clamp_min(0.1)
         self.W = nn.Parameter(prox_sphere(blocks * spread, 0.0) * scale)
+        # The mean of W's gradient over the recent past; see `proximal_step`.
+        self.momentum: Tensor  # [G, P, D]
+        self.register_buffer("momentum", torch.zeros_like(self.W))
         # Running statistics take over in evaluation; no affine part, which could hide a latent.
         self.norm = nn.BatchNorm1d(embed_dim, affine=False)
         # Unit preactivations at the start: the variance of u is scale^2 D / (G P).
@@ -328,20 +346,6 @@ class GroupMap(nn.Module):
             norm.num_batches_tracked += 1
         return (x - mean) * (variance + norm.eps).rsqrt()
 
-    @torch.no_grad()
-    def keep_random(self, density: float) -> None:
-        """Leave a random `density` of the blocks, the others zero, every latent its norm.
-
-        All latents keep the same number of groups, give or take one, and at least one. Drawn from
-        torch's default generator. `proximal_step` with `freeze_pattern` keeps the zeros.
-        """
-        groups, latents = len(self.W), self.W.shape[2]
-        each, more = divmod(max(latents, round(density * groups * latents)), latents)
-        counts = each + (torch.randperm(latents) < more)
-        kept = torch.rand(groups, latents).argsort(0).argsort(0) < counts
-        scale = 1.0 if self.sphere else _PLAIN_SCALE
-        self.W.copy_(prox_sphere(self.W * kept[:, None], 0.0) * scale)
-
     def block_norms(self) -> Tensor:
         """Return ||W_gj||, [G, D]."""
         return torch.linalg.vector_norm(self.W, dim=1)
@@ -354,31 +358,55 @@ class GroupMap(nn.Module):
         """Return the sum of squares of the group networks' matrices (oi-VAE's N(0, 1) prior)."""
         return torch.stack([w.square().sum() for w in self.networks.weights()]).sum()
 
-    def balance(self) -> Tensor:
-        """Return log G minus the entropy of the groups' usage, in nats; 0 when all are used alike.
-
-        The usage of group g is mean_j ||W_gj||^2 over the sum of all groups'.
-        """
-        usage = self.W.square().mean((1, 2))
-        usage = usage / usage.sum().clamp_min(_TINY)
-        # The floor inside the logarithm keeps a dead group's gradient at 0 instead of NaN.
-        return math.log(len(usage)) + (usage * usage.clamp_min(1e-12).log()).sum()
+    @torch.no_grad()
+    def pull(self) -> Tensor:
+        """Return where the data want W to go, [G, P, D]: less the mean recent gradient, in units in
+        which the root mean square of the block norms ||pull_gj|| is 1."""
+        norms = torch.linalg.vector_norm(self.momentum, dim=1)
+        return -self.momentum / norms.square().mean().sqrt().clamp_min(_TINY)
 
     @torch.no_grad()
     def proximal_step(
-        self, lr: float, lam: float | Tensor, *, freeze_pattern: bool = False
+        self,
+        rate: float,
+        lam: float | Tensor,
+        *,
+        momentum: float = 0.0,
+        keep: Tensor | None = None,
     ) -> None:
         """Take one step of proximal gradient descent on W, and clear W.grad (which may be None).
 
-        W <- prox_{lr lam}(W - lr W.grad). With `freeze_pattern` lam is ignored and blocks that are
-        zero stay zero. A `lam` that is a tensor is not read on the host.
+        m <- momentum m + (1 - momentum) W.grad
+        W <- prox(W + rate pull, rate sqrt(lam / LAM_UNIT)),  pull = -m / rms_gj ||m_gj||
+
+        Only the direction of the gradient counts, whatever weight, loss and batch size stand before
+        it, and a block stays if the data pull at it more than sqrt(lam / LAM_UNIT) times as much as
+        at the average one. As the squares of the pulls average 1, at most the share LAM_UNIT / lam
+        of the blocks can stay in the long run (on the sphere, at least one per latent). A zero
+        block comes back when its pull exceeds the penalty; momentum keeps the noise of single
+        batches, of which it leaves sqrt((1 - momentum) / (1 + momentum)), from bringing it back.
+
+        Args:
+            rate: how far a block goes under the average pull.
+            lam: penalty; a 0-d tensor is not read on the host.
+            keep: bool [G, D], instead of a penalty: the other blocks become or stay zero.
         """
-        W = self.W if self.W.grad is None else self.W - lr * self.W.grad
-        if freeze_pattern:
-            W = W * (self.block_norms() > 0)[:, None]
-        t = 0.0 if freeze_pattern else lr * lam
+        if self.W.grad is not None:
+            self.momentum.lerp_(self.W.grad, 1 - momentum)
+            self.W.grad = None
+        W = self.W + rate * self.pull()
+        t = rate * (lam / LAM_UNIT) ** 0.5
+        if keep is not None:
+            W, t = W * keep[:, None], 0.0
         self.W.copy_(prox_sphere(W, t) if self.sphere else prox_group_lasso(W, t))
-        self.W.grad = None
+
+    def strongest(self, density: float, rate: float) -> Tensor:
+        """Return the share `density` of the blocks to keep, bool [G, D], at least one per latent.
+
+        Those that are largest after a step of `rate` along the pull, so that of zero blocks the
+        ones come first that the data want most.
+        """
+        return largest(torch.linalg.vector_norm(self.W + rate * self.pull(), dim=1), density)
 
     def group_activations(self, z: Tensor) -> Tensor:
         """Return ||W^(g) z||, [B, C, G], for tokens z [B, C, D] under the running normalisation."""
@@ -393,25 +421,60 @@ def group_norms(W: Tensor, z: Tensor) -> Tensor:
     return torch.linalg.vector_norm(u, dim=-1)
 
 
+def largest(norms: Tensor, density: float) -> Tensor:
+    """Return the share `density` of the blocks with the largest norms [G, D], bool [G, D].
+
+    Every latent keeps its largest. Nothing is read on the host.
+    """
+    ranked = norms.scatter(0, norms.argmax(0, keepdim=True), math.inf).flatten()
+    count = max(norms.shape[1], round(density * norms.numel()))
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    return kept.scatter(0, ranked.topk(count).indices, True).view_as(norms)
+
+
+def random_pattern(groups: int, latents: int, density: float, like: Tensor | None = None) -> Tensor:
+    """Return a random zero pattern, bool [G, D], drawn from torch's default generator.
+
+    All latents have the same number of groups and all groups the same number of latents, give or
+    take one; with `like`, bool [G, D], they have as many as there. `density` is the share of the
+    blocks (at least one per latent).
+    """
+    if like is None:
+        # Dealing out one group after the other in turn has equal sums both ways.
+        each, more = divmod(max(latents, round(density * groups * latents)), latents)
+        counts = each + (torch.randperm(latents) < more)
+        dealt = torch.repeat_interleave(torch.arange(latents), counts)
+        like = torch.zeros(groups, latents, dtype=torch.bool)
+        like[torch.arange(len(dealt)) % groups, dealt] = True
+    pattern = like.clone()
+    for _ in range(10 * latents if latents > 1 else 0):
+        # Two latents pool the groups that only one of them has and deal them out again, each as
+        # many as before (the curveball algorithm, Strona et al. 2014).
+        a, b = torch.randperm(latents)[:2].tolist()
+        differ = (pattern[:, a] != pattern[:, b]).nonzero().flatten()
+        mine = differ[torch.randperm(len(differ))[: int(pattern[differ, a].sum())]]
+        pattern[differ, a], pattern[differ, b] = False, True
+        pattern[mine, a], pattern[mine, b] = True, False
+    return pattern
+
+
 class DensityController(nn.Module):
     """Steers lam so that the density (the share of non-zero blocks) follows a wanted path.
 
-    Proportional-integral control of log lam, with limits on how fast log lam moves. Two regimes set
-    the gains. While the prox is stronger than W's gradient a zero block never comes back, so lam
-    must fall fast once the density is reached, and may rise only slowly, as the density answers
-    late. Once lam is as small as the gradient, density answers within a step, and the limits keep
-    the loop from ringing. All state is in buffers: a checkpoint restores it and no step reads a
-    value on the host.
+    Proportional-integral control of log lam, with a limit on how fast it moves: density answers
+    late, as a block takes a tenth of a run or so to shrink to zero. All state is in buffers: a
+    checkpoint restores it and no step reads a value on the host. What is still missing of the
+    wanted density at the end, `GroupMap.strongest` brings.
 
     Args:
-        total_steps: steps of the run. Gains and limits are per run, so that the course over a run
-            does not depend on its length.
+        total_steps: steps of the run. Gains and the limit are per run, so that the course over a
+            run does not depend on its length.
         lam: where lam starts; low enough to remove nothing by itself.
     """
 
-    proportional = 60.0  # log lam per unit of density
-    integral_gain = 50.0  # the same, per run
-    rise, fall = 30.0, 150.0  # limits on the change of log lam, per run
+    proportional = 12.0  # log lam per unit of density
+    integral_gain = 90.0  # the same, per run
+    fastest = 90.0  # the limit on the change of log lam, per run
     low, high = math.log(1e-6), math.log(1e2)
 
     def __init__(self, total_steps: int, lam: float = 2e-3) -> None:
@@ -430,5 +493,5 @@ class DensityController(nn.Module):
         self.integral.copy_(integral.clamp(self.low, self.high))
         now = self.lam.log()
         change = self.integral + self.proportional * error - now
-        change = change.clamp(-self.fall / self.total_steps, self.rise / self.total_steps)
-        self.lam.copy_((now + change).clamp(self.low, self.high).exp())
+        limit = self.fastest / self.total_steps
+        self.lam.copy_((now + change.clamp(-limit, limit)).clamp(self.low, self.high).exp())

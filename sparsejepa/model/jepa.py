@@ -4,9 +4,10 @@ I-JEPA (Assran et al. 2023) predicts the target encoder's embeddings of masked b
 visible context. SparseJEPA (Hartman and Varshney 2025) adds a map from latent dimensions to groups
 under a group lasso, and a KL term. The objective is
 
-    prediction + group_weight * group + beta * KL + balance + regularizer + lam * sum_gj ||W_gj||
+    prediction + group_weight * group + beta * KL + regularizer + lam * sum_gj ||W_gj||
 
 The last term never enters `Losses.total`: a proximal step on W applies it exactly (`after_step`).
+Without a predictor the group map is the predictor: its loss, unweighted, is the prediction.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from sparsejepa.distributed import Share
 from sparsejepa.model.collectives import average, gather, local
 from sparsejepa.model.encoder import ViT, patchify
-from sparsejepa.model.groups import DensityController, GroupMap
+from sparsejepa.model.groups import DensityController, GroupMap, largest
 from sparsejepa.model.losses import (
     RunningMoments,
     aggregate_kl,
@@ -40,9 +41,11 @@ class Rates(Protocol):
     """The schedules that a step of the model reads: pure functions of the step."""
 
     def ema(self, step: int) -> float: ...
-    def w_lr(self, step: int) -> float: ...
+    def w_rate(self, step: int) -> float: ...
+    def w_momentum(self, step: int) -> float: ...
     def lam(self, step: int) -> float: ...
     def wanted_density(self, step: int) -> float: ...
+    def freezes(self, step: int) -> bool: ...
     def frozen(self, step: int) -> bool: ...
     def group_detached(self, step: int) -> bool: ...
 
@@ -60,7 +63,6 @@ class Objective:
     beta: float = 0.05
     kl_marginal: float = 1.0
     kl_correlation: float = 1.0
-    balance: float = 0.03
     ridge: float = 1e-3
     regularizers: Regularizers = field(default_factory=Regularizers)
 
@@ -79,7 +81,6 @@ class Losses:
     kl_marginal: Tensor
     kl_correlation: Tensor
     penalty: Tensor
-    balance: Tensor
     regularizer: Tensor
 
     def stacked(self) -> Tensor:
@@ -101,7 +102,7 @@ class SparseJEPA(nn.Module):
     def __init__(
         self,
         encoder: ViT,
-        predictor: nn.Module,
+        predictor: nn.Module | None,
         sampler: MaskSampler,
         groups: GroupMap | None,
         *,
@@ -109,6 +110,7 @@ class SparseJEPA(nn.Module):
         objective: Objective | None = None,
         total_steps: int = 1000,
         steer_density: bool = False,
+        random_pattern: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -122,6 +124,11 @@ class SparseJEPA(nn.Module):
         self.seed = seed
         self.moments = RunningMoments(encoder.embed_dim)
         self.controller = DensityController(total_steps) if groups and steer_density else None
+        # In a control with random zeros, the order [G, D] in which blocks are kept along the path
+        # of the density: those of the final pattern first.
+        order = None if random_pattern is None else random_pattern + torch.rand_like(groups.W[:, 0])
+        self.order: Tensor | None
+        self.register_buffer("order", order, persistent=False)
         # oi-VAE's sigma. Without a group map nothing reads the sample, and the term is left out.
         posterior = groups is not None and self.objective.kl == "posterior"
         self.log_variance = nn.Linear(encoder.embed_dim, encoder.embed_dim) if posterior else None
@@ -191,14 +198,16 @@ class SparseJEPA(nn.Module):
             centering=weights.target_centering,
         )
         context = self.context_encoder(images, masks.context, kept)  # [B, C, D]
-        predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D']
-        wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
-        prediction = prediction_loss(predicted, wanted, weights.loss)
+        prediction = None
+        if self.predictor is not None:
+            predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D']
+            wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
+            prediction = prediction_loss(predicted, wanted, weights.loss)
         return self._combine(prediction, context, targets, masks, noise, draws, detached)
 
     def _combine(
         self,
-        prediction: Tensor,
+        prediction: Tensor | None,
         context: Tensor,
         targets: Tensor,
         masks: Masks,
@@ -207,9 +216,8 @@ class SparseJEPA(nn.Module):
         detached: bool,
     ) -> Losses:
         weights = self.objective
-        zero = prediction.new_zeros(())
-        total, group, penalty, balance = prediction, zero, zero, zero
-        kl = marginal = correlation = zero
+        zero = targets.new_zeros((), dtype=torch.float32)
+        group = penalty = kl = marginal = correlation = zero
         latent = context
         pooled = full(context).mean(1)  # [B, D], before any normalisation
         aggregate = bool(weights.kl == "aggregate" and weights.beta)
@@ -223,7 +231,7 @@ class SparseJEPA(nn.Module):
             kl = posterior_kl(pooled, logvar)
             # One sample per image, added to each of its tokens: their mean is mu + sigma * eps.
             latent = context + ((0.5 * logvar).exp() * noise)[:, None]
-        total = total + weights.beta * kl
+        total = weights.beta * kl
         regularizer = weights.regularizers(every, draws)
         if regularizer is not None:
             total = total + regularizer
@@ -234,19 +242,22 @@ class SparseJEPA(nn.Module):
             query = self._queries(masks, targets.shape[1])
             grouped = self.groups(latent, masks.context, query)  # [B, T, D']
             group = prediction_loss(grouped, gather_tokens(targets, query), weights.loss)
-            penalty, balance = self.groups.penalty(), self.groups.balance()
-            total = total + weights.group_weight * group + weights.balance * balance
+            penalty = self.groups.penalty()
+            if prediction is None:
+                prediction = group
+            else:
+                total = total + weights.group_weight * group
             if not self.groups.sphere:
                 total = total + weights.ridge * self.groups.ridge()
+        assert prediction is not None
         return Losses(
-            total,
+            prediction + total,
             prediction,
             group,
             kl,
             marginal,
             correlation,
             penalty,
-            balance,
             zero if regularizer is None else regularizer,
         )
 
@@ -270,19 +281,26 @@ class SparseJEPA(nn.Module):
     def after_step(self, step: int) -> None:
         """Take the proximal gradient step on W and the EMA step of the target encoder."""
         if self.groups is not None:
-            frozen = self.rates.frozen(step)
-            lam: float | Tensor = self.rates.lam(step)
-            if self.controller is not None and not frozen:
-                self.controller.step(
-                    (self.groups.block_norms() > 0).float().mean(), self.rates.wanted_density(step)
-                )
-                lam = self.controller.lam
-            self.groups.proximal_step(self.rates.w_lr(step), lam, freeze_pattern=frozen)
+            self._move_w(step, self.groups)
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [local(p) for p in self.target_encoder.parameters()],
             [local(p) for p in self.context_encoder.parameters()],
             1 - self.rates.ema(step),
         )
+
+    def _move_w(self, step: int, groups: GroupMap) -> None:
+        rate, lam, keep = self.rates.w_rate(step), self.rates.lam(step), None
+        density = self.rates.wanted_density(step)
+        if self.order is not None:
+            keep = largest(self.order, density)
+        elif self.controller is not None and self.rates.freezes(step):
+            keep = groups.strongest(density, rate)
+        elif self.rates.frozen(step):
+            keep = groups.block_norms() > 0
+        elif self.controller is not None:
+            self.controller.step((groups.block_norms() > 0).float().mean(), density)
+            lam = self.controller.lam
+        groups.proximal_step(rate, lam, momentum=self.rates.w_momentum(step), keep=keep)
 
     def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return (matrices, the rest) of all that AdamW trains: everything but W and the target.

@@ -122,7 +122,6 @@ CURVES = {
     "kl_marginal": "KL, marginal part",
     "kl_correlation": "KL, correlation part",
     "penalty": "group lasso penalty",
-    "balance": "usage balance term",
     "knn": "k-NN accuracy, part of train",
     "rankme": "RankMe (effective rank)",
     "std_min": "smallest spread of a latent",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsejepa.config import Config
 from sparsejepa.data.augment import Augment
@@ -14,9 +15,10 @@ from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
 from sparsejepa.errors import TooFewImages, UserError
+from sparsejepa.files import load_tensors
 from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
-from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.groups import GroupMap, random_pattern
 from sparsejepa.model.jepa import Objective, SparseJEPA
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
@@ -132,9 +134,10 @@ def build_model(
             )
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
         dim, layers = config.model.predictor_dim, config.model.predictor_depth
+        predictor = None
         if config.model.predictor == "mlp":
             predictor = MLPPredictor(width, grid, dim=dim, depth=layers, out_dim=out_dim)
-        else:
+        elif config.model.predictor == "transformer":
             predictor = TransformerPredictor(
                 width,
                 grid,
@@ -145,7 +148,7 @@ def build_model(
             )
         torch.manual_seed(derive_seed(seed, 0, "init-groups"))
         kind = config.groups.groups
-        groups = None
+        groups = zeros = None
         if kind != "none":
             groups = GroupMap(
                 kind,
@@ -156,8 +159,8 @@ def build_model(
                 sphere=config.groups.w_form == "sphere",
                 out_dim=out_dim,
             )
-            if config.groups.pattern == "random":
-                groups.keep_random(config.groups.density or 1.0)
+            if config.groups.pattern != "learned":
+                zeros = _random_pattern(config, groups)
         return SparseJEPA(
             encoder,
             predictor,
@@ -174,7 +177,6 @@ def build_model(
                 beta=config.loss.beta,
                 kl_marginal=config.loss.kl_marginal,
                 kl_correlation=config.loss.kl_correlation,
-                balance=config.groups.balance,
                 ridge=config.groups.ridge,
                 regularizers=Regularizers(
                     vicreg=config.loss.vicreg,
@@ -185,9 +187,29 @@ def build_model(
                 ),
             ),
             total_steps=total,
-            steer_density=config.groups.density is not None and config.groups.pattern == "learned",
+            steer_density=config.groups.density is not None and config.penalised,
+            random_pattern=zeros,
             seed=seed,
         )
+
+
+def _random_pattern(config: Config, groups: GroupMap) -> Tensor:
+    """Return the random zero pattern [G, D] of a control.
+
+    Raises UserError if --pattern names a run without a group map of this size.
+    """
+    name, shape, like = config.groups.pattern, groups.block_norms().shape, None
+    if name != "random":
+        path = Path(name) / "groups.safetensors"
+        if not path.exists():
+            raise UserError(f"--pattern {name}: not learned, random or a finished run with groups")
+        like = torch.linalg.vector_norm(load_tensors(path)[0]["W"], dim=1) > 0
+        if like.shape != shape:
+            raise UserError(
+                f"--pattern {name}: its map is {like.shape[0]} groups by {like.shape[1]} latents, "
+                f"this run's {shape[0]} by {shape[1]}"
+            )
+    return random_pattern(*shape, config.groups.density or 1.0, like)
 
 
 def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:

@@ -213,7 +213,7 @@ class Alarms:
         if row.get("max_usage", 0) > 0.9 and row.get("density", 0) < 1:
             found.append(
                 "one group: nearly all latents feed a single group; lambda is too high "
-                "(lower --lam or set --density) or --balance too low"
+                "(lower --lam or set --density)"
             )
         if row.get("groups_per_latent", 1) < 0.5:  # on the sphere it is at least 1
             found.append(

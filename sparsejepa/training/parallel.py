@@ -51,7 +51,8 @@ def spread(
     for part in (model.context_encoder, model.target_encoder, model.predictor):
         for block in getattr(part, "blocks", ()):
             fully_shard(block, mesh=mesh)
-        fully_shard(part, mesh=mesh)
+        if part is not None:
+            fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(model.target_encoder, "forward_intermediates")
     return model

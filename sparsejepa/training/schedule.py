@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sparsejepa.config import Config
+from sparsejepa.model.groups import TRAVEL, W_WINDOW, ramp
 
 # `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
 _EMA_REFERENCE_STEPS = 29_000
@@ -62,25 +63,39 @@ class Schedule:
         """Steps before the debias part, in which lambda acts."""
         return max(1, self.total - round(self.config.groups.debias * self.total))
 
+    def freezes(self, step: int) -> bool:
+        """Whether the zero pattern is brought to the wanted density exactly, and frozen, here."""
+        return step == min(self.penalised_steps, self.total - 1)
+
     def frozen(self, step: int) -> bool:
-        """Whether the zero pattern of W is frozen: while debiasing, or because it is random."""
-        if self.config.groups.pattern == "random":
-            return True
+        """Whether the zero pattern of W is frozen and lambda is 0: while debiasing."""
         return step >= self.penalised_steps and self.config.penalised
 
-    def w_lr(self, step: int) -> float:
-        """Learning rate of W: constant, summing to `w_lr_sum` over the penalised steps."""
-        return self.config.groups.w_lr_sum / self.penalised_steps
+    def w_rate(self, step: int) -> float:
+        """How far W goes at this step under the average pull; the sum is `TRAVEL`.
+
+        Constant, and falling to 0 from the step on at which the pattern is frozen.
+        """
+        rest = self.total - self.penalised_steps
+        share = min(1.0, (self.total - step - 0.5) / rest) if rest else 1.0
+        return TRAVEL * share / (self.penalised_steps + rest / 2)
+
+    def w_momentum(self, step: int) -> float:
+        """Momentum of W's gradient, whose mean it takes over the last `W_WINDOW` of the run.
+
+        In the first steps it is the plain mean of all gradients so far.
+        """
+        return 1 - max(1 / (step + 1), 1 / max(5.0, W_WINDOW * self.total))
 
     def lam(self, step: int) -> float:
-        """Group-lasso penalty when it is fixed; 0 where the pattern is frozen."""
-        return 0.0 if self.frozen(step) else self.config.groups.lam
+        """Group-lasso penalty when it is fixed, see `ramp`; 0 where the pattern is frozen."""
+        acts = self.config.penalised and not self.frozen(step)
+        return self.config.groups.lam * ramp(step / self.penalised_steps) if acts else 0.0
 
     def wanted_density(self, step: int) -> float:
-        """Density asked of the controller: 1 for a tenth of the penalised steps, then a line to
-        the final value at six tenths, then constant."""
-        share = min(1.0, max(0.0, (step / self.penalised_steps - 0.1) / 0.5))
-        return 1 + ((self.config.groups.density or 1.0) - 1) * share
+        """Density wanted at this step: from 1 to the final value as the penalty grows."""
+        final = 1.0 if self.config.groups.density is None else self.config.groups.density
+        return 1 + (final - 1) * ramp(step / self.penalised_steps)
 
     def group_detached(self, step: int) -> bool:
         """Whether the group loss is kept from the encoder at this step."""

@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.base import clone
 
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.patterns import shuffle_pattern, strongest
 from sparsejepa.evaluation.posthoc import PostHocGroups
 
 BLOCKS = np.arange(12) // 3
@@ -43,7 +40,8 @@ def test_planted_groups_are_found_and_beat_random_patterns(fitted: PostHocGroups
     assert fitted.density_ == 0.25
     scores = fitted.random_pattern_scores(TRAIN, TEST, repeats=2)
     assert scores["learned"] == fitted.score(TEST) > 0.7
-    assert len(scores["random"]) == 2 and max(scores["random"]) < scores["learned"] - 0.2
+    for null in ("random", "uniform"):
+        assert len(scores[null]) == 2 and max(scores[null]) < scores["learned"] - 0.2
     assert scores["unpenalised"] == pytest.approx(scores["learned"], abs=0.1)
 
 
@@ -114,13 +112,13 @@ def test_the_state_of_global_generators_is_left_alone():
 
 @pytest.mark.parametrize("kind", ["region", "concept", "feature"])
 def test_every_kind_learns(kind: Any):
-    found = PostHocGroups(kind=kind, lam=0.1, **QUICK).fit(TRAIN)
+    found = PostHocGroups(kind=kind, lam=0.01, **QUICK).fit(TRAIN)
     assert found.score(TEST) > 0.35
     assert 0.25 <= found.density_ <= 1 and np.isfinite(found.transform(TEST)).all()
 
 
 def test_a_stronger_penalty_leaves_fewer_blocks():
-    densities = [PostHocGroups(lam=lam, **QUICK).fit(TRAIN).density_ for lam in (0, 0.1, 1.0)]
+    densities = [PostHocGroups(lam=lam, **QUICK).fit(TRAIN).density_ for lam in (0, 0.01, 1.0)]
     assert densities[0] == 1 > densities[1] > densities[2] == 0.25
 
 
@@ -162,6 +160,7 @@ def test_manners_of_scikit_learn():
         ({"num_groups": 13}, "num_groups 13: 12 latents allow 1 to 12"),
         ({"num_groups": 5, "kind": "feature"}, "does not divide"),
         ({"density": 0.0}, "density"),
+        ({"density": 0.2}, "density 0.2 is below 1/4: each latent keeps at least one"),
         ({"lam": -1.0}, "lam must not be negative"),
         ({"steps": 0}, "at least 1"),
         ({"kind": "other"}, "kind 'other' is not one of"),
@@ -191,34 +190,3 @@ def test_wrong_tokens_are_named(fitted: PostHocGroups):
         fitted.transform(TRAIN[..., :6])
     with pytest.raises(ValueError, match="call fit first"):
         PostHocGroups().score(TEST)
-
-
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
-def test_shuffled_patterns_keep_both_margins(groups: int, latents: int, seed: int):
-    rng = np.random.default_rng(seed)
-    pattern = rng.random((groups, latents)) < 0.4
-    shuffled = shuffle_pattern(pattern, rng)
-    np.testing.assert_array_equal(shuffled.sum(0), pattern.sum(0))
-    np.testing.assert_array_equal(shuffled.sum(1), pattern.sum(1))
-
-
-def test_shuffled_patterns_are_uniform():
-    pattern = np.eye(3, dtype=bool)  # six patterns have these margins
-    rng = np.random.default_rng(0)
-    found = [tuple(shuffle_pattern(pattern, rng).argmax(0)) for _ in range(3000)]
-    counts = np.unique(found, axis=0, return_counts=True)[1]
-    assert len(counts) == 6 and np.abs(counts - 500).max() < 100
-
-
-@given(st.floats(0.01, 1.0), st.integers(0, 10**6))
-def test_the_strongest_blocks_are_kept_and_one_of_every_latent(density: float, seed: int):
-    norms = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
-    norms[norms < 0.3] = 0
-    norms[0] += 0.01
-    kept = strongest(norms, density)
-    largest = torch.zeros(5, 7, dtype=torch.bool).scatter(0, norms.argmax(0, keepdim=True), True)
-    assert kept[largest].all() and not (kept & (norms == 0)).any()
-    assert kept.sum() == min(max(7, round(density * 35)), int((norms > 0).sum()))
-    gone, others = norms[~kept & (norms > 0)], norms[kept & ~largest]
-    if len(gone) and len(others):
-        assert others.min() >= gone.max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pytest
 import torch
 
@@ -52,7 +53,6 @@ def test_each_term_alone_reaches_the_parts_that_it_should() -> None:
     assert reached("prediction") == {"context_encoder", "predictor"}
     assert reached("group") == {"context_encoder", "groups", "groups.W"}
     assert reached("kl") == {"context_encoder"}
-    assert reached("balance") == {"groups.W"}
     assert reached("penalty") == {"groups.W"}
 
 
@@ -67,11 +67,11 @@ def test_detached_group_loss_leaves_the_encoder_alone() -> None:
 
 
 def test_total_is_the_weighted_sum_without_the_penalty() -> None:
-    model = model_of(small(group_weight=0.3, beta=0.2, balance=0.7, kl_correlation=2.0))
+    model = model_of(small(group_weight=0.3, beta=0.2, kl_correlation=2.0))
     got = model(images(), step=3)
     kl = got.kl_marginal + 2.0 * got.kl_correlation
     torch.testing.assert_close(got.kl, kl)
-    expected = got.prediction + 0.3 * got.group + 0.2 * kl + 0.7 * got.balance
+    expected = got.prediction + 0.3 * got.group + 0.2 * kl
     torch.testing.assert_close(got.total, expected)
 
 
@@ -79,7 +79,7 @@ def test_total_of_the_paper_preset_has_posterior_kl_and_ridge() -> None:
     model = model_of(small(w_form="plain", kl="posterior", beta=0.2, ridge=0.5, loss="l2"))
     got = model(images(), step=3)
     assert model.groups is not None
-    expected = got.prediction + 0.1 * got.group + 0.2 * got.kl + 0.03 * got.balance
+    expected = got.prediction + 0.1 * got.group + 0.2 * got.kl
     torch.testing.assert_close(got.total, expected + 0.5 * model.groups.ridge())
     model.eval()  # BatchNorm rests, so that only the posterior's noise can differ
     masks = model.sampler.sample(6, seed=0, step=0)
@@ -100,6 +100,29 @@ def test_debias_keeps_the_zero_pattern_and_stops_the_shrinkage() -> None:
     assert not torch.equal(patterns[3], patterns[4])
 
 
+@pytest.mark.parametrize("debias", [0.0, 0.2])
+def test_the_density_is_exact_once_it_is_frozen(debias: float) -> None:
+    model = model_of(small(density=0.3, debias=debias), total=30)
+    assert model.groups is not None
+    for step in range(30):
+        model(images(), step=step).total.backward()
+        model.after_step(step)
+    kept = model.groups.block_norms() > 0
+    assert int(kept.sum()) == round(0.3 * kept.numel()) and kept.any(0).all()
+
+
+def test_groups_as_the_predictor_are_the_only_way_to_the_targets() -> None:
+    model = model_of(small(predictor="groups", group_weight=0.3, beta=0.0))
+    assert model.predictor is None and model.groups is not None
+    got = model(images(), step=0)
+    assert torch.equal(got.prediction, got.group) and torch.equal(got.total, got.group)
+    with torch.no_grad():
+        model.groups.W.zero_()
+    model(images(), step=0).total.backward()  # nothing gets past a W of zeros
+    reached = [p.grad for p in model.context_encoder.parameters() if p.grad is not None]
+    assert all(grad.abs().max() == 0 for grad in reached)
+
+
 def test_ema_follows_its_closed_form() -> None:
     model = model_of(small(groups="none", ema=0.8, ema_final=0.8))
     start = [p.clone() for p in model.target_encoder.parameters()]
@@ -114,14 +137,17 @@ def test_ema_follows_its_closed_form() -> None:
 
 
 def test_after_step_takes_the_proximal_gradient_step_on_w() -> None:
-    from sparsejepa.model.groups import prox_sphere
+    from sparsejepa.model.groups import LAM_UNIT, prox_sphere
 
     config = small(lam=0.2)
     model = model_of(config, total=1000)
     model(images(), step=0).total.backward()
     assert model.groups is not None and model.groups.W.grad is not None
-    lr = model.rates.w_lr(0)
-    expected = prox_sphere(model.groups.W - lr * model.groups.W.grad, lr * 0.2)
+    rate, gradient = model.rates.w_rate(0), model.groups.W.grad.clone()
+    pull = -gradient / gradient.square().sum(1).mean().sqrt()
+    expected = prox_sphere(
+        model.groups.W + rate * pull, rate * (model.rates.lam(0) / LAM_UNIT) ** 0.5
+    )
     model.after_step(0)
     torch.testing.assert_close(model.groups.W, expected)
     assert model.groups.W.grad is None
@@ -201,11 +227,3 @@ def test_gather_tokens_against_indexing() -> None:
     got = gather_tokens(x, index)
     for b in range(3):
         assert torch.equal(got[b], x[b, index[b]])
-
-
-def test_density_controller_reaches_the_wanted_density() -> None:
-    model = model_of(small(density=0.3, debias=0.2), total=400)
-    assert model.groups is not None
-    for step in range(400):
-        model.after_step(step)
-    assert float((model.groups.block_norms() > 0).float().mean()) == pytest.approx(0.3, abs=0.05)

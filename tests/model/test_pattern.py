@@ -1,4 +1,4 @@
-"""The random zero pattern: drawn once, evenly, and kept to the last step."""
+"""Controls: zeros in random places, along the path of the density."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejepa.config import preset
-from sparsejepa.model.groups import GroupMap
+from sparsejepa.errors import UserError
+from sparsejepa.interop.runs import save_groups
+from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.training.build import build_model
 
@@ -25,59 +27,84 @@ def kept(model: SparseJEPA) -> torch.Tensor:
     return model.groups.block_norms() > 0
 
 
-@given(st.integers(1, 12), st.integers(1, 40), st.floats(0.01, 1), st.booleans(), st.integers(0, 9))
+@given(st.integers(1, 12), st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 9))
 def test_counts_are_exact_and_as_equal_as_can_be(
-    groups: int, latents: int, density: float, sphere: bool, seed: int
+    groups: int, latents: int, density: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    map_ = GroupMap("concept", latents, (2, 2), groups, 3, sphere=sphere, hidden=4)
-    before = map_.block_norms().square().sum(0).sqrt()
-    map_.keep_random(density)
-    pattern = map_.block_norms() > 0
-    per_latent = pattern.sum(0)
+    pattern = random_pattern(groups, latents, density)
+    per_latent, per_group = pattern.sum(0), pattern.sum(1)
     assert int(pattern.sum()) == max(latents, round(density * groups * latents))
     assert per_latent.min() >= 1 and per_latent.max() - per_latent.min() <= 1
-    torch.testing.assert_close(map_.block_norms().square().sum(0).sqrt(), before)
+    assert per_group.max() - per_group.min() <= 1
+    other = random_pattern(groups, latents, 1.0, like=pattern)
+    assert torch.equal(other.sum(0), per_latent) and torch.equal(other.sum(1), per_group)
 
 
-def test_all_groups_and_pairs_of_groups_are_alike() -> None:
+def test_all_pairs_of_groups_are_alike() -> None:
     torch.manual_seed(0)
-    map_ = GroupMap("concept", 6000, (2, 2), 6, 1, hidden=4)
-    map_.keep_random(0.5)
-    pattern = (map_.block_norms() > 0).double()
-    # 3 of 6 groups each: a group has half of the latents, a pair of groups a fifth.
-    shares = pattern @ pattern.T / 6000
+    pattern = random_pattern(6, 3000, 0.5).double()
+    # 3 of 6 groups each: a pair of groups has a fifth of the latents in common.
+    shares = pattern @ pattern.T / 3000
     expected = torch.full((6, 6), 0.2, dtype=torch.float64) + 0.3 * torch.eye(6)
-    assert (shares - expected).abs().max() < 4 * (0.25 / 6000) ** 0.5
+    assert (shares - expected).abs().max() < 4 * (0.25 / 3000) ** 0.5
+
+
+def test_with_given_counts_all_patterns_are_equally_likely() -> None:
+    like = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    torch.manual_seed(0)
+    found = [tuple(random_pattern(3, 3, 1.0, like).int().argmax(0).tolist()) for _ in range(3000)]
+    counts = [found.count(one) for one in set(found)]
+    assert len(counts) == 6 and max(abs(c - 500) for c in counts) < 4 * 500**0.5
 
 
 @pytest.mark.parametrize("w_form", ["sphere", "plain"])
-def test_zeros_stay_and_nothing_joins_them(w_form: str) -> None:
-    model = model_of(w_form=w_form, debias=0.0)
-    first = kept(model)
-    start = model.groups.W.detach().clone()  # type: ignore[union-attr]
-    assert model.controller is None
-    images = torch.randn(6, 3, 32, 32)
+def test_the_zeros_come_along_the_path_of_the_density_and_stay(w_form: str) -> None:
+    model = model_of(w_form=w_form)
+    assert model.controller is None and model.groups is not None
+    images, before = torch.randn(6, 3, 32, 32), kept(model)
     for step in range(20):
         model(images, step=step).total.backward()
         model.after_step(step)
+        now, wanted = kept(model), model.rates.wanted_density(step)
         assert model.rates.lam(step) == 0
-        assert torch.equal(kept(model), first)
-    assert model.groups is not None and not torch.equal(model.groups.W, start)
-    assert int(first.sum()) == round(0.3 * 8 * 96)
+        assert int(now.sum()) == round(wanted * now.numel()) and not (now & ~before).any()
+        before = now
+    assert int(before.sum()) == round(0.3 * 8 * 96)
+    assert before.sum(1).max() - before.sum(1).min() <= 1
 
 
 def test_the_pattern_belongs_to_the_seed_and_the_rest_is_the_learned_arms() -> None:
     random, again, other = model_of(), model_of(), model_of(seed=1)
     learned = model_of(pattern="learned")
-    assert torch.equal(kept(random), kept(again)) and not torch.equal(kept(random), kept(other))
-    assert random.groups is not None and learned.groups is not None
+    assert random.order is not None and again.order is not None and other.order is not None
+    assert torch.equal(random.order, again.order) and not torch.equal(random.order, other.order)
     for name, p in learned.named_parameters():
-        if name != "groups.W":
-            assert torch.equal(p, random.get_parameter(name)), name
-    assert kept(learned).all() and learned.controller is not None
-    assert learned.rates.w_lr(0) == random.rates.w_lr(0)
-    block = random.groups.W.detach().transpose(1, 2)[kept(random)]
-    same = learned.groups.W.detach().transpose(1, 2)[kept(random)]
-    cosine = torch.cosine_similarity(block, same, dim=-1)  # the kept blocks keep their directions
-    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+        assert torch.equal(p, random.get_parameter(name)), name
+    assert learned.order is None and learned.controller is not None
+
+
+def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:
+    source = model_of(seed=3).groups
+    assert source is not None
+    source.proximal_step(0.0, 0.0, keep=torch.rand(8, 96) < torch.linspace(0.1, 0.9, 8)[:, None])
+    save_groups(tmp_path, source)
+    model = model_of(pattern=str(tmp_path), density=0.5)
+    assert model.order is not None
+    final, wanted = model.order >= 1, source.block_norms() > 0
+    assert torch.equal(final.sum(0), wanted.sum(0)) and torch.equal(final.sum(1), wanted.sum(1))
+    with pytest.raises(UserError, match="its map is 8 groups by 96 latents, this run's 4 by 96"):
+        model_of(pattern=str(tmp_path), num_groups=4)
+    with pytest.raises(UserError, match="--pattern nowhere: not learned, random or a finished run"):
+        model_of(pattern="nowhere")
+
+
+@given(st.floats(0.2, 1.0), st.integers(0, 10**6))
+def test_the_largest_blocks_are_kept_and_one_of_every_latent(density: float, seed: int) -> None:
+    norms = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
+    kept = largest(norms, density)
+    first = torch.zeros(5, 7, dtype=torch.bool).scatter(0, norms.argmax(0, keepdim=True), True)
+    assert kept[first].all() and kept.sum() == max(7, round(density * 35))
+    gone, others = norms[~kept], norms[kept & ~first]
+    if len(gone) and len(others):
+        assert others.min() >= gone.max()

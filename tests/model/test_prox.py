@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from sparsejepa.model.groups import GroupMap, prox_group_lasso, prox_sphere
+from sparsejepa.model.groups import prox_group_lasso, prox_sphere
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -140,16 +140,3 @@ def test_plain_prox_satisfies_the_optimality_condition(seed: int, t: float):
     torch.testing.assert_close(torch.where(alive[:, None], residual, 0.0), t * unit)
     assert (residual.norm(dim=1)[~alive] <= t + 1e-12).all()
     assert X.isfinite().all() and (X[0, :, 0] == 0).all()
-
-
-def test_threshold_sums_of_the_method_leave_16_10_and_1_groups():
-    """METHOD 2, rule 4: the learning rates of W sum to 60, prox alone, whatever P and the steps."""
-    for dim, width, steps in ((96, 6, 600), (192, 12, 100), (192, 3, 200)):
-        left = []
-        for lam in (0.001, 0.01, 0.1):
-            torch.manual_seed(0)
-            model = GroupMap("region", dim, (4, 4), 16, width, hidden=4)
-            for _ in range(steps):
-                model.proximal_step(60 / steps, lam)
-            left.append((model.block_norms() > 0).float().sum(0).mean().item())
-        assert left[0] == 16 and abs(left[1] - 10) < 1 and left[2] == 1

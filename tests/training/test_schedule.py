@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejepa.config import preset
+from sparsejepa.model.groups import TRAVEL
 from sparsejepa.training.schedule import Schedule, linear, scaled_ema, warmup_cosine
 
 
@@ -42,16 +43,30 @@ def test_given_ema_rates_are_used_as_they_are() -> None:
 
 
 @given(st.integers(1, 30_000), st.floats(0, 0.9))
-def test_learning_rates_of_w_sum_to_the_setting_before_the_debias_part(
-    total: int, debias: float
-) -> None:
+def test_w_travels_as_far_whatever_the_length_and_settles(total: int, debias: float) -> None:
     schedule = Schedule(preset("best").replace(debias=debias, lam=0.1), total)
     count = schedule.penalised_steps
-    assert math.fsum(schedule.w_lr(s) for s in range(count)) == pytest.approx(60)
-    assert schedule.lam(count - 1) == 0.1
+    rates = [schedule.w_rate(s) for s in range(total)]
+    assert math.fsum(rates) == pytest.approx(TRAVEL)
+    assert len(set(rates[:count])) == 1 and rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0 and (count == total or rates[-1] < rates[0])
+    assert schedule.lam(0) == 0 <= schedule.lam(count - 1) <= 0.1
+    if count > 10:
+        assert schedule.lam(count - 1) == 0.1
+    assert not debias or sum(schedule.freezes(s) for s in range(total)) == 1
     if count < total:
         assert schedule.lam(count) == 0
-        assert schedule.frozen(count)
+        assert schedule.frozen(count) and schedule.freezes(count)
+
+
+def test_the_momentum_of_w_is_the_plain_mean_first_and_then_that_of_a_fifth_of_the_run() -> None:
+    schedule = Schedule(preset("best"), 1000)
+    mean, values = 0.0, [1.0, 5.0, 3.0, 7.0]
+    for step, value in enumerate(values):
+        momentum = schedule.w_momentum(step)
+        mean = momentum * mean + (1 - momentum) * value
+    assert mean == pytest.approx(4.0)
+    assert schedule.w_momentum(999) == pytest.approx(1 - 1 / 200)
 
 
 def test_the_lambda_0_arm_is_never_frozen() -> None:
