@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     # groups
     "groups": "region", "num_groups": 4, "group_dim": 4, "w_form": "sphere", "lam": 0.02,
     "density": None, "pattern": "learned", "group_weight": 0.3, "group_detach": 0.1,
-    "balance": 0.03, "ridge": 1e-3, "debias": 0.15, "w_lr_sum": 30.0,
+    "ridge": 1e-3, "debias": 0.15,
     # loss
     "loss": "smooth_l1", "predict": "embeddings", "target_layers": 1, "target_centering": False,
     "kl": "aggregate", "beta": 0.05, "kl_marginal": 1.0, "kl_correlation": 0.7,
@@ -77,6 +77,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "region, sphere, lam": {},
     "region, plain, lam, l2": {"w_form": "plain", "lam": 0.02, "loss": "l2", "beta": 0.0},
     "concept, sphere, density": {"groups": "concept", "lam": 0.0, "density": 0.4},
+    "region, no predictor": {"predictor": "groups", "density": 0.4},
     "concept, plain, lam, posterior KL": {
         "groups": "concept", "w_form": "plain", "lam": 0.02, "kl": "posterior", "clip": 0.0,
     },

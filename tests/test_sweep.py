@@ -256,8 +256,8 @@ def test_a_run_that_is_not_finite_is_recorded_and_not_repeated(
 
 
 def test_a_sweep_leaves_failed_runs_out_and_says_so(tmp_path: Path, tiny_images: Path) -> None:
-    # Steps of W so large that it overflows; the dense arm has none.
-    config = TINY.replace(data=str(tiny_images), w_form="plain", w_lr_sum=1e9, group_weight=1e9)
+    # A group loss so heavy that the total overflows; the dense arm has none.
+    config = TINY.replace(data=str(tiny_images), group_weight=1e40)
     result = run_sweep(config, seeds=1, jobs=1, out=tmp_path / "sweep")
     assert [row["arm"] for row in result.rows] == ["dense"]
     rows = read_rows(tmp_path / "sweep" / "results.jsonl")

@@ -119,7 +119,7 @@ def make_rows(steps: int = 40) -> list[dict[str, Any]]:
     for i, x in enumerate(np.linspace(0, 1, steps).tolist()):
         falling = {"loss": 0.5 - 0.2 * x, "prediction": 0.4 - 0.2 * x, "penalty": 170 - 140 * x}
         w = {"density": 1 - 0.89 * x**0.5, "groups_per_latent": 16 - 14.2 * x**0.5}
-        rows.append({"step": 30 * i, **falling, **w, "balance": 0.0, "lam": 0.03 * x})
+        rows.append({"step": 30 * i, **falling, **w, "lam": 0.03 * x})
         if i % 5 == 4:
             rows.append({"step": 30 * i, "rankme": 40 + 45 * x**0.5, "knn": 0.1 + 0.1 * x})
     return [*rows, {"step": 1170, "alarm": "one group: nearly all latents feed a single group"}]

@@ -46,7 +46,6 @@ def test_an_explosion_is_named_with_what_was_before() -> None:
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ({"balance": 1e-4}, {"balance": 2.8}),  # rises from nothing when lambda selects
         ({"kl": 1e-3}, {"kl": 40.0}),  # a collapse
         ({"prediction": 1e-6}, {"prediction": 1.0}),  # the way out of one
         ({"penalty": 3045.0}, {"penalty": 3100.0}),  # large because W is

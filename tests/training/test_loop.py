@@ -288,13 +288,30 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term(folder: Path, tmp_pa
 def test_the_term_at_fault_is_named_and_not_the_total_that_it_spoils(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(self: GroupMap) -> torch.Tensor:
+    def spoilt(self: GroupMap, *args: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return self.W.sum() * (float("nan") if len(calls) == 6 else 0.0)
+        return forward(self, *args) * (float("nan") if len(calls) == 6 else 1.0)
 
     calls: list[int] = []
-    monkeypatch.setattr(GroupMap, "balance", spoilt)
-    with pytest.raises(UserError, match="'balance' is not finite at step 5"):
+    forward = GroupMap.forward
+    monkeypatch.setattr(GroupMap, "forward", spoilt)
+    with pytest.raises(UserError, match="'group' is not finite at step 5"):
+        pretrain(config_of(folder), out=tmp_path / "run")
+
+
+def test_a_gradient_of_w_that_is_not_finite_stops_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(self: GroupMap, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            self.momentum[0, 0, 0] = float("nan")
+        step(self, *args, **kwargs)
+
+    calls: list[int] = []
+    step = GroupMap.proximal_step
+    monkeypatch.setattr(GroupMap, "proximal_step", spoilt)
+    with pytest.raises(UserError, match="'group' is not finite at step 3"):
         pretrain(config_of(folder), out=tmp_path / "run")
 
 
