@@ -81,7 +81,7 @@ class GroupMap(nn.Module):
         self.mean.lerp_(self.W.grad, 1 / window)
         v = self.W - rate * self.mean / self.mean.norm(dim=1).square().mean().sqrt()
         norms = v.norm(dim=1)  # [G, D]
-        r = (norms - rate * (lam / 0.01) ** 0.5).clamp_min(0)  # 0.01: the average pull
+        r = (norms - rate * (lam / 0.006) ** 0.5).clamp_min(0)  # 0.006: the average pull
         lone = F.one_hot(norms.argmax(0), G).T.float()  # none above the threshold: keep the largest
         r = torch.where(r.sum(0) > 0, r / r.norm(dim=0).clamp_min(1e-12), lone)
         self.W.copy_(v * (r / norms.clamp_min(1e-12))[:, None])

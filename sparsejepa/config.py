@@ -122,8 +122,8 @@ class GroupConfig:
     w_form: Literal["sphere", "plain"] = "sphere"
     """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
     lam: float = 0.01
-    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. At 0.01 the penalty is
-    as strong as the data's average pull on a connection; at lam, 0.01 / lam of them can stay."""
+    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. At 0.006 the penalty is
+    as strong as the data's average pull on a connection; at most 0.006 / lam of them can stay."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
     pattern: str = "learned"

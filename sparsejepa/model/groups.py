@@ -31,7 +31,7 @@ _SPREAD = 0.14
 # Without the sphere a block loses what the prox takes outright; oi-VAE starts W large as well.
 _PLAIN_SCALE = 4.0
 
-LAM_UNIT = 0.01
+LAM_UNIT = 0.006
 """The lam at which the prox is as strong as the average pull of the data on a block of W."""
 
 W_WINDOW = 0.2
