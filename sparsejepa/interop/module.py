@@ -3,7 +3,7 @@
 A group's activation is ||W^(g) z|| / rms_g: how strongly the group is excited, in units of its own
 root mean square over training images, so that groups compare. z is what enters W: the mean token of
 an image for region groups, each patch's token for concept and feature groups, normalised per latent
-with the statistics that the map holds (`measure_norm`).
+with the statistics of whole images (`measure_seen`).
 
 Letters: B images, N patches, D latents, G groups, P group width.
 """
@@ -61,12 +61,19 @@ class GroupActivations(nn.Module):
             self.register_buffer(name, tensor.detach().clone())
 
     @classmethod
-    def from_map(cls, groups: GroupMap, rms: Tensor | None = None) -> GroupActivations:
-        """Return the activations of a map; nothing is shared with it."""
+    def from_map(
+        cls, groups: GroupMap, rms: Tensor | None = None, seen: Tensor | None = None
+    ) -> GroupActivations:
+        """Return the activations of a map; nothing is shared with it.
+
+        `seen` [2, D], mean and variance from `measure_seen`, normalise z; without them the map's
+        own do, which for groups that were trained are of contexts, not of whole images.
+        """
         norm = groups.norm
         assert norm.running_mean is not None and norm.running_var is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        return cls(groups.kind, groups.W, norm.running_mean, scale, rms)
+        mean, variance = (norm.running_mean, norm.running_var) if seen is None else seen
+        mean, variance = mean.to(groups.W.device), variance.to(groups.W.device)
+        return cls(groups.kind, groups.W, mean, (variance + norm.eps).rsqrt(), rms)
 
     @property
     def unit(self) -> Tensor:
@@ -93,51 +100,55 @@ class GroupActivations(nn.Module):
 
 
 @torch.no_grad()
-def measure_norm(
-    encoder: Encoder, groups: GroupMap, sampler: MaskSampler, batches: Iterable[Tensor]
-) -> None:
-    """Give a map the mean and variance [D] of what it sees of a frozen encoder.
+def measure_seen(
+    encoder: Encoder, kind: Kind, batches: Iterable[Tensor], sampler: MaskSampler | None = None
+) -> Tensor:
+    """Return mean and variance, [2, D], of what groups see of a frozen encoder.
 
-    That is the context tokens under masks of `sampler`, of region groups their mean. Training
-    collects them of the context encoder; the EMA encoder, which is read afterwards, gives others.
+    That is its tokens, for region groups their mean over an image. Training collects them of the
+    context encoder; the EMA encoder, which is read afterwards, gives others.
 
     Args:
         batches: uint8 images [B, H, W, 3].
+        sampler: of the masks whose context the encoder sees; whole images if not given.
 
     Raises ValueError if there is no image.
     """
-    norm, count = groups.norm, 0
-    assert norm.running_mean is not None and norm.running_var is not None
-    moments = torch.zeros(2, len(norm.running_mean), dtype=torch.float64)
+    moments, count = torch.zeros(2, encoder.embed_dim, dtype=torch.float64), 0
     model: Any = encoder.model
     for step, images in enumerate(batches):
-        context = sampler.sample(len(images), seed=0, step=step, device=encoder.device).context
-        z = full(model(encoder.pixels(images), context))
-        z = z.mean(1) if groups.kind == "region" else z.flatten(0, 1)
+        if sampler is None:
+            z = full(encoder.tokens(images))
+        else:
+            masks = sampler.sample(len(images), seed=0, step=step, device=encoder.device)
+            z = full(model(encoder.pixels(images), masks.context))
+        z = z.mean(1) if kind == "region" else z.flatten(0, 1)
         variance, mean = (x.cpu().double() for x in torch.var_mean(z, 0, correction=0))
         moments += len(z) * torch.stack([mean, variance + mean.square()])
         count += len(z)
     if count == 0:
         raise ValueError("no images to measure groups on")
     mean, power = moments / count
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(power - mean.square())
+    return torch.stack([mean, power - mean.square()]).float()
 
 
-def measure_rms(encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor]) -> Tensor:
+def measure_rms(
+    encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor], seen: Tensor | None = None
+) -> Tensor:
     """Return the root mean square of ||W^(g) z|| over images (region) or all patches, [G] float32.
 
     Args:
         batches: uint8 images [B, H, W, 3].
+        seen: what normalises z, see `GroupActivations.from_map`.
 
     Raises ValueError if there is no image.
     """
-    activations = GroupActivations.from_map(groups).to(encoder.device)
+    activations = GroupActivations.from_map(groups, seen=seen).to(encoder.device)
     squares, count = torch.zeros(len(groups.W), dtype=torch.float64, device=encoder.device), 0
     for images in batches:
         pooled, patches = activations(encoder.tokens(images))
-        seen = (pooled if patches is None else patches.flatten(0, 1)).double()
-        squares, count = squares + seen.square().sum(0), count + len(seen)
+        found = (pooled if patches is None else patches.flatten(0, 1)).double()
+        squares, count = squares + found.square().sum(0), count + len(found)
     if count == 0:
         raise ValueError("no images to measure groups on")
     return (squares / count).sqrt().float().cpu()
@@ -148,16 +159,17 @@ def load_activations(run_dir: Path, grid_size: tuple[int, int]) -> GroupActivati
 
     Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
     """
-    groups, rms = _read_groups(run_dir, grid_size)
-    return None if groups is None else GroupActivations.from_map(groups, rms)
+    groups, rms, seen = _read_groups(run_dir, grid_size)
+    return None if groups is None else GroupActivations.from_map(groups, rms, seen)
 
 
 def _read_groups(
     run_dir: Path, grid_size: tuple[int, int]
-) -> tuple[GroupMap | None, Tensor | None]:
-    """Return a folder's map and its units, which runs of the first version lack."""
+) -> tuple[GroupMap | None, Tensor | None, Tensor | None]:
+    """Return a folder's map, its units and what it sees, which older runs lack."""
     groups = load_groups(run_dir, grid_size)
-    return groups, None if groups is None else load_tensors(run_dir / GROUPS)[0].get("rms")
+    tensors = {} if groups is None else load_tensors(run_dir / GROUPS)[0]
+    return groups, tensors.get("rms"), tensors.get("seen")
 
 
 class SparseJEPAEncoder(
@@ -173,10 +185,15 @@ class SparseJEPAEncoder(
         encoder: as `load` returns it; its weights are not copied.
         groups: the map that it was trained with, or one that was fitted to it.
         rms: [G], the units of the groups' activations.
+        seen: [2, D], what normalises their latents, see `GroupActivations.from_map`.
     """
 
     def __init__(
-        self, encoder: Encoder, groups: GroupMap | None = None, rms: Tensor | None = None
+        self,
+        encoder: Encoder,
+        groups: GroupMap | None = None,
+        rms: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         super().__init__()
         if groups is not None and groups.W.shape[2] != encoder.embed_dim:
@@ -186,10 +203,10 @@ class SparseJEPAEncoder(
             )
         self.encoder = encoder
         self.model = encoder.model
-        self.groups = None if groups is None else GroupActivations.from_map(groups, rms)
+        self.groups = None if groups is None else GroupActivations.from_map(groups, rms, seen)
         # The group networks predict, which only training needs: they are kept to be written again,
         # and in a tuple they are no part of the module.
-        self._written = (groups, rms)
+        self._written = (groups, rms, seen)
         self.eval()
 
     @property
@@ -320,7 +337,7 @@ class SparseJEPAEncoder(
         return ModelCard(card)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        encoder, (groups, rms) = self.encoder, self._written
+        encoder, (groups, rms, seen) = self.encoder, self._written
         extra: dict[str, Any] = {"preprocessing": RULE}
         if encoder.license:
             extra["license"] = encoder.license
@@ -329,7 +346,7 @@ class SparseJEPAEncoder(
             # Those of an earlier model would pass for this one's.
             (save_directory / GROUPS).unlink(missing_ok=True)
         else:
-            save_groups(save_directory, groups, rms)
+            save_groups(save_directory, groups, rms, seen)
 
     def _vit(self) -> ViT:
         """Return the model in the form that is saved; UserError says what brings it there."""
@@ -347,5 +364,5 @@ def open_module(encoder: Encoder, folder: Path | None) -> SparseJEPAEncoder:
 
     Raises UserError if the groups do not fit the encoder.
     """
-    groups = (None, None) if folder is None else _read_groups(folder, encoder.grid_size)
+    groups = (None, None, None) if folder is None else _read_groups(folder, encoder.grid_size)
     return SparseJEPAEncoder(encoder, *groups)

@@ -44,10 +44,13 @@ def save_encoder(
     write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def save_groups(run_dir: Path, groups: GroupMap, rms: Tensor | None = None) -> None:
+def save_groups(
+    run_dir: Path, groups: GroupMap, rms: Tensor | None = None, seen: Tensor | None = None
+) -> None:
     """Write groups.safetensors to `run_dir`, whole or not at all.
 
-    `rms` [G] are the units of the groups' activations, as `module.measure_rms` gives them.
+    `rms` [G] are the units of the groups' activations, as `module.measure_rms` gives them, and
+    `seen` [2, D] what `module.measure_seen` gives of whole images.
     """
     about = {
         "kind": groups.kind,
@@ -55,7 +58,7 @@ def save_groups(run_dir: Path, groups: GroupMap, rms: Tensor | None = None) -> N
         "sphere": groups.sphere,
         "eps": groups.norm.eps,
     }
-    units = {} if rms is None else {"rms": rms}
+    units = {k: v for k, v in (("rms", rms), ("seen", seen)) if v is not None}
     tensors = {k: v for k, v in groups.state_dict().items() if k != "momentum"}  # for training only
     save_tensors(run_dir / GROUPS, tensors | units, about)
 
@@ -92,8 +95,10 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         )
         groups.norm.eps = float(about.get("eps", groups.norm.eps))
         units = tensors.pop("rms", torch.ones(num_groups))
-        if units.shape != (num_groups,):
-            raise ValueError(f"rms of shape {list(units.shape)} for {num_groups} groups")
+        seen = tensors.pop("seen", torch.ones(2, embed_dim))
+        if units.shape != (num_groups,) or seen.shape != (2, embed_dim):
+            shapes = f"rms {list(units.shape)}, seen {list(seen.shape)}"
+            raise ValueError(f"{shapes} for {num_groups} groups of {embed_dim} latents")
         groups.load_state_dict(tensors | {"momentum": groups.momentum})
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         detail = str(error).splitlines()[-1].strip()

@@ -40,7 +40,7 @@ from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError, flag
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
-from sparsejepa.interop.module import measure_norm, measure_rms
+from sparsejepa.interop.module import measure_rms, measure_seen
 from sparsejepa.lock import LOCK, run_lock
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
@@ -345,9 +345,13 @@ def _finish(
         groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
         looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
         sampler = build_sampler(config, frozen.grid_size)
-        measure_norm(frozen, groups, sampler, images.batches(looks.split(64)))
-        rms = measure_rms(frozen, groups, images.batches(index.split(64)))
-        save_groups(run_dir, groups, rms)
+        context = measure_seen(frozen, groups.kind, images.batches(looks.split(64)), sampler)
+        assert groups.norm.running_mean is not None and groups.norm.running_var is not None
+        groups.norm.running_mean.copy_(context[0])
+        groups.norm.running_var.copy_(context[1])
+        seen = measure_seen(frozen, groups.kind, images.batches(index.split(64)))
+        rms = measure_rms(frozen, groups, images.batches(index.split(64)), seen)
+        save_groups(run_dir, groups, rms, seen)
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 

@@ -40,7 +40,7 @@ def write_run(path: Path, kind: str | None = None, shape: str = "square") -> Pat
         rms = torch.rand(4) + 0.5
         with torch.no_grad():
             groups.W[3], rms[3] = 0.0, 0.0
-        save_groups(path, groups, rms)
+        save_groups(path, groups, rms, torch.rand(2, groups.W.shape[2]) + 0.5)
     return path
 
 

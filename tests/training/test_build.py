@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import sparsejepa
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.interop import load, load_groups
+from sparsejepa.interop.module import load_activations
 from sparsejepa.training.build import build_model, build_sampler, load_images
 from sparsejepa.training.loop import pretrain
 from sparsejepa.training.plan import plan
@@ -90,19 +92,29 @@ def test_groups_are_kept_with_statistics_of_the_encoder_that_is_kept(
     assert groups is not None and isinstance(images, ImageSet)
     model: Any = encoder.model
 
-    def offset() -> float:
+    def largest(z: Tensor) -> float:
         """The power of the mean of W^(g) z over that of W^(g) z, the largest of all groups."""
-        pixels = encoder.pixels(torch.from_numpy(images.images.copy()))
+        u = torch.einsum("gpd,nd->ngp", groups.W, z)
+        return float((u.mean(0).square().sum(-1) / u.square().sum(-1).mean(0)).max())
+
+    pixels = encoder.pixels(torch.from_numpy(images.images.copy()))
+
+    def offset() -> float:
+        """That of contexts, which the groups predict from."""
         z = []
         with torch.no_grad():
             for step in range(8):
                 masks = build_sampler(config, (8, 8)).sample(len(pixels), seed=5, step=step)
                 tokens = model(pixels, masks.context)
                 z.append(tokens.mean(1) if kind == "region" else tokens.flatten(0, 1))
-        u = torch.einsum("gpd,nd->ngp", groups.W, groups.norm(torch.cat(z)))
-        return float((u.mean(0).square().sum(-1) / u.square().sum(-1).mean(0)).max())
+        return largest(groups.norm(torch.cat(z)))
 
     assert offset() < 0.03
+    activations = load_activations(out, encoder.grid_size)  # of whole images, as they are exported
+    assert activations is not None
+    tokens = model(pixels).detach()
+    whole = tokens.mean(1) if kind == "region" else tokens.flatten(0, 1)
+    assert largest((whole - activations.mean) * activations.scale) < 0.001
     (checkpoint,) = (out / "checkpoints").glob("*4*/")
     trained = load_file(next(checkpoint.glob("*.safetensors")))
     assert groups.norm.running_mean is not None and groups.norm.running_var is not None
