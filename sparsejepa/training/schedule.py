@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sparsejepa.config import Config
-from sparsejepa.model.groups import TRAVEL, W_WINDOW, ramp
+from sparsejepa.model.groups import LAM_UNIT, TRAVEL, W_WINDOW, ramp
 
 # `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
 _EMA_REFERENCE_STEPS = 29_000
@@ -91,6 +91,21 @@ class Schedule:
         """Group-lasso penalty when it is fixed, see `ramp`; 0 where the pattern is frozen."""
         acts = self.config.penalised and not self.frozen(step)
         return self.config.groups.lam * ramp(step / self.penalised_steps) if acts else 0.0
+
+    def too_weak(self, smallest: float) -> str:
+        """Return a line if the fixed penalty can remove no block whose norm is `smallest` or more,
+        not even one that no data pull at; "" otherwise."""
+        lam = self.config.groups.lam
+        shrinks = math.fsum(
+            self.w_rate(step) * math.sqrt(self.lam(step) / LAM_UNIT) for step in range(self.total)
+        )
+        if not self.config.penalised or self.config.groups.density or shrinks >= smallest:
+            return ""
+        enough = lam * (smallest / shrinks) ** 2
+        return (
+            f"--lam {lam:g} can remove nothing in this run: it takes {shrinks:.2g} off a connection "
+            f"by the end, and the smallest starts at {smallest:.2g}; use more than {enough:.1g}"
+        )
 
     def wanted_density(self, step: int) -> float:
         """Density wanted at this step: from 1 to the final value as the penalty grows."""

@@ -80,3 +80,15 @@ def test_wanted_density_goes_from_one_to_the_setting() -> None:
     assert schedule.wanted_density(350) == pytest.approx(0.625)
     assert schedule.wanted_density(600) == pytest.approx(0.25)
     assert schedule.wanted_density(999) == pytest.approx(0.25)
+
+
+def test_a_lambda_that_can_remove_nothing_says_so() -> None:
+    def said(**settings: float) -> str:
+        return Schedule(preset("best").replace(**settings), 500).too_weak(0.15)
+
+    for lam in (0.0, 1e-3, 1.0):
+        assert not said(lam=lam)
+    assert not said(lam=1e-9, density=0.5)
+    line = said(lam=1e-6)
+    assert line.startswith("--lam 1e-06 can remove nothing in this run: it takes 0.0")
+    assert not said(lam=float(line.rpartition(" ")[2]) * 1.5)
