@@ -1,7 +1,7 @@
 """Draw the pictures of docs/method.md: python recipes/pictures.py [--out docs/images]
 
-What they show is computed by the package: the masks are drawn by its sampler, W is shrunk by its
-proximal step. Nothing is trained; the bars of `kinds_figure` alone are made up.
+What they show is computed by the package: the masks are drawn by its sampler, W is moved by its
+proximal step. No encoder is trained; the bars of `kinds_figure` alone are made up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from sparsejepa.config import preset
 from sparsejepa.data.scenes import Scenes
-from sparsejepa.model.groups import GroupMap, partition_cells, prox_sphere
+from sparsejepa.model.groups import DensityController, GroupMap, partition_cells, prox_sphere
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.report.figures import STYLE, save_png
 from sparsejepa.training.schedule import Schedule
@@ -185,28 +185,61 @@ def prox_figure() -> Figure:
     return figure
 
 
-def w_figure(steps: int = 1000) -> Figure:
-    """W after a run in which nothing but the penalty acts on it, for four lambdas."""
-    lams = (0.0, 0.001, 0.01, 0.1)
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(lams), sharey=True)
-    for ax, lam in zip(axes, lams, strict=True):
-        config = preset("nano").replace(lam=lam, steps=steps, debias=0.0)
+def w_figure(steps: int = 1500) -> Figure:
+    """W on its way when a quarter of its blocks is pulled at, and every batch says so with noise.
+
+    Above: density, penalty, and agreement with the truth over a run; below: W in the end, for four
+    fixed lambdas.
+    """
+    draw = torch.Generator().manual_seed(SEED)
+    truth = torch.rand(16, 96, generator=draw).argsort(0) < 4
+    goal = torch.randn(16, 6, 96, generator=draw) * truth[:, None]
+    goal = goal / goal.square().sum((0, 1)).sqrt()
+
+    def run(**settings: Any) -> tuple[np.ndarray, list[tuple[float, float, float]]]:
+        """Return the block norms in the end, and density, lam and Jaccard index over the run."""
+        config = preset("nano").replace(steps=steps, **settings)
+        schedule, controller, course = Schedule(config, steps), DensityController(steps), []
         torch.manual_seed(SEED)
         groups = GroupMap("region", 96, GRID, num_groups=16, group_dim=6)
-        schedule = Schedule(config, steps)
         for step in range(steps):
-            groups.proximal_step(schedule.w_rate(step), schedule.lam(step))
-        norms = groups.block_norms().detach().numpy()
-        order = np.lexsort((-norms.max(0), norms.argmax(0)))
+            # Ten times as much noise as signal, in every single batch.
+            noise = torch.randn(goal.shape, generator=draw) * 10 * goal.square().mean().sqrt()
+            groups.W.grad = groups.W.detach() - goal + noise
+            rate, keep, lam = schedule.w_rate(step), None, torch.tensor(schedule.lam(step))
+            now = groups.block_norms() > 0
+            if schedule.frozen(step):
+                fixed = config.groups.density is None or not schedule.freezes(step)
+                keep = now if fixed else groups.strongest(config.groups.density or 1.0, rate)
+            elif config.groups.density is not None:
+                controller.step(now.float().mean(), schedule.wanted_density(step))
+                lam = controller.lam
+            groups.proximal_step(rate, lam, momentum=schedule.w_momentum(step), keep=keep)
+            both = float((now & truth).sum() / (now | truth).sum())
+            course.append((float(now.float().mean()), float(lam), both))
+        return groups.block_norms().detach().numpy(), course
+
+    figure = Figure(figsize=(9.6, 5.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    course = np.array(run(density=0.25)[1])
+    titles = ("density, steered to 0.25", "lambda", "agreement with the truth (Jaccard)")
+    for i, title in enumerate(titles):
+        ax = above.add_subplot(1, 3, i + 1)
+        ax.plot(np.linspace(0, 1, steps), course[:, i], color=COLOURS[i])
+        ax.set_title(title, loc="left", fontsize=9.5)
+        ax.set_xlabel("share of the run")
+        ax.set_ylim(0, 1.02 if i != 1 else None)
+    for i, lam in enumerate((0.0, 0.001, 0.01, 0.1)):
+        ax = below.add_subplot(1, 4, 1 + i)
+        norms = run(lam=lam)[0]
+        order = np.lexsort((truth.numpy()[0], truth.numpy().argmax(0)))
         shown = np.where(norms > 0, norms, np.nan)[:, order]
         ax.imshow(shown, aspect="auto", vmin=0, vmax=1, cmap="viridis_r", interpolation="nearest")
-        per_latent = (norms > 0).sum(0).mean()
-        ax.set_title(
-            f"lambda {lam:g}\n{per_latent:.1f} groups per latent", loc="left", fontsize=9.5
-        )
-        ax.set_xlabel("latents, sorted")
-    axes[0].set_ylabel("groups")
+        left, right = (norms > 0).sum(0).mean(), truth.numpy()[norms > 0].mean()
+        text = f"lambda {lam:g}: {left:.1f} of 16\ngroups per latent, {right:.0%} true"
+        ax.set_title(text, loc="left", fontsize=9.5)
+        ax.set_yticks([])
+        ax.set_xlabel("latents")
     return figure
 
 
