@@ -289,16 +289,20 @@ def _entry(run: Row, args: argparse.Namespace) -> Entry:
         config = config.replace(**SMOKE)
         probes = smoke_probes(probes)
     config = here(args, config)
-    tasks = []
+    tasks, folders = [], {}
     for seed in run["seeds"]:
         for arm in run["arms"]:
             name = f"{run['recipe']}/{arm}-s{seed}"
-            one = config.replace(**arm_settings(arm), seed=seed).check()
+            one = config.replace(**arm_settings(arm), seed=seed)
+            if one.groups.pattern == "RUN":  # that of the plain arm, which comes before it
+                one = one.replace(pattern=folders[arm.partition("+")[0], seed])
+            one.check()
+            command = shlex.join(["python", "recipes/run.py", "--only", name])
+            task = Task(one, args.runs, probes, command, arm, run["recipe"])
+            # An edited recipe makes another run, whatever is left of the one before.
+            folder = args.runs / f"{name}-{task.run_key[:8]}"
+            folders[arm, seed] = folder.as_posix()
             if any(fnmatch(name, glob) or fnmatch(name, f"{glob}/*") for glob in args.only):
-                command = shlex.join(["python", "recipes/run.py", "--only", name])
-                task = Task(one, args.runs, probes, command, arm, run["recipe"])
-                # An edited recipe makes another run, whatever is left of the one before.
-                folder = args.runs / f"{name}-{task.run_key[:8]}"
                 tasks.append(replace(task, run_dir=folder, encoders=args.runs.parent / "encoders"))
     hardware = run.get("hardware", "CPU or GPU")
     minutes = None if args.scale == "smoke" else run.get("minutes")
