@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from sparsejepa.config import Config
+from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.model.groups import GroupMap, largest, partition_cells, prox_sphere
 from sparsejepa.model.jepa import Objective, SparseJEPA
 from sparsejepa.model.masks import MaskSampler
@@ -149,6 +150,22 @@ def test_plain_gradient_steps_find_nothing() -> None:
     """The null: the blocks that they leave are those that happened to start largest."""
     found, true = learned("region", steps=300, sgd=True)
     assert jaccard(found, true) < 0.25  # by chance 1/7
+
+
+def test_post_hoc_groups_find_which_cells_show_a_latent() -> None:
+    """A token shows a latent of its image only in a quarter of the cells; elsewhere it is noise."""
+    draw = torch.Generator().manual_seed(2)
+    shown = torch.rand(G, D, generator=draw).argsort(0) < G // 4
+    z = torch.randn(1500, 1, D, generator=draw) * shown[partition_cells(GRID, G)]
+    tokens = z + torch.randn(1500, N, D, generator=draw)
+    fits = [
+        PostHocGroups(
+            G, D // 4, kind="region", density=0.25, steps=300, batch_size=32, random_state=seed
+        ).fit(tokens)
+        for seed in (0, 1)
+    ]
+    for fit in fits:
+        assert jaccard(torch.as_tensor(fit.block_norms_ > 0), shown) >= 0.9
 
 
 @pytest.mark.slow
