@@ -36,6 +36,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "accumulate": (1, _BIG), "max_unreadable": (0, 1),
 }  # fmt: skip
 
+_PATTERNS = ("learned", "random")
+
 
 def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Raise UserError for the first setting that cannot work on any data.
@@ -190,6 +192,20 @@ def _check_objective(config: Config) -> None:
                 "--predict pixels: --target-layers and --target-centering are of embeddings; "
                 "leave them out"
             )
+
+
+def check_pattern(config: Config) -> None:
+    """Raise UserError unless --pattern is learned, random or a finished run with groups."""
+    name = config.groups.pattern
+    run = Path(name)
+    if name in _PATTERNS or (run / "groups.safetensors").is_file():
+        return
+    if (run / "summary.json").is_file():
+        raise UserError(f"--pattern {name}: that run has no groups; name one that has")
+    if (run / "config.toml").is_file():
+        raise UserError(f"--pattern {name}: that run is not finished; go on with it first")
+    near = "" if run.is_dir() else nearest(name, _PATTERNS)
+    raise UserError(f"--pattern {name}: not learned, random or a finished run with groups{near}")
 
 
 def check_image(config: Config, size: tuple[int, int]) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsejepa import version
+from sparsejepa.checks import check_pattern
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
@@ -146,6 +147,7 @@ def pretrain(
 
         summary = on_main(world, look)
         if summary is None:
+            check_pattern(config)
             start = first_here(world, lambda: find_start(config, run_dir))
             config = start.settings(config) if start else config
             images = first_here(world, lambda: load_images(config, start))

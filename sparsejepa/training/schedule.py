@@ -103,8 +103,9 @@ class Schedule:
             return ""
         enough = lam * (smallest / shrinks) ** 2
         return (
-            f"--lam {lam:g} can remove nothing in this run: it takes {shrinks:.2g} off a connection "
-            f"by the end, and the smallest starts at {smallest:.2g}; use more than {enough:.1g}"
+            f"--lam {lam:g} can remove nothing in this run: it takes {shrinks:.2g} off a "
+            f"connection by the end, and the smallest starts at {smallest:.2g}; use more than "
+            f"{enough:.1g}"
         )
 
     def wanted_density(self, step: int) -> float:
