@@ -114,7 +114,7 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
 
     for task in tasks:
         check_loggers(task.config.run.log)
-        if open_run(task.run_dir, task.config.check(), True) is None:
+        if open_run(task.run_dir, task.config.check(), True) is None and not task.earlier:
             check_pattern(task.config)
         check_protocols(task.probes.protocols_on(task.probes.data[0]))
         check_measures(task.probes.measures)

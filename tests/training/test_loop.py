@@ -130,6 +130,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
         a, b = load_file(whole / name), load_file(killed / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
+    assert load_file(whole / shard)["model.groups.momentum"].any()
     steps = [
         row["step"]
         for row in map(json.loads, (killed / "metrics.jsonl").read_text().splitlines())
@@ -240,11 +241,13 @@ def test_a_run_of_another_train_version_is_refused_and_kept_as_it_is(
             (out / "summary.json").unlink()
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         with monkeypatch.context() as patch:
-            patch.setattr(version, "TRAIN_VERSION", 2)
+            patch.setattr(version, "TRAIN_VERSION", version.TRAIN_VERSION + 1)
             capsys.readouterr()
             assert cli.main([*words, "--resume"]) == 2
         said = capsys.readouterr().err
-        assert "train version 1, this release 2; name a new folder with --out, or finish" in said
+        now = version.TRAIN_VERSION
+        begun = f"train version {now}, this release {now + 1}"
+        assert f"{begun}; name a new folder with --out, or finish" in said
         assert said.count("\n") == 1
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert cli.main([*words, "--resume"]) == 0
