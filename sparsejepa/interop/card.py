@@ -14,12 +14,12 @@ from typing import Any
 
 import tomli_w
 
+from sparsejepa import version
 from sparsejepa.config import Config, load_toml
 from sparsejepa.errors import UserError
 from sparsejepa.files import read_json
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.results import read_rows, versions
-from sparsejepa.version import TRAIN_VERSION
 
 PAGE = "report.html"
 """Name of the page of ``explain``, in a run directory and beside the card."""
@@ -167,12 +167,13 @@ def _probes(run_dir: Path, config: Config) -> list[Sequence[str]]:
     """Return the lines on this run that a sweep wrote beside the run directories."""
     own = _compared(config)
     summary = run_dir / "summary.json"
-    version = read_json(summary).get("train_version", 1) if summary.is_file() else TRAIN_VERSION
+    about = read_json(summary) if summary.is_file() else {"train_version": version.TRAIN_VERSION}
+    trained = about.get("train_version", 1) if isinstance(about, dict) else 1
     rows: list[Sequence[str]] = []
     for row in read_rows(run_dir.resolve().parent / "results.jsonl"):
         try:
             theirs = Config.from_dict(row["settings"], "results").replace(data_root=None)
-            if _compared(theirs) != own or versions(row)[0] != version:
+            if _compared(theirs) != own or versions(row)[0] != trained:
                 continue
             rows += [
                 (

@@ -209,7 +209,7 @@ def _train(
     pictures = Pictures(image_set, images, config.run.seed, world) if config.run.log else None
     pending = torch.zeros(config.run.log_every, len(TERMS), device=device)
     if model.groups is not None and start == 0:
-        weak = train_step.schedule.too_weak(float(model.groups.block_norms().min()))
+        weak = train_step.schedule.too_weak(float(model.groups.block_norms().detach().min()))
         if weak:
             report.say(weak)
     agreed = Agreement(world)

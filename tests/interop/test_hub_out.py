@@ -230,12 +230,8 @@ def test_the_card_of_a_run_that_went_on_from_an_encoder(
     probe = {"data": "cifar100", "target": "label", "protocol": "logistic", "accuracy": 0.3456}
     others = [given.replace(seed=9), given.replace(init="other"), given.replace(init=None)]
     lines = [
-        {
-            "key": "a",
-            "train_version": TRAIN_VERSION,
-            "settings": config.to_dict(),
-            "probes": [{**probe, "accuracy": accuracy}],
-        }  # fmt: skip
+        {"key": "a", "settings": config.to_dict(), "probes": [{**probe, "accuracy": accuracy}]}
+        | {"train_version": TRAIN_VERSION}
         for config, accuracy in [(given, 0.3456), *((other, 0.777) for other in others)]
     ]
     (tmp_path / "sweep" / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
