@@ -234,12 +234,13 @@ def _train(
             # The only point that waits for the device.
             if saving or row == config.run.log_every - 1:
                 values = mean_of(pending[: row + 1]).tolist()
-                for number, terms in enumerate(values, step - row):
-                    if wrong := guard.check(number, terms):
-                        raise UserError(
-                            f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a "
-                            f"higher --ema ({saved})"
-                        )
+                wrong = map(guard.check, range(step - row, done), values)
+                wrong = next(filter(None, wrong), None) or _w_wrong(model.groups, step)
+                if wrong:
+                    raise UserError(
+                        f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a "
+                        f"higher --ema ({saved})"
+                    )
                 elapsed = time.perf_counter() - since
                 numbers = _metrics(model, train_step.schedule, step, values[-1])
                 rate = batch * (done - counted) / max(elapsed, 1e-9)
@@ -276,6 +277,12 @@ def _train(
             _finish(run_dir, config, image_set, images, encoder, model.groups, summary)
     # Nobody leaves before everything is written.
     return on_main(world, lambda: summary)
+
+
+def _w_wrong(groups: GroupMap | None, step: int) -> str | None:
+    """Return what is wrong with W, whose gradient is no part of the common norm."""
+    whole = groups is None or bool(groups.W.isfinite().all())
+    return None if whole else f"'W' is not finite at step {step}"
 
 
 def _begin(run_dir: Path, config: Config) -> None:

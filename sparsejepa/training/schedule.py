@@ -103,7 +103,7 @@ class Schedule:
             return ""
         said = f"--lam {lam:g} can remove nothing in this run: "
         if not shrinks:
-            return said + f"of its {self.total} steps it acts in none; use more --steps"
+            return said + "it is over before the penalty acts; use more --steps"
         enough = lam * (smallest / shrinks) ** 2
         return said + (
             f"it takes {shrinks:.2g} off a connection by the end, and the smallest starts at "

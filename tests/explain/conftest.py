@@ -43,8 +43,8 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         threads=1, patch_size=8, num_groups=6,
     )  # fmt: skip
     arms = {
-        "concept": {"groups": "concept", "lam": 0.02},
-        "concept-s1": {"groups": "concept", "lam": 0.02, "seed": 1},
+        "concept": {"groups": "concept", "lam": 0.5},
+        "concept-s1": {"groups": "concept", "lam": 0.5, "seed": 1},
         "region": {"groups": "region"},
         "dense": {"groups": "none"},
     }

@@ -314,8 +314,13 @@ def test_a_gradient_of_w_that_is_not_finite_stops_the_run(
     calls: list[int] = []
     step = GroupMap.proximal_step
     monkeypatch.setattr(GroupMap, "proximal_step", spoilt)
-    with pytest.raises(UserError, match="'group' is not finite at step 3"):
+    with pytest.raises(UserError, match=r"'W' is not finite at step 2; .* that of step 2\)"):
         pretrain(config_of(folder), out=tmp_path / "run")
+    assert last_checkpoint(tmp_path / "run") == 2  # the steps 0 and 1, before it was spoilt
+    calls.clear()
+    config = config_of(folder, checkpoint_every=12)  # it is looked at after the step 3, 7 and 11
+    with pytest.raises(UserError, match="'group' is not finite at step 3"):
+        pretrain(config, out=tmp_path / "other")
 
 
 def test_a_signal_during_the_evaluation_still_saves_before_it_stops(
