@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import sparsejepa as sj
@@ -64,7 +62,7 @@ class GroupMap(nn.Module):
         super().__init__()
         w = torch.randn(G, P, D)
         self.W = nn.Parameter(w / w.norm(dim=(0, 1)))  # each latent's weights have norm 1
-        self.register_buffer("mean", torch.zeros(G, P, D))  # of W's gradient
+        self.mean = nn.Buffer(torch.zeros(G, P, D))  # of W's gradient
         self.norm = nn.BatchNorm1d(D, affine=False)
         self.place = nn.Parameter(0.1 * torch.randn(SIDE * SIDE, 64))
         self.up = nn.Parameter(torch.randn(G, P, 64) / P**0.5)
@@ -76,9 +74,9 @@ class GroupMap(nn.Module):
         return torch.einsum("bnh,nhd->bnd", F.gelu(h), self.down[CELL])  # [B, N, D]
 
     @torch.no_grad()
-    def proximal_step(self, rate, lam, window):
+    def proximal_step(self, gradient, rate, lam, window):
         """A step along the mean gradient, then the exact prox of the group lasso on the sphere."""
-        self.mean.lerp_(self.W.grad, 1 / window)
+        self.mean.lerp_(gradient, 1 / window)
         v = self.W - rate * self.mean / self.mean.norm(dim=1).square().mean().sqrt()
         norms = v.norm(dim=1)  # [G, D]
         r = (norms - rate * (lam / 0.006) ** 0.5).clamp_min(0)  # 0.006: the average pull
@@ -101,15 +99,14 @@ def load(split, limit):  # images uint8 [n, 32, 32, 3] of 3 to 10 objects, their
 
 def patchify(images):  # uint8 [B, 32, 32, 3] -> float [B, N, PATCH * PATCH * 3]
     x = (images.float() / 255 - 0.5) / 0.25
-    x = x.unflatten(1, (SIDE, PATCH)).unflatten(3, (SIDE, PATCH)).transpose(2, 3)
-    return x.flatten(1, 2).flatten(2)
+    return x.view(-1, SIDE, PATCH, SIDE, PATCH, 3).transpose(2, 3).reshape(len(x), SIDE**2, -1)
 
 
 @torch.no_grad()
 def probe(encoder, train, test):  # logistic regression on the frozen, averaged tokens
-    x = [encoder(patchify(images), ALL).mean(1).numpy() for images, _ in (train, test)]
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-    return model.fit(x[0], train[1]).score(x[1], test[1])
+    x = [encoder(patchify(images), ALL).mean(1) for images, _ in (train, test)]
+    x = [((part - x[0].mean(0)) / x[0].std(0)).numpy() for part in x]
+    return LogisticRegression(C=0.1, max_iter=500).fit(x[0], train[1]).score(x[1], test[1])
 
 
 parser = argparse.ArgumentParser()
@@ -143,7 +140,7 @@ for step in range(args.steps):
     loss.backward()
     optimizer.step()
     lam = args.lam * min(1, max(0, step / args.steps - 0.1) / 0.5)  # it comes in slowly
-    groups.proximal_step(4 / args.steps, lam, min(step + 1, args.steps / 5))
+    groups.proximal_step(groups.W.grad, 4 / args.steps, lam, min(step + 1, args.steps / 5))
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.data.lerp_(fast.data, 0.02)
     if step % 50 == 0 or step == args.steps - 1:

@@ -36,6 +36,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "accumulate": (1, _BIG), "max_unreadable": (0, 1),
 }  # fmt: skip
 
+_PATTERNS = ("learned", "random")
+
 
 def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Raise UserError for the first setting that cannot work on any data.
@@ -86,7 +88,7 @@ def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, 
                 f"--density {config.groups.density:g} is below 1/{count}: each latent keeps at "
                 f"least one of the --num-groups {count}"
             )
-    if config.model.predictor_pass == "packed" and config.model.predictor == "mlp":
+    if config.model.predictor_pass == "packed" and config.model.predictor != "transformer":
         raise UserError("--predictor-pass packed: only for --predictor transformer")
     if config.model.predictor_dim % 4:
         raise UserError(f"--predictor-dim {config.model.predictor_dim}: must be a multiple of 4")
@@ -171,8 +173,16 @@ def _check_objective(config: Config) -> None:
             raise UserError(f"--pattern {pattern}: with --groups none there is no pattern")
         if config.groups.density is None:
             raise UserError(f"--pattern {pattern} needs --density, the share of columns to keep")
-    if config.model.predictor == "groups" and config.groups.groups == "none":
-        raise UserError("--predictor groups needs groups; choose --groups region, concept, feature")
+    if config.model.predictor == "groups":
+        if config.groups.groups == "none":
+            raise UserError(
+                "--predictor groups needs groups; choose --groups region, concept, feature"
+            )
+        if config.groups.group_detach:
+            raise UserError(
+                f"--group-detach {config.groups.group_detach:g}: with --predictor groups nothing "
+                "else teaches the encoder; leave it out"
+            )
     depth, layers = config.encoder_shape[1], config.loss.target_layers
     if layers > depth and _known(config):
         raise UserError(
@@ -190,6 +200,20 @@ def _check_objective(config: Config) -> None:
                 "--predict pixels: --target-layers and --target-centering are of embeddings; "
                 "leave them out"
             )
+
+
+def check_pattern(config: Config) -> None:
+    """Raise UserError unless --pattern is learned, random or a finished run with groups."""
+    name = config.groups.pattern
+    run = Path(name)
+    if name in _PATTERNS or (run / "groups.safetensors").is_file():
+        return
+    if (run / "summary.json").is_file():
+        raise UserError(f"--pattern {name}: that run has no groups; name one that has")
+    if (run / "config.toml").is_file():
+        raise UserError(f"--pattern {name}: that run is not finished; go on with it first")
+    near = "" if run.is_dir() else nearest(name, _PATTERNS)
+    raise UserError(f"--pattern {name}: not learned, random or a finished run with groups{near}")
 
 
 def check_image(config: Config, size: tuple[int, int]) -> None:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from sparsejepa import __version__
-from sparsejepa.config import Config, load_toml, preset
+from sparsejepa.config import REMOVED, Config, load_toml, preset
 from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
 from sparsejepa.report.terminal import printable
@@ -112,6 +112,9 @@ def parse(words: Sequence[str]) -> Any:
     if unknown:
         given = next((word for word in unknown if word.startswith("--")), unknown[0])
         word = given.partition("=")[0].replace("_", "-")
+        gone = REMOVED.get(word.removeprefix("--").replace("-", "_"))
+        if gone:
+            raise UserError(f"{word}: {gone}")
         if word.startswith("--"):
             meant = nearest(word, completions(verb))
             raise UserError(f"unknown flag '{word}'{meant}; see {PROGRAM} {name} --help")
@@ -217,6 +220,7 @@ def _origin(verb: type[Settings], words: Sequence[str]) -> tuple[Settings, list[
     values = load_toml(file)
     config = Config.from_dict(values, str(file))  # complains about names, the next about values
     given = {key for k, v in values.items() for key in (v if isinstance(v, dict) else [k])}
+    given -= REMOVED.keys()
     flags = [
         word for name in sorted(given - {"data"}) for word in _as_words(name, config.flat()[name])
     ]

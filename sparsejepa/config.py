@@ -28,6 +28,13 @@ ENCODER_SIZES: dict[str, tuple[int, int, int]] = {
     "huge": (1280, 32, 16),
 }
 
+REMOVED = {
+    "balance": "there is no such term any more; leave it out",
+    "w_lr_sum": "how far W moves is the same in every run; leave it out",
+}
+"""Settings that earlier versions had. Files that name them can be read; who sets one is told why
+it is gone."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -262,6 +269,8 @@ class Config:
         fields = flat_fields()
         changes: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
+            if name in REMOVED:
+                raise UserError(f"{flag(name)}: {REMOVED[name]}")
             if name not in fields:
                 raise UserError(f"unknown setting '{name}'{nearest(name, fields)}")
             changes.setdefault(fields[name], {})[name] = _coerce(name, value)
@@ -282,12 +291,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
-        """Rebuild from `to_dict`'s form. Raises UserError naming `source` for unknown settings."""
+        """Rebuild from `to_dict`'s form, also that of an earlier version (see `REMOVED`).
+
+        Raises UserError naming `source` for unknown settings.
+        """
         flat: dict[str, Any] = {}
         for name, value in values.items():
             flat.update(value if isinstance(value, Mapping) else {name: value})
         try:
-            return cls().replace(**flat)
+            return cls().replace(**{k: v for k, v in flat.items() if k not in REMOVED})
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 

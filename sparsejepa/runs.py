@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsejepa.checks import check_pattern
 from sparsejepa.cluster import Cluster, outcomes
 from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
@@ -113,7 +114,8 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
 
     for task in tasks:
         check_loggers(task.config.run.log)
-        open_run(task.run_dir, task.config.check(), True)
+        if open_run(task.run_dir, task.config.check(), True) is None and not task.earlier:
+            check_pattern(task.config)
         check_protocols(task.probes.protocols_on(task.probes.data[0]))
         check_measures(task.probes.measures)
     counts: dict[Any, int] = {}

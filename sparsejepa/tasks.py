@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa import version
-from sparsejepa.config import Config
+from sparsejepa.config import REMOVED, Config
 from sparsejepa.errors import UserError
 from sparsejepa.results import versions
 
@@ -97,13 +98,22 @@ def row_key(row: Mapping[str, Any], *, run: bool = False) -> str:
     train, probe = versions(row)
     try:
         config = Config.from_dict(row["settings"], "results")
-        return _key(config, row["probed"], train, 1 if run else probe)
+        parts = [part for part in row["settings"].values() if isinstance(part, Mapping)]
+        gone = {k: v for part in parts for k, v in part.items() if k in REMOVED}
+        return _key(config, row["probed"], train, 1 if run else probe, gone)
     except (ValueError, LookupError, TypeError, AttributeError):  # UserError is a ValueError
         return str(row["key"])
 
 
-def _key(config: Config, probes: Mapping[str, Any], train: int, probe: int) -> str:
-    settings = {k: v for k, v in config.flat().items() if k not in _FREE}
+def _key(
+    config: Config,
+    probes: Mapping[str, Any],
+    train: int,
+    probe: int,
+    gone: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """Return the hash of a run and its probes; `gone` are settings that there are no more."""
+    settings = {k: v for k, v in {**config.flat(), **gone}.items() if k not in _FREE}
     # What came later counts only where it is used, so that older lines keep their keys.
     later = {"measures", "extra_protocols"}
     about: list[Any] = [settings, {k: v for k, v in probes.items() if v or k not in later}]

@@ -92,6 +92,11 @@ MISTAKES = [
     ("--lam 1 pretrain x", "'--lam' before a verb"),
     ("pretrain", "which images?"),
     ("pretrain scenes --lamda 1", "unknown flag '--lamda' (did you mean '--lam'?)"),
+    ("pretrain scenes --balance 0.1", "--balance: there is no such term any more; leave it out"),
+    ("sweep scenes --w_lr_sum=60", "--w-lr-sum: how far W moves is the same in every run"),
+    ("pretrain scenes --density 0.5 --pattern leanred", "leanred: not learned, random or a fini"),
+    ("pretrain scenes --density 0.5 --pattern leanred --dry-run", "(did you mean 'learned'?)"),
+    ("sweep scenes --density 0.5 --pattern runs/a", "--pattern runs/a: not learned, random or a"),
     ("pretrain scenes --group_detatch=1", "unknown flag '--group-detatch'"),
     ("pretrain scenes cifar10", "unexpected argument 'cifar10'"),
     ("pretrain scenes --preset nanno", "--preset nanno: unknown (did you mean 'nano'?)"),
@@ -158,6 +163,15 @@ def test_defaults_come_from_the_preset_then_the_file_then_the_flags(tmp_path: Pa
     file.write_text(tomli_w.dumps(config.to_dict()))
     again = cli.parse(["pretrain", f"--config={file}"])
     assert again.settings(again.data) == config
+    # So does that of an earlier version, whose settings that are gone are passed over.
+    older = config.to_dict()
+    older["groups"] |= {"balance": 0.03, "w_lr_sum": 60.0}
+    file.write_text(tomli_w.dumps(older))
+    again = cli.parse(["pretrain", f"--config={file}"])
+    assert again.settings(again.data) == config
+    assert Config.from_dict(older) == config
+    with pytest.raises(UserError, match="--w-lr-sum: how far W moves is the same"):
+        config.replace(w_lr_sum=60.0)
 
 
 def test_every_setting_can_be_given_as_a_flag() -> None:

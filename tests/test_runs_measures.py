@@ -163,5 +163,6 @@ def test_the_key_knows_measures_and_lines_from_before_there_were_any(tmp_path: P
     assert asked.key != task.key
     probed = {k: v for k, v in vars(task.probes).items() if k != "measures"}
     old = {"key": "x", "settings": task.config.to_dict(), "probed": probed}
+    old["train_version"] = version.TRAIN_VERSION
     assert row_key(old) == task.key
     assert row_key({**old, "probed": {**probed, "measures": ["kept"]}}) == asked.key

@@ -17,6 +17,7 @@ import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsejepa import version
 from sparsejepa.results import read_rows
 from sparsejepa.tasks import Task
 
@@ -58,6 +59,7 @@ def row(task: Task, score: float | None) -> dict[str, Any]:
         "failed": "loss is not finite at step 0" if score is None else None,
         "probes": [] if score is None else [probe], "settings": task.config.to_dict(),
         "probed": asdict(task.probes), "trial": task.trial,
+        "train_version": version.TRAIN_VERSION,
     }  # fmt: skip
     return json.loads(json.dumps(line))
 
@@ -202,7 +204,10 @@ def test_failed_trials_are_worst_and_are_counted(path: Path) -> None:
 def test_only_trials_of_the_present_versions_are_compared(path: Path) -> None:
     found = search.read_search(path)
     most = finish(found, lambda task: int(task.key[:4], 16) / 2**16)
-    other = [{**r, "train_version": 2, "probes": [{"accuracy": 1.0}]} for r in most[:3]]
+    other = [
+        {**r, "train_version": version.TRAIN_VERSION + 1, "probes": [{"accuracy": 1.0}]}
+        for r in most[:3]
+    ]
     state = search.replay([*most, *other], found)
     alone = search.replay(most, found)
     assert (state.lines, state.winners, state.todo) == (alone.lines, alone.winners, [])

@@ -29,12 +29,14 @@ from sparsejepa import tasks as tasks_module
 from sparsejepa.config import preset
 from sparsejepa.demo import LAM, TARGETS, run_demo
 from sparsejepa.errors import UserError
+from sparsejepa.model.groups import GroupMap
 from sparsejepa.results import append_row, read_results, read_rows
 from sparsejepa.runs import run_tasks
 from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
 from sparsejepa.tasks import Probes, Task, row_key
 from sparsejepa.training.build import arm_name
 from sparsejepa.training.checkpoint import has_checkpoint
+from sparsejepa.version import TRAIN_VERSION
 
 TINY = preset("nano").replace(
     data="scenes", steps=4, batch_size=32, predictor_depth=1, device="cpu", threads=1
@@ -244,7 +246,7 @@ def test_a_run_that_is_not_finite_is_recorded_and_not_repeated(
     first, second = run_tasks(tasks, results, jobs=1)
     assert first["failed"] == "kl is not finite at step 7" and first["probes"] == []
     assert (first["key"], first["arm"], first["seed"]) == (tasks[0].key, "lam=0", 0)
-    assert first["settings"]["optim"]["lr"] == 3.0 and first["train_version"] == 1
+    assert first["settings"]["optim"]["lr"] == 3.0 and first["train_version"] == TRAIN_VERSION
     assert second["failed"] is None
     assert run_tasks(tasks, results, jobs=1) == [first, second] and len(fake) == 2
     # Asked for, it is run again beside the first one, and the last line counts.
@@ -255,9 +257,13 @@ def test_a_run_that_is_not_finite_is_recorded_and_not_repeated(
     assert fake[3:] == ["lam=0-s0~3"]
 
 
-def test_a_sweep_leaves_failed_runs_out_and_says_so(tmp_path: Path, tiny_images: Path) -> None:
-    # A group loss so heavy that the total overflows; the dense arm has none.
-    config = TINY.replace(data=str(tiny_images), group_weight=1e40)
+def test_a_sweep_leaves_failed_runs_out_and_says_so(
+    tmp_path: Path, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A group map whose predictions overflow; the dense arm has none.
+    forward = GroupMap.forward
+    monkeypatch.setattr(GroupMap, "forward", lambda *args: forward(*args) * float("inf"))
+    config = TINY.replace(data=str(tiny_images))
     result = run_sweep(config, seeds=1, jobs=1, out=tmp_path / "sweep")
     assert [row["arm"] for row in result.rows] == ["dense"]
     rows = read_rows(tmp_path / "sweep" / "results.jsonl")
@@ -285,7 +291,7 @@ def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
     config = TINY.replace(**arm_settings(arm), seed=seed)
     task = Task(config, Path("x"), Probes(("scenes",), targets={"scenes": ("count",)}, limit=9))
     row: dict[str, Any] = {
-        "key": "as written then", "settings": config.to_dict(),
+        "key": "as written then", "settings": config.to_dict(), "train_version": TRAIN_VERSION,
         "probed": dataclasses.asdict(task.probes),
     }  # fmt: skip
     row = json.loads(json.dumps(row))
@@ -295,6 +301,13 @@ def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
         del row["settings"][section][name]
     del row["probed"]["measures"]
     assert row_key(row) == task.key
+    # A setting of earlier versions is still a part of the key, though nothing reads it.
+    keys = set()
+    for value in (0.03, 0.1):
+        row["settings"]["groups"]["balance"] = value
+        keys.add(row_key(row))
+    assert len(keys) == 2 and not keys & {task.key, "as written then"}
+    del row["settings"]["groups"]["balance"]
     # Another value is another run, and what cannot be read keeps its key.
     row["settings"]["loss"]["sigreg"] = 0.5
     assert row_key(row) not in (task.key, "as written then")

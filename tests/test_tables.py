@@ -62,7 +62,7 @@ def make_row(
         "steps": 390, "seconds": 90.0, "probe_seconds": 10.0, "settings": config.to_dict(),
         "probed": {"data": [], "limit": about.get("probe_limit")}, "finished": finished,
         "environment": {"cpu": "CPU", "cores": 2, "gpus": [], "commit": commit},
-        **more,
+        "train_version": version.TRAIN_VERSION, "eval_version": version.EVAL_VERSION, **more,
     }  # fmt: skip
 
 
@@ -190,6 +190,7 @@ def test_a_queue_with_an_unknown_recipe_is_one_clear_line(
 def test_lines_of_other_versions_are_counted_and_shown_nowhere(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setattr(version, "TRAIN_VERSION", 1)  # that of results/
     old = read_study(ROOT)
     assert old.rows and old.trials and old.explain and not old.left_out
     monkeypatch.setattr(version, name, 2)
@@ -344,7 +345,8 @@ def test_the_trace_of_a_search_is_shown() -> None:
     rows = [
         {"key": task.key, "recipe": search.recipe, "arm": task.arm, "seed": 0, "failed": None,
          "probes": [{**score, "accuracy": 0.2 + i / 1000}], "settings": task.config.to_dict(),
-         "probed": dataclasses.asdict(task.probes), "environment": {}, "seconds": 1800}
+         "probed": dataclasses.asdict(task.probes), "environment": {}, "seconds": 1800,
+         "train_version": version.TRAIN_VERSION}
         for i, task in enumerate(replay([], search).todo)
     ]  # fmt: skip
     study = make_study([], trials={"search-demo.jsonl": rows})

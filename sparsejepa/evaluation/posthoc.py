@@ -212,6 +212,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             "uniform": [R^2, ...]}.
         """
         learned = torch.as_tensor(self.block_norms_ > 0)
+        density = float(learned.float().mean())
 
         def other(seed: int, like: Tensor | None = None, zeros: bool = True) -> float:
             params = {**self.get_params(), "lam": 0.0, "density": None}
@@ -220,7 +221,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             if zeros:
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed)
-                    pattern = random_pattern(*learned.shape, float(learned.float().mean()), like)
+                    pattern = random_pattern(len(learned), learned.shape[1], density, like)
             fitted = type(self)(**params)._fit(tokens_train, pattern)
             fitted.random_state = self.random_state  # for the masks of the score
             return fitted.score(tokens_test)

@@ -14,11 +14,12 @@ from typing import Any
 
 import tomli_w
 
+from sparsejepa import version
 from sparsejepa.config import Config, load_toml
 from sparsejepa.errors import UserError
 from sparsejepa.files import read_json
 from sparsejepa.model.groups import GroupMap
-from sparsejepa.results import read_rows
+from sparsejepa.results import read_rows, versions
 
 PAGE = "report.html"
 """Name of the page of ``explain``, in a run directory and beside the card."""
@@ -141,8 +142,9 @@ def _numbers(run_dir: Path) -> list[str]:
             header = ("data", "target", "protocol", "accuracy", "untrained", "raw pixels")
             parts += ["## Probes\n", _table(header, probes)]
         parts += ["## Training\n", _final(run_dir / "summary.json")]
-        init = config.model.init and public_name(config.model.init)
-        shown = config.replace(data=public_name(config.data), init=init).to_dict()
+        named = {"data": config.data, "init": config.model.init, "pattern": config.groups.pattern}
+        public = {key: name and public_name(name) for key, name in named.items()}
+        shown = config.replace(**public).to_dict()
         parts += ["All settings:\n", f"~~~~toml\n{tomli_w.dumps(shown)}~~~~\n"]
     measures = run_dir / "metrics.json"
     if measures.is_file():
@@ -164,11 +166,14 @@ def _final(path: Path) -> str:
 def _probes(run_dir: Path, config: Config) -> list[Sequence[str]]:
     """Return the lines on this run that a sweep wrote beside the run directories."""
     own = _compared(config)
+    summary = run_dir / "summary.json"
+    about = read_json(summary) if summary.is_file() else {"train_version": version.TRAIN_VERSION}
+    trained = about.get("train_version", 1) if isinstance(about, dict) else 1
     rows: list[Sequence[str]] = []
     for row in read_rows(run_dir.resolve().parent / "results.jsonl"):
         try:
             theirs = Config.from_dict(row["settings"], "results").replace(data_root=None)
-            if _compared(theirs) != own:
+            if _compared(theirs) != own or versions(row)[0] != trained:
                 continue
             rows += [
                 (

@@ -143,7 +143,7 @@ def measure_rms(
 
     Raises ValueError if there is no image.
     """
-    activations = GroupActivations.from_map(groups, seen=seen).to(encoder.device)
+    activations = GroupActivations.from_map(groups, seen=seen).to(encoder.device).float()
     squares, count = torch.zeros(len(groups.W), dtype=torch.float64, device=encoder.device), 0
     for images in batches:
         pooled, patches = activations(encoder.tokens(images))

@@ -81,7 +81,7 @@ def prox_sphere(W: Tensor, t: float | Tensor) -> Tensor:
 
     Returns:
         [G, P, D], norm 1 for every latent. Where W_j is zero altogether every one-hot point is a
-        minimiser; group 0 and its first axis are taken.
+        minimiser; group 0 and its first axis are taken. What is not finite stays so.
     """
     v = torch.linalg.vector_norm(W, dim=1)  # [G, D]
     excess = (v - t).clamp_min(0)
@@ -92,7 +92,7 @@ def prox_sphere(W: Tensor, t: float | Tensor) -> Tensor:
     r = r / torch.linalg.vector_norm(r, dim=0)
     first_axis = torch.zeros_like(W)
     first_axis[:, 0] = 1
-    direction = torch.where((v > 0)[:, None], W / v.clamp_min(_TINY)[:, None], first_axis)
+    direction = torch.where((v == 0)[:, None], first_axis, W / v.clamp_min(_TINY)[:, None])
     return direction * r[:, None]
 
 

@@ -126,7 +126,9 @@ class SparseJEPA(nn.Module):
         self.controller = DensityController(total_steps) if groups and steer_density else None
         # In a control with random zeros, the order [G, D] in which blocks are kept along the path
         # of the density: those of the final pattern first.
-        order = None if random_pattern is None else random_pattern + torch.rand_like(groups.W[:, 0])
+        order = random_pattern
+        if order is not None:
+            order = order + torch.rand(order.shape)
         self.order: Tensor | None
         self.register_buffer("order", order, persistent=False)
         # oi-VAE's sigma. Without a group map nothing reads the sample, and the term is left out.

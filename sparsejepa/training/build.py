@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsejepa.checks import check_pattern
 from sparsejepa.config import Config
 from sparsejepa.data.augment import Augment
 from sparsejepa.data.catalog import cache_folder, load_dataset, only_streamed, stream_dataset
@@ -16,6 +17,7 @@ from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
 from sparsejepa.errors import TooFewImages, UserError
 from sparsejepa.files import load_tensors
+from sparsejepa.interop.runs import GROUPS
 from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, random_pattern
@@ -200,16 +202,15 @@ def _random_pattern(config: Config, groups: GroupMap) -> Tensor:
     """
     name, shape, like = config.groups.pattern, groups.block_norms().shape, None
     if name != "random":
-        path = Path(name) / "groups.safetensors"
-        if not path.exists():
-            raise UserError(f"--pattern {name}: not learned, random or a finished run with groups")
-        like = torch.linalg.vector_norm(load_tensors(path)[0]["W"], dim=1) > 0
+        check_pattern(config)
+        W = load_tensors(Path(name) / GROUPS)[0].get("W", torch.empty(0, 0, 0))
+        like = torch.linalg.vector_norm(W, dim=1) > 0
         if like.shape != shape:
             raise UserError(
                 f"--pattern {name}: its map is {like.shape[0]} groups by {like.shape[1]} latents, "
                 f"this run's {shape[0]} by {shape[1]}"
             )
-    return random_pattern(*shape, config.groups.density or 1.0, like)
+    return random_pattern(shape[0], shape[1], config.groups.density or 1.0, like)
 
 
 def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:

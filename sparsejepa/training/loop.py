@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsejepa import version
+from sparsejepa.checks import check_pattern
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
@@ -146,6 +147,7 @@ def pretrain(
 
         summary = on_main(world, look)
         if summary is None:
+            check_pattern(config)
             start = first_here(world, lambda: find_start(config, run_dir))
             config = start.settings(config) if start else config
             images = first_here(world, lambda: load_images(config, start))
@@ -207,7 +209,7 @@ def _train(
     pictures = Pictures(image_set, images, config.run.seed, world) if config.run.log else None
     pending = torch.zeros(config.run.log_every, len(TERMS), device=device)
     if model.groups is not None and start == 0:
-        weak = train_step.schedule.too_weak(float(model.groups.block_norms().min()))
+        weak = train_step.schedule.too_weak(float(model.groups.block_norms().detach().min()))
         if weak:
             report.say(weak)
     agreed = Agreement(world)
@@ -232,12 +234,13 @@ def _train(
             # The only point that waits for the device.
             if saving or row == config.run.log_every - 1:
                 values = mean_of(pending[: row + 1]).tolist()
-                for number, terms in enumerate(values, step - row):
-                    if wrong := guard.check(number, terms):
-                        raise UserError(
-                            f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a "
-                            f"higher --ema ({saved})"
-                        )
+                wrong = map(guard.check, range(step - row, done), values)
+                wrong = next(filter(None, wrong), None) or _w_wrong(model.groups, step)
+                if wrong:
+                    raise UserError(
+                        f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a "
+                        f"higher --ema ({saved})"
+                    )
                 elapsed = time.perf_counter() - since
                 numbers = _metrics(model, train_step.schedule, step, values[-1])
                 rate = batch * (done - counted) / max(elapsed, 1e-9)
@@ -274,6 +277,12 @@ def _train(
             _finish(run_dir, config, image_set, images, encoder, model.groups, summary)
     # Nobody leaves before everything is written.
     return on_main(world, lambda: summary)
+
+
+def _w_wrong(groups: GroupMap | None, step: int) -> str | None:
+    """Return what is wrong with W, whose gradient is no part of the common norm."""
+    whole = groups is None or bool(groups.W.isfinite().all())
+    return None if whole else f"'W' is not finite at step {step}"
 
 
 def _begin(run_dir: Path, config: Config) -> None:

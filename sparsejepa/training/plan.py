@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparsejepa.checks import check_pattern
 from sparsejepa.config import Config
 from sparsejepa.data.stream import ImageStream, open_images
 from sparsejepa.distributed import World
@@ -31,6 +32,7 @@ from sparsejepa.training.step import TrainStep
 def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
     """Return what a run would do, after timing a few steps of it."""
     check_shares(config.check(), World())
+    check_pattern(config)
     device = torch.device(resolve_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)

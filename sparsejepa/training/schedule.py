@@ -101,10 +101,13 @@ class Schedule:
         )
         if not self.config.penalised or self.config.groups.density or shrinks >= smallest:
             return ""
+        said = f"--lam {lam:g} can remove nothing in this run: "
+        if not shrinks:
+            return said + "it is over before the penalty acts; use more --steps"
         enough = lam * (smallest / shrinks) ** 2
-        return (
-            f"--lam {lam:g} can remove nothing in this run: it takes {shrinks:.2g} off a connection "
-            f"by the end, and the smallest starts at {smallest:.2g}; use more than {enough:.1g}"
+        return said + (
+            f"it takes {shrinks:.2g} off a connection by the end, and the smallest starts at "
+            f"{smallest:.2g}; use more than {enough:.1g}"
         )
 
     def wanted_density(self, step: int) -> float:

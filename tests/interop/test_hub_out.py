@@ -22,6 +22,7 @@ from sparsejepa.interop import load, load_groups
 from sparsejepa.interop.card import model_card
 from sparsejepa.interop.export import write_export
 from sparsejepa.training.start import FROM_START
+from sparsejepa.version import TRAIN_VERSION
 
 from .exported import assert_same, open_run, pixels_for, write_run
 
@@ -179,14 +180,20 @@ def test_the_card_can_be_given_a_name_and_a_licence(tmp_path: Path) -> None:
 
 def test_the_card_has_groups_numbers_and_settings(tmp_path: Path) -> None:
     run = write_run(tmp_path / "sweep" / "run", "feature")
-    config = preset("nano").replace(data="/home/somebody/photos", data_root="/home/somebody")
+    config = preset("nano").replace(
+        data="/home/somebody/photos", data_root="/home/somebody", pattern="/home/somebody/learned"
+    )
     (run / "config.toml").write_text(tomli_w.dumps(config.to_dict()))
     final = {"knn": 0.4321, "density": 0.25, "dead_groups": 1}
-    (run / "summary.json").write_text(json.dumps({"steps": 1234, "images": 9, "final": final}))
+    (run / "summary.json").write_text(
+        json.dumps({"steps": 1234, "images": 9, "final": final, "train_version": TRAIN_VERSION})
+    )
     own = {"data": "cifar100", "target": "label", "protocol": "logistic", "accuracy": 0.3456}
     row = {"key": "a", "arm": "b", "seed": 0, "settings": config.to_dict(), "probes": [own]}
+    row["train_version"] = TRAIN_VERSION
     other = {**row, "settings": config.replace(seed=9).to_dict(), "probes": [{"accuracy": 0.777}]}
-    lines = [json.dumps(row), json.dumps(other), "torn {"]
+    older = {**row, "train_version": TRAIN_VERSION - 1, "probes": [{**own, "accuracy": 0.777}]}
+    lines = [*map(json.dumps, (row, other, older)), "torn {"]
     (tmp_path / "sweep" / "results.jsonl").write_text("\n".join(lines))
     measure = {"section": "sparsity", "name": "Hoyer", "unit": "", "values": {}}
     measure["values"] = {"this run": {"value": 0.625}, "untrained": {"value": None}}
@@ -198,7 +205,7 @@ def test_the_card_has_groups_numbers_and_settings(tmp_path: Path) -> None:
     for text in (
         "| k", "1,234", "0.4321", "34.6%", "4 groups of kind feature", "1 groups have none",
         "Groups matter.", "| sparsity | Hoyer | 0.625 |  |", 'data = "photos"', "16 x 16 pixels",
-        'from_pretrained("out")',
+        'from_pretrained("out")', 'pattern = "learned"',
     )[1:]:  # fmt: skip
         assert text in card, text
     assert "somebody" not in card and "77.7%" not in card
@@ -224,6 +231,7 @@ def test_the_card_of_a_run_that_went_on_from_an_encoder(
     others = [given.replace(seed=9), given.replace(init="other"), given.replace(init=None)]
     lines = [
         {"key": "a", "settings": config.to_dict(), "probes": [{**probe, "accuracy": accuracy}]}
+        | {"train_version": TRAIN_VERSION}
         for config, accuracy in [(given, 0.3456), *((other, 0.777) for other in others)]
     ]
     (tmp_path / "sweep" / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,11 @@ from sparsejepa.errors import UserError
 from sparsejepa.interop.runs import save_groups
 from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
+from sparsejepa.runs import run_tasks
+from sparsejepa.tasks import Probes, Task
 from sparsejepa.training.build import build_model
+from sparsejepa.training.loop import pretrain
+from sparsejepa.training.plan import plan
 
 
 def model_of(**settings: object) -> SparseJEPA:
@@ -95,8 +101,37 @@ def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:
     assert torch.equal(final.sum(0), wanted.sum(0)) and torch.equal(final.sum(1), wanted.sum(1))
     with pytest.raises(UserError, match="its map is 8 groups by 96 latents, this run's 4 by 96"):
         model_of(pattern=str(tmp_path), num_groups=4)
-    with pytest.raises(UserError, match="--pattern nowhere: not learned, random or a finished run"):
-        model_of(pattern="nowhere")
+
+
+def test_a_pattern_that_there_is_not_is_refused_before_any_data_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("images are loaded")
+
+    monkeypatch.setattr("sparsejepa.training.loop.load_images", loaded)
+    monkeypatch.setattr("sparsejepa.training.plan.load_images", loaded)
+    monkeypatch.setattr("sparsejepa.training.build.load_images", loaded)
+    run = tmp_path / "run"
+
+    def check(message: str, pattern: str = str(run)) -> None:
+        config = preset("nano").replace(density=0.5, pattern=pattern, device="cpu")
+        task = Task(config, tmp_path / "new", Probes(("scenes",)))
+        for work in (lambda: pretrain(config, out=tmp_path / "new"), lambda: plan(config),
+                     lambda: run_tasks([task], tmp_path / "rows.jsonl")):  # fmt: skip
+            with pytest.raises(UserError, match=f"^--pattern {pattern}: {message}"):
+                work()
+
+    unknown = "not learned, random or a finished run with groups"
+    check(rf"{unknown} \(did you mean 'learned'\?\)$", "leanred")
+    check(rf"{unknown} \(did you mean 'random'\?\)$", "randon")
+    check(f"{unknown}$")
+    run.mkdir()
+    check(f"{unknown}$")
+    (run / "config.toml").touch()
+    check("that run is not finished; go on with it first$")
+    (run / "summary.json").touch()
+    check("that run has no groups; name one that has$")
 
 
 @given(st.floats(0.2, 1.0), st.integers(0, 10**6))

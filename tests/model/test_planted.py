@@ -53,6 +53,7 @@ class Frozen(nn.Module):
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
+        self.tokens: Tensor
         self.register_buffer("tokens", tokens, persistent=False)
         self.unused = nn.Parameter(torch.zeros(1))
 

@@ -46,6 +46,15 @@ def test_no_point_on_the_sphere_beats_prox_sphere(groups: int, width: int, t: fl
     assert (objective(rivals, W, t) >= objective(best, W, t) - 1e-12).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_mistaken_for_a_zero(bad: float):
+    W = normal(3, 2, 4)
+    W[1, 0, 2] = bad
+    for found in (prox_sphere(W, 0.1), prox_group_lasso(W, 0.1)):
+        assert found[:, :, 2].isnan().any() or found[:, :, 2].isinf().any()
+        assert found[:, :, [0, 1, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_numeric_optimisation_finds_prox_sphere_and_nothing_better(seed: int):
     rng = np.random.default_rng(seed)

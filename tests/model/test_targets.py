@@ -83,6 +83,7 @@ def test_pixels_never_touch_the_target_encoder_that_still_follows(
     groups: str, predictor: str
 ) -> None:
     model = model_of(predict="pixels", groups=groups, predictor=predictor, drop_path=0.1)
+    assert model.predictor is not None
     plain = model_of(groups=groups, predictor=predictor, drop_path=0.1)
     pairs = zip(model.context_encoder.parameters(), plain.context_encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)  # the same start as every arm
@@ -120,6 +121,7 @@ def test_the_model_predicts_what_its_settings_say() -> None:
     )
     for settings, arguments in cases:
         model = model_of(groups="none", beta=0.0, **settings)
+        assert model.predictor is not None
         masks = model.sampler.sample(3, seed=0, step=0)
         with torch.no_grad():
             model.predictor.get_parameter("proj.weight").zero_()

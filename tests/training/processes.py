@@ -36,7 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp": {"parallel": "fsdp"},
     "parts": {"accumulate": 2},
     "fsdp-parts": {"accumulate": 2, "parallel": "fsdp", "checkpoint_activations": True},
-}
+    "control": {"pattern": "random", "density": 0.5, "predictor": "groups"},
+    "control-parts": {
+        "pattern": "random", "density": 0.5, "predictor": "groups", "groups": "concept",
+        "accumulate": 2, "parallel": "fsdp", "checkpoint_activations": True,
+    },
+}  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     "density": {"density": 0.5, "groups": "concept", "target_centering": True},
     "posterior": {"kl": "posterior", "groups": "feature", "group_detach": 0.5},

@@ -130,6 +130,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
         a, b = load_file(whole / name), load_file(killed / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
+    assert load_file(whole / shard)["model.groups.momentum"].any()
     steps = [
         row["step"]
         for row in map(json.loads, (killed / "metrics.jsonl").read_text().splitlines())
@@ -240,11 +241,13 @@ def test_a_run_of_another_train_version_is_refused_and_kept_as_it_is(
             (out / "summary.json").unlink()
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         with monkeypatch.context() as patch:
-            patch.setattr(version, "TRAIN_VERSION", 2)
+            patch.setattr(version, "TRAIN_VERSION", version.TRAIN_VERSION + 1)
             capsys.readouterr()
             assert cli.main([*words, "--resume"]) == 2
         said = capsys.readouterr().err
-        assert "train version 1, this release 2; name a new folder with --out, or finish" in said
+        now = version.TRAIN_VERSION
+        begun = f"train version {now}, this release {now + 1}"
+        assert f"{begun}; name a new folder with --out, or finish" in said
         assert said.count("\n") == 1
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert cli.main([*words, "--resume"]) == 0
@@ -311,8 +314,13 @@ def test_a_gradient_of_w_that_is_not_finite_stops_the_run(
     calls: list[int] = []
     step = GroupMap.proximal_step
     monkeypatch.setattr(GroupMap, "proximal_step", spoilt)
-    with pytest.raises(UserError, match="'group' is not finite at step 3"):
+    with pytest.raises(UserError, match=r"'W' is not finite at step 2; .* that of step 2\)"):
         pretrain(config_of(folder), out=tmp_path / "run")
+    assert last_checkpoint(tmp_path / "run") == 2  # the steps 0 and 1, before it was spoilt
+    calls.clear()
+    config = config_of(folder, checkpoint_every=12)  # it is looked at after the step 3, 7 and 11
+    with pytest.raises(UserError, match="'group' is not finite at step 3"):
+        pretrain(config, out=tmp_path / "other")
 
 
 def test_a_signal_during_the_evaluation_still_saves_before_it_stops(

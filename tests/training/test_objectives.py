@@ -44,6 +44,8 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
         {"rectified": 0.1, "rectified_share": 0.5, "beta": 0.0},
         {"stem": "hierarchical"},
         {"pattern": "random", "density": 0.5},
+        {"predictor": "groups", "checkpoint_activations": True},
+        {"predictor": "groups", "groups": "feature", "kl": "posterior", "w_form": "plain"},
     ],
     ids=lambda s: "-".join(s),
 )
@@ -66,8 +68,13 @@ def test_each_setting_trains_and_its_run_loads(
         index = torch.arange(16)[None].expand(2, -1)
         predicted = groups(encoder.tokens(images), index, index)
         assert predicted.shape == (2, 16, 48 if config.loss.predict == "pixels" else 96)
+    if config.model.predictor == "groups":
+        assert all(row["prediction"] == row["group"] > 0 for row in rows)
     if config.groups.pattern == "random":
-        assert {row["density"] for row in rows} == {0.5} and {row["lam"] for row in rows} == {0}
+        # From a tenth to six tenths of the five steps before the last one.
+        wanted = [1 - 0.5 * min(1, max(0, row["step"] / 5 - 0.1) / 0.5) for row in rows]
+        assert [row["density"] for row in rows] == pytest.approx(wanted, abs=1 / 384)
+        assert rows[-1]["density"] == 0.5 and {row["lam"] for row in rows} == {0}
         assert run.summary["w_nonzero"] == run.summary["w_total"] / 2
 
 
@@ -124,6 +131,9 @@ def test_the_regulariser_adds_to_the_total_and_reaches_the_context_encoder_alone
         ({"predict": "pixels", "target_centering": True}, "--predict pixels: --target-layers"),
         ({"target_layers": 7}, "--target-layers 7 is more than the 6 blocks .* at most 6"),
         ({"pattern": "random"}, "--pattern random needs --density"),
+        ({"predictor": "groups", "groups": "none"}, "--predictor groups needs groups; choose"),
+        ({"predictor": "groups", "group_detach": 0.5}, "--group-detach 0.5: with --predictor gro"),
+        ({"predictor": "groups", "predictor_pass": "packed"}, "--predictor-pass packed: only for"),
         ({"pattern": "random", "density": 0.5, "groups": "none"}, "--pattern random: with"),
         ({"pattern": "random", "density": 0.01}, "--density 0.01 is below 1/16"),
         ({"stem": "hierarchical", "patch_size": 1}, "--stem hierarchical needs a --patch-size"),

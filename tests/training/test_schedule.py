@@ -92,3 +92,5 @@ def test_a_lambda_that_can_remove_nothing_says_so() -> None:
     line = said(lam=1e-6)
     assert line.startswith("--lam 1e-06 can remove nothing in this run: it takes 0.0")
     assert not said(lam=float(line.rpartition(" ")[2]) * 1.5)
+    line = Schedule(preset("best"), 1).too_weak(0.15)  # over before the penalty acts
+    assert line.endswith("in this run: it is over before the penalty acts; use more --steps")

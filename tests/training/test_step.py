@@ -106,6 +106,7 @@ def on_fake_gpu(model: SparseJEPA) -> SparseJEPA:
         {"groups": "region", "predictor_pass": "union", "drop_path": 0.1},
         {"groups": "concept", "predictor_pass": "packed"},
         {"groups": "feature", "kl": "posterior", "w_form": "plain"},
+        {"groups": "region", "predictor": "groups", "checkpoint_activations": True},
         {"predict": "pixels", "pattern": "random", "density": 0.5, **REGULARIZERS},
         {"stem": "hierarchical", "target_layers": 3, "target_centering": True},
     ],
@@ -134,7 +135,9 @@ def test_no_step_waits_for_the_gpu(
         step = TrainStep(config, model, step.augment, 100)
         pixels = torch.empty(BATCH, SIDE, SIDE, 3, dtype=torch.uint8, device="cuda")
         step(pixels, 0)  # fills caches and the optimiser's state
-        for index in range(1, 4):
+        freeze = step.schedule.penalised_steps
+        assert step.schedule.freezes(freeze)
+        for index in (1, 2, freeze, freeze + 1):
             with Waits() as waits:
                 values = step(pixels, index)
             assert values.device.type == "cuda" and values.shape == (len(TERMS),)
