@@ -220,7 +220,8 @@ def w_figure(steps: int = 1500) -> Figure:
         return groups.block_norms().detach().numpy(), course
 
     figure = Figure(figsize=(9.6, 5.8), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    above, below = halves
     course = np.array(run(density=0.25)[1])
     titles = ("density, steered to 0.25", "lambda", "agreement with the truth (Jaccard)")
     for i, title in enumerate(titles):
