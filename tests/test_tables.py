@@ -203,7 +203,7 @@ def test_lines_of_other_versions_are_counted_and_shown_nowhere(
     _, counts = ledger(new)
     assert {name for name, count in counts["small"].items() if count} == {UNTESTED}
     own = make_row(SMALL, "dense", 0, train_version=2, eval_version=1)
-    (checkout / "results" / "more.jsonl").write_text(json.dumps(own) + "\n")
+    (checkout / "results" / "queue.jsonl").write_text(json.dumps(own) + "\n")
     assert len(read_study(checkout).rows) == (name == "TRAIN_VERSION")
 
 
