@@ -140,7 +140,7 @@ for step in range(args.steps):
     loss.backward()
     optimizer.step()
     lam = args.lam * min(1, max(0, step / args.steps - 0.1) / 0.5)  # it comes in slowly
-    groups.proximal_step(groups.W.grad, 4 / args.steps, lam, min(step + 1, args.steps / 5))
+    groups.proximal_step(groups.W.grad, 4 / args.steps, lam, max(1, min(step + 1, args.steps / 5)))
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.data.lerp_(fast.data, 0.02)
     if step % 50 == 0 or step == args.steps - 1:

@@ -258,10 +258,10 @@ def read_queue(args: argparse.Namespace) -> list[Entry]:
     """
     queue = load_toml(args.queue)
     check_entries(str(args.queue), queue, {"run": list})
-    entries = []
+    entries, folders = [], {}
     for number, run in enumerate(queue["run"], 1):
         try:
-            entries.append(_entry(run, args))
+            entries.append(_entry(run, args, folders))
         except UserError as error:
             raise UserError(f"{args.queue}, run {number}: {error}") from None
     named = [entry for entry in entries if entry.tasks]
@@ -277,8 +277,12 @@ def read_queue(args: argparse.Namespace) -> list[Entry]:
     return meant
 
 
-def _entry(run: Row, args: argparse.Namespace) -> Entry:
-    """Return a [[run]] with those of its runs that --only names."""
+def _entry(run: Row, args: argparse.Namespace, folders: dict[str, str]) -> Entry:
+    """Return a [[run]] with those of its runs that --only names.
+
+    `folders` gets the folder of every run by its name. "pattern=RUN" is replaced by that of the
+    plain arm of the same seed, which has to come in an entry before, as it must be finished first.
+    """
     needed, free = (
         {"recipe": str, "arms": list, "seeds": list},
         {"minutes": float, "hardware": str, "tables": list},
@@ -289,19 +293,22 @@ def _entry(run: Row, args: argparse.Namespace) -> Entry:
         config = config.replace(**SMOKE)
         probes = smoke_probes(probes)
     config = here(args, config)
-    tasks, folders = [], {}
+    tasks, before = [], dict(folders)
     for seed in run["seeds"]:
         for arm in run["arms"]:
             name = f"{run['recipe']}/{arm}-s{seed}"
             one = config.replace(**arm_settings(arm), seed=seed)
-            if one.groups.pattern == "RUN":  # that of the plain arm, which comes before it
-                one = one.replace(pattern=folders[arm.partition("+")[0], seed])
+            if one.groups.pattern == "RUN":
+                plain = f"{run['recipe']}/{arm.partition('+')[0]}-s{seed}"
+                if plain not in before:
+                    raise UserError(f"{name}: {plain} has to come in an entry before it")
+                one = one.replace(pattern=before[plain])
             one.check()
             command = shlex.join(["python", "recipes/run.py", "--only", name])
             task = Task(one, args.runs, probes, command, arm, run["recipe"])
             # An edited recipe makes another run, whatever is left of the one before.
             folder = args.runs / f"{name}-{task.run_key[:8]}"
-            folders[arm, seed] = folder.as_posix()
+            folders[name] = folder.as_posix()
             if any(fnmatch(name, glob) or fnmatch(name, f"{glob}/*") for glob in args.only):
                 tasks.append(replace(task, run_dir=folder, encoders=args.runs.parent / "encoders"))
     hardware = run.get("hardware", "CPU or GPU")

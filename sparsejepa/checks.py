@@ -86,7 +86,7 @@ def check_settings(config: Config, flat: Mapping[str, Any], hints: Mapping[str, 
         if config.groups.density is not None and config.groups.density < 1 / count:
             raise UserError(
                 f"--density {config.groups.density:g} is below 1/{count}: each latent keeps at "
-                f"least one of the --num-groups {count}"
+                f"least one of the --num-groups {count}; use {1 / count:.4g} or more"
             )
     if config.model.predictor_pass == "packed" and config.model.predictor != "transformer":
         raise UserError("--predictor-pass packed: only for --predictor transformer")

@@ -129,15 +129,16 @@ class GroupConfig:
     w_form: Literal["sphere", "plain"] = "sphere"
     """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
     lam: float = 0.01
-    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. At 0.006 the penalty is
-    as strong as the data's average pull on a connection; at most 0.006 / lam of them can stay."""
+    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. 0.001, 0.01 and 0.1
+    leave about 16, 4 to 10 and 1 of 16 groups per latent: at most 0.006 / lam of the columns are
+    pulled at harder by the data than the penalty takes. A latent keeps one (sphere)."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
     pattern: str = "learned"
     """learned, or a control with zeros in random places along the same path to --density: random
     (all groups alike), or a run directory (each group and latent with as many as it has there)."""
     group_weight: float = 0.1
-    """Weight of the group map's own prediction loss."""
+    """Weight of the group map's own prediction loss; not used with --predictor groups."""
     group_detach: float = 0.0
     """First part of training in which that loss does not reach the encoder (0 to 1)."""
     ridge: float = 1e-3

@@ -114,6 +114,7 @@ def _key(
 ) -> str:
     """Return the hash of a run and its probes; `gone` are settings that there are no more."""
     settings = {k: v for k, v in {**config.flat(), **gone}.items() if k not in _FREE}
+    settings["pattern"] = Path(config.groups.pattern).name  # wherever a run that it names lies
     # What came later counts only where it is used, so that older lines keep their keys.
     later = {"measures", "extra_protocols"}
     about: list[Any] = [settings, {k: v for k, v in probes.items() if v or k not in later}]

@@ -77,7 +77,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "region, sphere, lam": {},
     "region, plain, lam, l2": {"w_form": "plain", "lam": 0.02, "loss": "l2", "beta": 0.0},
     "concept, sphere, density": {"groups": "concept", "lam": 0.0, "density": 0.4},
-    "region, no predictor": {"predictor": "groups", "density": 0.4},
+    "region, no predictor": {"predictor": "groups", "density": 0.4, "group_detach": 0.0},
     "concept, plain, lam, posterior KL": {
         "groups": "concept", "w_form": "plain", "lam": 0.02, "kl": "posterior", "clip": 0.0,
     },

@@ -65,6 +65,15 @@ def test_arm_settings_inverts_arm_name(kind: str, arm: str, level: float) -> Non
     assert config.groups.groups == ("none" if arm == "dense" else kind)
 
 
+def test_controls_have_names_of_their_own() -> None:
+    def name(**settings: object) -> str:
+        return arm_name(TINY.replace(density=0.25, **settings))
+
+    assert name(pattern="random") == "density=0.25+pattern=random"
+    assert name(pattern="runs/a") == "density=0.25+pattern=RUN"
+    assert name(predictor="groups") == "density=0.25+predictor=groups"
+
+
 @pytest.mark.parametrize("arm", ["", "lam", "lam=", "lam=much", "Dense", "rho=1", "dense=1", "+"])
 def test_unknown_arms_are_named(arm: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"unknown arm '{arm}'")):

@@ -59,7 +59,9 @@ def save_groups(
         "eps": groups.norm.eps,
     }
     units = {k: v for k, v in (("rms", rms), ("seen", seen)) if v is not None}
-    tensors = {k: v for k, v in groups.state_dict().items() if k != "momentum"}  # for training only
+    tensors = {
+        k: v for k, v in groups.state_dict().items() if k != "mean_gradient"
+    }  # for training only
     save_tensors(run_dir / GROUPS, tensors | units, about)
 
 
@@ -99,7 +101,7 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         if units.shape != (num_groups,) or seen.shape != (2, embed_dim):
             shapes = f"rms {list(units.shape)}, seen {list(seen.shape)}"
             raise ValueError(f"{shapes} for {num_groups} groups of {embed_dim} latents")
-        groups.load_state_dict(tensors | {"momentum": groups.momentum})
+        groups.load_state_dict(tensors | {"mean_gradient": groups.mean_gradient})
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         detail = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit {CONFIG} ({detail}); copy the run again") from None

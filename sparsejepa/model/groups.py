@@ -32,16 +32,24 @@ _SPREAD = 0.14
 _PLAIN_SCALE = 4.0
 
 LAM_UNIT = 0.006
-"""The lam at which the prox is as strong as the average pull of the data on a block of W."""
+"""The lam at which the prox is as strong as the root mean square pull of the data on W's blocks."""
 
 W_WINDOW = 0.2
 """Share of a run over which W's gradient is averaged."""
 
 TRAVEL = 4.0
-"""How far a block moves over a run under the average pull; its norm starts near 1/sqrt(G)."""
+"""How far a block moves over a run under that pull; its norm starts near 1/sqrt(G)."""
 # Small outputs at the start (as in the ViT), so that the untrained head does not push the encoder.
 _OUT_STD = 0.02
 _TINY = 1e-30
+
+
+def mean_momentum(step: int, total: int) -> float:
+    """Return the momentum with which a gradient's mean is over the last `W_WINDOW` of a run.
+
+    Over five steps at least; in the first steps it is the plain mean of all so far.
+    """
+    return 1 - max(1 / (step + 1), 1 / max(5.0, W_WINDOW * total))
 
 
 def ramp(share: float) -> float:
@@ -287,8 +295,8 @@ class GroupMap(nn.Module):
         spread = (1 + _SPREAD * torch.randn(num_groups, 1, embed_dim)).clamp_min(0.1)
         self.W = nn.Parameter(prox_sphere(blocks * spread, 0.0) * scale)
         # The mean of W's gradient over the recent past; see `proximal_step`.
-        self.momentum: Tensor  # [G, P, D]
-        self.register_buffer("momentum", torch.zeros_like(self.W))
+        self.mean_gradient: Tensor  # [G, P, D]
+        self.register_buffer("mean_gradient", torch.zeros_like(self.W))
         # Running statistics take over in evaluation; no affine part, which could hide a latent.
         self.norm = nn.BatchNorm1d(embed_dim, affine=False)
         # Unit preactivations at the start: the variance of u is scale^2 D / (G P).
@@ -360,10 +368,10 @@ class GroupMap(nn.Module):
 
     @torch.no_grad()
     def pull(self) -> Tensor:
-        """Return where the data want W to go, [G, P, D]: less the mean recent gradient, in units in
-        which the root mean square of the block norms ||pull_gj|| is 1."""
-        norms = torch.linalg.vector_norm(self.momentum, dim=1)
-        return -self.momentum / norms.square().mean().sqrt().clamp_min(_TINY)
+        """Return where the data want W to go, [G, P, D]: minus the running mean of the gradient, in
+        units in which the root mean square of the block norms ||pull_gj|| is 1."""
+        norms = torch.linalg.vector_norm(self.mean_gradient, dim=1)
+        return -self.mean_gradient / norms.square().mean().sqrt().clamp_min(_TINY)
 
     @torch.no_grad()
     def proximal_step(
@@ -380,19 +388,21 @@ class GroupMap(nn.Module):
         W <- prox(W + rate pull, rate sqrt(lam / LAM_UNIT)),  pull = -m / rms_gj ||m_gj||
 
         Only the direction of the gradient counts, whatever weight, loss and batch size stand before
-        it, and a block stays if the data pull at it more than sqrt(lam / LAM_UNIT) times as much as
-        at the average one. As the squares of the pulls average 1, at most the share LAM_UNIT / lam
-        of the blocks can stay in the long run (on the sphere, at least one per latent). A zero
-        block comes back when its pull exceeds the penalty; momentum keeps the noise of single
-        batches, of which it leaves sqrt((1 - momentum) / (1 + momentum)), from bringing it back.
+        it, and lam is stated in pulls: sqrt(lam / LAM_UNIT) is how strong the prox is against the
+        root mean square pull. (The root spreads the usual range of lam, 0.001 to 0.1, over all
+        densities.) As the squares of the pulls average 1, at most the share LAM_UNIT / lam of the
+        blocks is pulled harder than the prox takes. The others leave in time, but for those of a
+        latent that are all pulled alike, and on the sphere each latent keeps one. A zero block
+        comes back when its pull exceeds the penalty; the mean keeps the noise of single batches, of
+        which it leaves sqrt((1 - momentum) / (1 + momentum)), from bringing it back.
 
         Args:
-            rate: how far a block goes under the average pull.
+            rate: how far a block goes under the root mean square pull.
             lam: penalty; a 0-d tensor is not read on the host.
             keep: bool [G, D], instead of a penalty: the other blocks become or stay zero.
         """
         if self.W.grad is not None:
-            self.momentum.lerp_(self.W.grad, 1 - momentum)
+            self.mean_gradient.lerp_(self.W.grad, 1 - momentum)
             self.W.grad = None
         W = self.W + rate * self.pull()
         t = rate * (lam / LAM_UNIT) ** 0.5

@@ -6,7 +6,8 @@ under a group lasso, and a KL term. The objective is
 
     prediction + group_weight * group + beta * KL + regularizer + lam * sum_gj ||W_gj||
 
-The last term never enters `Losses.total`: a proximal step on W applies it exactly (`after_step`).
+The last term never enters `Losses.total`: an exact proximal step on W applies it (`after_step`), in
+units of W's mean gradient, so that its weight against the other terms follows the run.
 Without a predictor the group map is the predictor: its loss, unweighted, is the prediction.
 """
 
@@ -130,7 +131,7 @@ class SparseJEPA(nn.Module):
         if order is not None:
             order = order + torch.rand(order.shape)
         self.order: Tensor | None
-        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("order", order)
         # oi-VAE's sigma. Without a group map nothing reads the sample, and the term is left out.
         posterior = groups is not None and self.objective.kl == "posterior"
         self.log_variance = nn.Linear(encoder.embed_dim, encoder.embed_dim) if posterior else None

@@ -31,12 +31,17 @@ from sparsejepa.training.start import Start, find_start
 
 
 def arm_name(config: Config) -> str:
-    """Return the arm that a run belongs to: dense, lam=0, lam=0.01 or density=0.25."""
-    if config.groups.groups == "none":
+    """Return the arm that a run belongs to: dense, lam=0, lam=0.01 or density=0.25.
+
+    Controls say what they are: density=0.25+pattern=random, +pattern=RUN, +predictor=groups.
+    """
+    groups = config.groups
+    if groups.groups == "none":
         return "dense"
-    if config.groups.density is not None:
-        return f"density={config.groups.density:g}"
-    return f"lam={config.groups.lam:g}"
+    name = f"lam={groups.lam:g}" if groups.density is None else f"density={groups.density:g}"
+    if groups.pattern != "learned":
+        name += f"+pattern={'random' if groups.pattern == 'random' else 'RUN'}"
+    return name + "+predictor=groups" * (config.model.predictor == "groups")
 
 
 def run_name(config: Config) -> str:
@@ -198,7 +203,7 @@ def build_model(
 def _random_pattern(config: Config, groups: GroupMap) -> Tensor:
     """Return the random zero pattern [G, D] of a control.
 
-    Raises UserError if --pattern names a run without a group map of this size.
+    Raises UserError if --pattern names a run without a group map of this size and density.
     """
     name, shape, like = config.groups.pattern, groups.block_norms().shape, None
     if name != "random":
@@ -210,6 +215,9 @@ def _random_pattern(config: Config, groups: GroupMap) -> Tensor:
                 f"--pattern {name}: its map is {like.shape[0]} groups by {like.shape[1]} latents, "
                 f"this run's {shape[0]} by {shape[1]}"
             )
+        kept = float(like.float().mean())
+        if round((config.groups.density or 1.0) * like.numel()) != int(like.sum()):
+            raise UserError(f"--pattern {name}: that run kept {kept:.6g}; use --density {kept:.6g}")
     return random_pattern(shape[0], shape[1], config.groups.density or 1.0, like)
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sparsejepa.config import Config
-from sparsejepa.model.groups import LAM_UNIT, TRAVEL, W_WINDOW, ramp
+from sparsejepa.model.groups import LAM_UNIT, TRAVEL, mean_momentum, ramp
 
 # `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
 _EMA_REFERENCE_STEPS = 29_000
@@ -81,11 +81,8 @@ class Schedule:
         return TRAVEL * share / (self.penalised_steps + rest / 2)
 
     def w_momentum(self, step: int) -> float:
-        """Momentum of W's gradient, whose mean it takes over the last `W_WINDOW` of the run.
-
-        In the first steps it is the plain mean of all gradients so far.
-        """
-        return 1 - max(1 / (step + 1), 1 / max(5.0, W_WINDOW * self.total))
+        """Momentum of W's gradient, see `mean_momentum`."""
+        return mean_momentum(step, self.total)
 
     def lam(self, step: int) -> float:
         """Group-lasso penalty when it is fixed, see `ramp`; 0 where the pattern is frozen."""
@@ -93,27 +90,28 @@ class Schedule:
         return self.config.groups.lam * ramp(step / self.penalised_steps) if acts else 0.0
 
     def too_weak(self, smallest: float) -> str:
-        """Return a line if the fixed penalty can remove no block whose norm is `smallest` or more,
-        not even one that no data pull at; "" otherwise."""
+        """Return a line if the fixed penalty by itself takes less than `smallest`, the smallest
+        norm of a block, off a block over the whole run; "" otherwise."""
         lam = self.config.groups.lam
         shrinks = math.fsum(
             self.w_rate(step) * math.sqrt(self.lam(step) / LAM_UNIT) for step in range(self.total)
         )
         if not self.config.penalised or self.config.groups.density or shrinks >= smallest:
             return ""
-        said = f"--lam {lam:g} can remove nothing in this run: "
+        said = f"--lam {lam:g} hardly acts in this run: "
         if not shrinks:
-            return said + "it is over before the penalty acts; use more --steps"
-        enough = lam * (smallest / shrinks) ** 2
+            return said + "it is over before the penalty begins; use more --steps or less --debias"
+        enough = 1.2 * lam * (smallest / shrinks) ** 2
         return said + (
-            f"it takes {shrinks:.2g} off a connection by the end, and the smallest starts at "
-            f"{smallest:.2g}; use more than {enough:.1g}"
+            f"by itself it takes {shrinks:.2g} off a column by the end, and the smallest starts at "
+            f"{smallest:.2g}; use {enough:.1g} or more"
         )
 
     def wanted_density(self, step: int) -> float:
         """Density wanted at this step: from 1 to the final value as the penalty grows."""
         final = 1.0 if self.config.groups.density is None else self.config.groups.density
-        return 1 + (final - 1) * ramp(step / self.penalised_steps)
+        last = step >= min(self.penalised_steps, self.total - 1)
+        return final if last else 1 + (final - 1) * ramp(step / self.penalised_steps)
 
     def group_detached(self, step: int) -> bool:
         """Whether the group loss is kept from the encoder at this step."""

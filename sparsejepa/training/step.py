@@ -147,5 +147,5 @@ class TrainStep:
             self._say(f"--compile: not possible here, going on without it ({reason})")
         self._compile = "no"
         self.model.__dict__.pop("losses", None)  # the attribute that hides the method
-        self.optimizer.zero_grad()
+        self.model.zero_grad()  # of W as well, which the optimiser does not hold
         return run()

@@ -366,7 +366,7 @@ def test_the_strongest_blocks_count_what_the_data_want():
     model = group_map("region")
     with torch.no_grad():
         model.W[1:] = 0
-    model.momentum[2, 0, 5] = -1.0  # a zero block that the data pull at, and no other
+    model.mean_gradient[2, 0, 5] = -1.0  # a zero block that the data pull at, and no other
     kept = model.strongest((D + 1) / (G * D), 0.1)
     assert kept[0].all() and kept[2, 5] and kept.sum() == D + 1
 

@@ -93,12 +93,15 @@ def test_the_pattern_belongs_to_the_seed_and_the_rest_is_the_learned_arms() -> N
 def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:
     source = model_of(seed=3).groups
     assert source is not None
-    source.proximal_step(0.0, 0.0, keep=torch.rand(8, 96) < torch.linspace(0.1, 0.9, 8)[:, None])
+    uneven = torch.rand(8, 96) * torch.linspace(0.3, 1, 8)[:, None]
+    source.proximal_step(0.0, 0.0, keep=largest(uneven, 0.5))
     save_groups(tmp_path, source)
     model = model_of(pattern=str(tmp_path), density=0.5)
     assert model.order is not None
-    final, wanted = model.order >= 1, source.block_norms() > 0
+    final, wanted = largest(model.order, 0.5), source.block_norms() > 0
     assert torch.equal(final.sum(0), wanted.sum(0)) and torch.equal(final.sum(1), wanted.sum(1))
+    with pytest.raises(UserError, match=r"that run kept 0\.5; use --density 0\.5"):
+        model_of(pattern=str(tmp_path), density=0.25)
     with pytest.raises(UserError, match="its map is 8 groups by 96 latents, this run's 4 by 96"):
         model_of(pattern=str(tmp_path), num_groups=4)
 

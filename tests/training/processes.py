@@ -27,7 +27,7 @@ from sparsejepa.training.step import TrainStep
 SIDE, BATCH, STEPS = 16, 8, 20
 SMALL: dict[str, Any] = {
     "encoder": "nano", "patch_size": 4, "batch_size": BATCH, "steps": STEPS, "predictor_dim": 16,
-    "predictor_depth": 1, "num_groups": 4, "precision": "fp64", "lr": 1e-3, "lam": 0.05,
+    "predictor_depth": 1, "num_groups": 4, "precision": "fp64", "lr": 1e-3, "lam": 0.012,
     "drop_path": 0.2, "augment": "randaugment", "device": "cpu", "threads": 1,
 }  # fmt: skip
 

@@ -127,8 +127,8 @@ def test_exchanges_have_the_gradients_of_one_process(together: Path) -> None:
 def test_two_processes_train_as_one(together: Path, name: str) -> None:
     alone = steps(World(), **VARIANTS[name])
     zeros = (alone["groups.W"] == 0).double().mean()
-    assert 0.1 < zeros < 0.9  # the prox has something to decide
-    assert alone["groups.momentum"].all()  # and the mean gradient is compared as well
+    assert 0.1 < zeros < 0.7  # of at most 0.75: the prox has something to decide
+    assert alone["groups.mean_gradient"].all()  # and the mean gradient is compared as well
     found = [torch.load(together / f"{name}.{rank}") for rank in range(2)]
     for theirs in found:
         assert_equal_weights(alone, theirs)

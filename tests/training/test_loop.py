@@ -130,7 +130,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
         a, b = load_file(whole / name), load_file(killed / name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
-    assert load_file(whole / shard)["model.groups.momentum"].any()
+    assert load_file(whole / shard)["model.groups.mean_gradient"].any()
     steps = [
         row["step"]
         for row in map(json.loads, (killed / "metrics.jsonl").read_text().splitlines())
@@ -308,7 +308,7 @@ def test_a_gradient_of_w_that_is_not_finite_stops_the_run(
     def spoilt(self: GroupMap, *args: Any, **kwargs: Any) -> None:
         calls.append(1)
         if len(calls) == 3:
-            self.momentum[0, 0, 0] = float("nan")
+            self.mean_gradient[0, 0, 0] = float("nan")
         step(self, *args, **kwargs)
 
     calls: list[int] = []
