@@ -367,11 +367,16 @@ class GroupMap(nn.Module):
         return torch.stack([w.square().sum() for w in self.networks.weights()]).sum()
 
     @torch.no_grad()
-    def pull(self) -> Tensor:
+    def pull(self, keep: Tensor | None = None) -> Tensor:
         """Return where the data want W to go, [G, P, D]: minus the running mean of the gradient, in
-        units in which the root mean square of the block norms ||pull_gj|| is 1."""
+        units in which the root mean square of the block norms ||pull_gj|| is 1.
+
+        With `keep`, bool [G, D], the other blocks are 0 and do not count.
+        """
         norms = torch.linalg.vector_norm(self.mean_gradient, dim=1)
-        return -self.mean_gradient / norms.square().mean().sqrt().clamp_min(_TINY)
+        kept = torch.ones_like(norms) if keep is None else keep.to(norms.dtype)
+        unit = ((norms * kept).square().sum() / kept.sum().clamp_min(1)).sqrt()
+        return -self.mean_gradient * (kept / unit.clamp_min(_TINY))[:, None]
 
     @torch.no_grad()
     def proximal_step(
@@ -399,12 +404,13 @@ class GroupMap(nn.Module):
         Args:
             rate: how far a block goes under the root mean square pull.
             lam: penalty; a 0-d tensor is not read on the host.
-            keep: bool [G, D], instead of a penalty: the other blocks become or stay zero.
+            keep: bool [G, D], instead of a penalty: the other blocks become or stay zero, and do
+                not count in the unit of the pull, so that W moves as far whatever pattern is kept.
         """
         if self.W.grad is not None:
             self.mean_gradient.lerp_(self.W.grad, 1 - momentum)
             self.W.grad = None
-        W = self.W + rate * self.pull()
+        W = self.W + rate * self.pull(keep)
         t = rate * (lam / LAM_UNIT) ** 0.5
         if keep is not None:
             W, t = W * keep[:, None], 0.0
