@@ -188,10 +188,10 @@ def arm_settings(arm: str) -> dict[str, Any]:
     name, _, value = first.partition("=")
     settings: dict[str, Any] = {}
     if first == "dense":
-        settings = {"groups": "none", "lam": 0.0, "density": None}
+        settings = {"groups": "none", "lam": 0.0, "density": None, "pattern": "learned"}
     with contextlib.suppress(ValueError):
         if name == "lam":
-            settings = {"lam": float(value), "density": None}
+            settings = {"lam": float(value), "density": None, "pattern": "learned"}
         elif name == "density":
             settings = {"lam": 0.0, "density": float(value)}
     if not settings:
