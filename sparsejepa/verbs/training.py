@@ -68,7 +68,11 @@ class Settings(Verb):
             raise UserError(f"which images? Name them after the verb: {DATA}")
         sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(Config)[1:]}
         sections["groups"] = GroupConfig(**vars(self.groups))
-        return Config(data=data, **sections).check()
+        config = Config(data=data, **sections)
+        # A sweep has a list of densities: what needs one is checked with the first.
+        levels = getattr(self, "density", ())
+        (config.replace(density=levels[0]) if levels else config).check()
+        return config
 
 
 @dataclass(frozen=True)
