@@ -130,8 +130,8 @@ class GroupConfig:
     """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
     lam: float = 0.01
     """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. 0.001, 0.01 and 0.1
-    leave about 16, 4 to 10 and 1 of 16 groups per latent: at most 0.006 / lam of the columns are
-    pulled at harder by the data than the penalty takes. A latent keeps one (sphere)."""
+    leave about 14 to 16, 3 to 11 and 1 to 2 of 16 groups per latent, the fewer the less the data
+    insist. On the sphere a latent keeps one."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
     pattern: str = "learned"

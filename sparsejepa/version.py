@@ -11,5 +11,5 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 EVAL_VERSION = 1

@@ -82,7 +82,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         num_groups: G, at most D.
         group_dim: P; D / G if None.
         lam: group-lasso penalty, see `GroupMap.proximal_step`: 0.001, 0.01 and 0.1 leave about 16,
-            4 to 10 and 1 of 16 groups per latent; 0 fits without zeros.
+            4 to 11 and 1 to 2 of 16 groups per latent; 0 fits without zeros.
         density: steer lam towards this share of non-zero blocks (g, j) instead of fixing it, and
             bring it there exactly in the last step of the first fit (at least one per latent).
         kind: what a group is, see `GroupMap`.

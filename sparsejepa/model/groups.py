@@ -12,7 +12,7 @@ mixes groups, so a zero means that this latent does not reach that group's predi
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,18 @@ _SPREAD = 0.14
 # Without the sphere a block loses what the prox takes outright; oi-VAE starts W large as well.
 _PLAIN_SCALE = 4.0
 
-LAM_UNIT = 0.006
+LAM_UNIT = 0.004
 """The lam at which the prox is as strong as the root mean square pull of the data on W's blocks."""
+
+
+def strength(lam: float | Tensor) -> Any:
+    """Return how strong the prox is at `lam`, against the root mean square pull of the data.
+
+    (lam / LAM_UNIT) to the power 1/4. The power spreads the usual range of lam, 0.001 to 0.1, over
+    all densities: measured on features of CIFAR-100, in both forms of W (docs/method.md).
+    """
+    return (lam / LAM_UNIT) ** 0.25
+
 
 W_WINDOW = 0.2
 """Share of a run over which W's gradient is averaged."""
@@ -390,16 +400,15 @@ class GroupMap(nn.Module):
         """Take one step of proximal gradient descent on W, and clear W.grad (which may be None).
 
         m <- momentum m + (1 - momentum) W.grad
-        W <- prox(W + rate pull, rate sqrt(lam / LAM_UNIT)),  pull = -m / rms_gj ||m_gj||
+        W <- prox(W + rate pull, rate strength(lam)),  pull = -m / rms_gj ||m_gj||
 
         Only the direction of the gradient counts, whatever weight, loss and batch size stand before
-        it, and lam is stated in pulls: sqrt(lam / LAM_UNIT) is how strong the prox is against the
-        root mean square pull. (The root spreads the usual range of lam, 0.001 to 0.1, over all
-        densities.) As the squares of the pulls average 1, at most the share LAM_UNIT / lam of the
-        blocks is pulled harder than the prox takes. The others leave in time, but for those of a
-        latent that are all pulled alike, and on the sphere each latent keeps one. A zero block
-        comes back when its pull exceeds the penalty; the mean keeps the noise of single batches, of
-        which it leaves sqrt((1 - momentum) / (1 + momentum)), from bringing it back.
+        it, and lam is stated in pulls, see `strength`. As the squares of the pulls average 1, at
+        most the share 1 / strength^2 of the blocks is pulled harder than the prox takes. The others
+        leave in time, but for those of a latent that are all pulled alike, and on the sphere each
+        latent keeps one. A zero block comes back when its pull exceeds the penalty; the mean keeps
+        the noise of single batches, of which it leaves sqrt((1 - momentum) / (1 + momentum)), from
+        bringing it back.
 
         Args:
             rate: how far a block goes under the root mean square pull.
@@ -411,7 +420,7 @@ class GroupMap(nn.Module):
             self.mean_gradient.lerp_(self.W.grad, 1 - momentum)
             self.W.grad = None
         W = self.W + rate * self.pull(keep)
-        t = rate * (lam / LAM_UNIT) ** 0.5
+        t = rate * strength(lam)
         if keep is not None:
             W, t = W * keep[:, None], 0.0
         self.W.copy_(prox_sphere(W, t) if self.sphere else prox_group_lasso(W, t))
@@ -488,12 +497,12 @@ class DensityController(nn.Module):
         lam: where lam starts; low enough to remove nothing by itself.
     """
 
-    proportional = 12.0  # log lam per unit of density
-    integral_gain = 90.0  # the same, per run
-    fastest = 90.0  # the limit on the change of log lam, per run
-    low, high = math.log(1e-6), math.log(1e2)
+    proportional = 24.0  # log lam per unit of density
+    integral_gain = 180.0  # the same, per run
+    fastest = 180.0  # the limit on the change of log lam, per run
+    low, high = math.log(1e-8), math.log(1e4)
 
-    def __init__(self, total_steps: int, lam: float = 2e-3) -> None:
+    def __init__(self, total_steps: int, lam: float = 5e-4) -> None:
         super().__init__()
         self.total_steps = total_steps
         self.lam: Tensor  # 0-d

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sparsejepa.config import Config
-from sparsejepa.model.groups import LAM_UNIT, TRAVEL, mean_momentum, ramp
+from sparsejepa.model.groups import TRAVEL, mean_momentum, ramp, strength
 
 # `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
 _EMA_REFERENCE_STEPS = 29_000
@@ -94,14 +94,14 @@ class Schedule:
         norm of a block, off a block over the whole run; "" otherwise."""
         lam = self.config.groups.lam
         shrinks = math.fsum(
-            self.w_rate(step) * math.sqrt(self.lam(step) / LAM_UNIT) for step in range(self.total)
+            self.w_rate(step) * strength(self.lam(step)) for step in range(self.total)
         )
         if not self.config.penalised or self.config.groups.density or shrinks >= smallest:
             return ""
         said = f"--lam {lam:g} hardly acts in this run: "
         if not shrinks:
             return said + "it is over before the penalty begins; use more --steps or less --debias"
-        enough = 1.2 * lam * (smallest / shrinks) ** 2
+        enough = 1.2 * lam * (smallest / shrinks) ** 4
         return said + (
             f"by itself it takes {shrinks:.2g} off a column by the end, and the smallest starts at "
             f"{smallest:.2g}; use {enough:.1g} or more"

@@ -145,7 +145,7 @@ def test_after_step_takes_the_proximal_gradient_step_on_w() -> None:
     rate, gradient = model.rates.w_rate(0), model.groups.W.grad.clone()
     pull = -gradient / gradient.square().sum(1).mean().sqrt()
     expected = prox_sphere(
-        model.groups.W + rate * pull, rate * (model.rates.lam(0) / LAM_UNIT) ** 0.5
+        model.groups.W + rate * pull, rate * (model.rates.lam(0) / LAM_UNIT) ** 0.25
     )
     model.after_step(0)
     torch.testing.assert_close(model.groups.W, expected)

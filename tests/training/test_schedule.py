@@ -89,8 +89,8 @@ def test_a_lambda_that_can_remove_nothing_says_so() -> None:
     for lam in (0.0, 1e-3, 1.0):
         assert not said(lam=lam)
     assert not said(lam=1e-9, density=0.5)
-    line = said(lam=1e-6)
-    assert line.startswith("--lam 1e-06 hardly acts in this run: by itself it takes 0.0")
+    line = said(lam=1e-9)
+    assert line.startswith("--lam 1e-09 hardly acts in this run: by itself it takes 0.0")
     assert not said(lam=float(line.removesuffix(" or more").rpartition(" ")[2]))
     line = Schedule(preset("best"), 1).too_weak(0.15)  # over before the penalty acts
     assert line.endswith("over before the penalty begins; use more --steps or less --debias")
