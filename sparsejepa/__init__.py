@@ -27,7 +27,6 @@ _EXPORTS = {
     "RidgeProbe": "sparsejepa.evaluation.probe",
     "KNNProbe": "sparsejepa.evaluation.probe",
     "PostHocGroups": "sparsejepa.evaluation.posthoc",
-    "SparseJEPAFeatures": "sparsejepa.evaluation.pipeline",
     "pretrain": "sparsejepa.training.loop",
     "build_model": "sparsejepa.training.build",
     "run_sweep": "sparsejepa.sweep",
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from sparsejepa.data.catalog import load_dataset as load_dataset
     from sparsejepa.errors import UserError as UserError
     from sparsejepa.evaluation.features import embed as embed
-    from sparsejepa.evaluation.pipeline import SparseJEPAFeatures as SparseJEPAFeatures
     from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
     from sparsejepa.evaluation.probe import KNNProbe as KNNProbe
     from sparsejepa.evaluation.probe import LogisticProbe as LogisticProbe

@@ -1,28 +1,35 @@
-"""From images to one vector each: a frozen encoder's pooled tokens, or the pixels themselves."""
+"""From images to one vector each: a frozen encoder's pooled tokens, or the pixels themselves.
+
+In memory (`embed`, `pixel_features`) or as a file for other tools (`embed_to`). Letters: n images,
+B of a batch, D latents, D' features, G groups.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsejepa.config import Config, load_toml
 from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.decode import shown
 from sparsejepa.data.store import DeviceImages, ImageSet, Target
+from sparsejepa.data.stream import ImageStream, open_images
 from sparsejepa.distributed import current, gather_rows, own_rows
-from sparsejepa.errors import UserError, nearest
-from sparsejepa.evaluation.sizes import read_fitting
-from sparsejepa.files import load_tensors, save_tensors
-from sparsejepa.interop import Encoder
+from sparsejepa.errors import SizesDiffer, UserError, nearest
+from sparsejepa.files import atomic_path
+from sparsejepa.interop import Encoder, folder_of
+from sparsejepa.interop.module import GroupActivations, load_activations
+from sparsejepa.interop.runs import GROUPS, groups_folder
 
 Pool = Literal["mean", "concat4"]
 POOLS = ("mean", "concat4")
@@ -30,6 +37,13 @@ MAX_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens of one batch. On the CPU what fits the cache is 1.7 times as fast as large batches."""
 PIXEL_SIDE = 32
 """Height and width that pixel features are area-averaged down to, where images are larger."""
+ENDINGS = (".parquet", ".npz")
+"""Of the files that `embed_to` writes."""
+ROWS = 1024
+"""Images whose features are written at once."""
+
+Size = tuple[int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Features:
     targets: dict[str, Target]
     name: str
     seconds: float
-    """Time that it took to compute x; near 0 when it came from a cache."""
+    """Time that it took to compute x."""
 
     @property
     def y(self) -> np.ndarray:
@@ -81,7 +95,6 @@ def embed(
     *,
     pool: Pool = "mean",
     batch_size: int = 512,
-    cache_dir: Path | str | None = None,
     data_root: Path | None = None,
     img_size: tuple[int, int] | None = None,
     upscale: bool = False,
@@ -96,7 +109,6 @@ def embed(
         pool: mean, the average of the last layer's tokens (D' = D), or concat4, those averages of
             the last four layers side by side (D' = 4 D), in the order of depth.
         batch_size: at most; smaller for encoders with many patches.
-        cache_dir: keep the result there and use it again for the same weights, images and pooling.
         data_root: as for `load_dataset`.
         img_size: height and width that named images are read at; by default their own, or the
             encoder's if they have several.
@@ -116,20 +128,11 @@ def embed(
         images = read_fitting(read, name, [encoder], sizes, img_size=img_size, upscale=upscale)
     start = time.perf_counter()
 
-    def compute() -> Tensor:
-        source = DeviceImages(images, encoder.device)
-        batch = batch_rows(encoder, batch_size)
-        index = torch.from_numpy(own_rows(np.arange(len(images)), current()))
-        parts = (pooled(encoder, source.take(part), pool)[0] for part in index.split(batch))
-        own = torch.cat([x.cpu() for x in parts])
-        return gather_rows(own, len(images))
-
-    if cache_dir is None or current().size > 1:  # some might find it there and others not
-        x = compute()
-    else:
-        parts = (encoder.fingerprint(), images.fingerprint, images.split, str(len(images)), pool)
-        key = hashlib.blake2b("/".join(parts).encode(), digest_size=16).hexdigest()
-        x = _cached(Path(cache_dir) / f"{key}.safetensors", compute)
+    source = DeviceImages(images, encoder.device)
+    index = torch.from_numpy(own_rows(np.arange(len(images)), current()))
+    parts = index.split(batch_rows(encoder, batch_size))
+    own = torch.cat([pooled(encoder, source.take(part), pool)[0].cpu() for part in parts])
+    x = gather_rows(own, len(images))
     if not x.isfinite().all():
         raise UserError(f"{encoder.name}: gives NaN or infinity on {images.name}; train it again")
     return Features(x.numpy(), images.targets, images.name, time.perf_counter() - start)
@@ -153,15 +156,255 @@ def pixel_features(images: ImageSet) -> Features:
     return Features(x, images.targets, images.name, time.perf_counter() - start)
 
 
-def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """Read a cached tensor; compute and keep it if it is not there or damaged."""
+def read_fitting(
+    read: Callable[[Size | None, bool], T],
+    data: str,
+    refs: Sequence[Encoder | str | Path],
+    sizes: Callable[[], Iterable[Size]],
+    *,
+    img_size: Size | None = None,
+    upscale: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> T:
+    """Return what `read` makes of the images at the size that suits some encoders.
+
+    The images of a run's own data are read as they were for its training. Others keep their own
+    size, and the encoder resizes them; if they have several, they are read at the encoder's.
+
+    Args:
+        read: takes height and width (None: the images' own) and whether to enlarge smaller images.
+        data: what the images are called.
+        refs: encoders, or what they are loaded from; of runs the settings are looked at.
+        sizes: gives the encoders' sizes (h, w), if they are needed.
+        img_size: the size that was asked for; nothing is chosen then.
+        upscale: as asked for; a run that was trained with it asks for it too.
+        say: is told of a size that was chosen because the images have several.
+
+    Raises UserError as `read`: SizesDiffer if images have several sizes and encoders have too.
+    """
+    if img_size is not None:
+        return read(img_size, upscale)
+    runs = [config for ref in refs if (config := _settings(ref)) is not None]
+    upscale = upscale or any(config.images.upscale for config in runs)
+    trained = {config.images.img_size for config in runs if _same(config.data, data)}
+    known = len(runs) == len(refs) and all(_same(config.data, data) for config in runs)
+    if known and len(trained) == 1 and (given := trained.pop()):
+        return read((given[0], given[-1]), upscale)
     try:
-        return load_tensors(path)[0]["x"]
-    except (UserError, KeyError):
-        x = compute()
+        return read(None, upscale)
+    except SizesDiffer:
+        found = set(sizes())
+        if len(found) != 1:
+            raise
+    size = found.pop()
+    if say is not None:
+        say(f"{data}: images of several sizes, read at the encoder's {_text(size)}")
+    return read(size, upscale)
+
+
+def say_enlarged(encoder: Encoder, images: Size, data: str, say: Callable[[str], None]) -> None:
+    """Say so where images (h, w) are smaller than what an encoder was made for."""
+    if images[0] < encoder.img_size[0] or images[1] < encoder.img_size[1]:
+        say(
+            f"{data}: images of {_text(images)} pixels are enlarged to the "
+            f"{_text(encoder.img_size)} of {encoder.name}"
+        )
+
+
+def _settings(ref: Encoder | str | Path) -> Config | None:
+    """Return what a run was trained with; None if that is not known or cannot be read."""
+    folder = None if isinstance(ref, Encoder) else folder_of(ref)
+    path = None if folder is None else folder / "config.toml"
+    if path is None or not path.exists():
+        return None
+    try:
+        return Config.from_dict(load_toml(path), str(path)).check()
+    except UserError:  # it is not needed for reading the encoder
+        return None
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def find_groups(ref: str, wanted: str, encoder: Encoder) -> GroupActivations | None:
+    """Return the activations of groups for the tokens of an encoder, on its device.
+
+    Args:
+        ref: what the encoder was loaded from.
+        wanted: auto, the encoder's own or None if it has none; none; or a folder with groups, or
+            one that ``explain`` wrote its fitted groups to.
+
+    Raises UserError for a folder without groups, or with those of another encoder.
+    """
+    if wanted == "none":
+        return None
+    folder = folder_of(ref) if wanted == "auto" else groups_folder(Path(wanted))
+    if wanted != "auto" and folder is not None and not (folder / GROUPS).exists():
+        raise UserError(
+            f"--groups {wanted}: no {GROUPS} there; name a folder that has one (sparsejepa "
+            "explain writes it for an encoder without groups), auto or none"
+        )
+    found = None if folder is None else load_activations(folder, encoder.grid_size)
+    if found is None:
+        return None
+    if found.W.shape[2] != encoder.embed_dim:
+        raise UserError(
+            f"{folder}: groups of {found.W.shape[2]} latents, and {ref} has "
+            f"{encoder.embed_dim}; name those of this encoder with --groups"
+        )
+    return found.to(encoder.device)
+
+
+def check_path(path: Path) -> None:
+    """Make the folder of a file that `embed_to` is to write; UserError unless it can be written."""
+    if path.suffix not in ENDINGS:
+        raise UserError(f"--out {path}: the name must end in {' or '.join(ENDINGS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, {"x": x}, {})
     except OSError as error:
-        raise UserError(f"{path.parent}: cannot keep features there ({error.strerror})") from None
-    return x
+        raise UserError(
+            f"--out: the folder {path.parent} cannot be made ({error.strerror}); name another"
+        ) from None
+
+
+def embed_to(
+    path: Path,
+    encoder: Encoder,
+    images: ImageSet | ImageStream,
+    *,
+    pool: Pool = "mean",
+    groups: GroupActivations | None = None,
+) -> dict[str, Any]:
+    """Write the features of images to `path`, one row per image, whole or not at all.
+
+    Parquet is written block by block, so that memory stays flat; its columns are file (where images
+    are files), one per target (class names), features [D'] and groups [G], the activations of
+    `groups`. A target of such a name becomes ``target.NAME``. NumPy's .npz holds x [n, D'], groups
+    [n, G], files [n], and target.NAME [n] with names.NAME for each target. An image of a stream
+    that cannot be read has no row. Of several processes each computes its share and the main one
+    writes.
+
+    Returns numbers of images, features, groups and skipped images, and the first of these.
+
+    Raises UserError if the encoder gives NaN or infinity.
+    """
+    blocks = _blocks(encoder, images, pool, groups)
+    if not current().main:
+        written = sum(len(rows) for rows, _ in blocks)
+        return {"images": written}
+    index: list[np.ndarray] = []
+
+    def named() -> Iterator[dict[str, Any]]:
+        """Yield the columns of each block, and remember its rows."""
+        for rows, arrays in blocks:
+            index.append(rows)
+            files = [_printable(images.files[i]) for i in rows.tolist()] if images.files else None
+            yield {"files": files, "rows": rows, **arrays}
+
+    with atomic_path(path) as beside:
+        write = _write_parquet if path.suffix == ".parquet" else _write_npz
+        write(beside, named(), images.targets)
+    rows = np.concatenate(index)
+    dropped = np.setdiff1d(np.arange(len(images)), rows).tolist()
+    skipped = [name for name, _ in images.skipped] + [shown(images.files[i]) for i in dropped]
+    return {
+        "images": len(rows),
+        "features": encoder.embed_dim * (4 if pool == "concat4" else 1),
+        "groups": 0 if groups is None else len(groups.W),
+        "skipped": len(set(skipped)),
+        **({"first_skipped": skipped[0]} if skipped else {}),
+    }
+
+
+def _blocks(
+    encoder: Encoder, images: ImageSet | ImageStream, pool: Pool, groups: GroupActivations | None
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yield the rows [m] of the images of a block and their arrays, `x` and perhaps `groups`."""
+    world, source, size = current(), open_images(images, encoder.device), batch_rows(encoder)
+    whole = np.arange(len(images))
+    parts = [whole[start : start + ROWS] for start in range(0, len(whole), ROWS)]
+    own = [torch.from_numpy(own_rows(part, world)).split(size) for part in parts]
+    batches = source.batches(index for split in own for index in split)
+    try:
+        for part, split in zip(parts, own, strict=True):
+            found = []
+            for index in split:
+                x, tokens = pooled(encoder, next(batches), pool)
+                bad = getattr(source, "unreadable", ())  # a stream puts another image there
+                readable = x.new_tensor([row not in bad for row in index.tolist()])
+                columns = [x, readable[:, None]]
+                if groups is not None:
+                    columns.insert(1, groups(tokens)[0])
+                found.append(torch.cat(columns, 1).cpu())
+            table = gather_rows(torch.cat(found), len(part)).numpy()
+            rows = part[table[:, -1] > 0]
+            table, width = table[table[:, -1] > 0, :-1], x.shape[1]
+            if not np.isfinite(table).all():
+                raise UserError(
+                    f"{encoder.name}: gives NaN or infinity on {images.name}; train it again"
+                )
+            if len(rows):
+                own_groups = {} if groups is None else {"groups": table[:, width:]}
+                yield rows, {"x": table[:, :width], **own_groups}
+    finally:
+        source.close()
+
+
+def _write_parquet(
+    path: Path, blocks: Iterator[dict[str, Any]], targets: dict[str, Target]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    try:
+        for block in blocks:
+            columns: dict[str, Any] = {}
+            if block["files"] is not None:
+                columns["file"] = pa.array(block["files"], pa.string())
+            for name, target_ in targets.items():
+                while name in ("file", "features", "groups") or name in columns:
+                    name = f"target.{name}"
+                values = pa.array(target_.values[block["rows"]], pa.int64())
+                columns[name] = pa.DictionaryArray.from_arrays(values, list(target_.names))
+            for name, column in (("x", "features"), ("groups", "groups")):
+                if name in block:
+                    flat = pa.array(block[name].ravel())
+                    columns[column] = pa.FixedSizeListArray.from_arrays(flat, block[name].shape[1])
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _write_npz(path: Path, blocks: Iterator[dict[str, Any]], targets: dict[str, Target]) -> None:
+    whole = list(blocks)
+    rows = np.concatenate([block["rows"] for block in whole])
+    arrays = {
+        name: np.concatenate([block[name] for block in whole])
+        for name in ("x", "groups")
+        if name in whole[0]
+    }
+    arrays["files"] = np.array([name for block in whole for name in block["files"] or ()], str)
+    for given, target_ in targets.items():
+        name = given.replace("/", "_").replace("\\", "_")  # members of an archive
+        arrays[f"target.{name}"] = target_.values[rows]
+        arrays[f"names.{name}"] = np.array(target_.names)
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _printable(name: str) -> str:
+    """Return a file's name as text; bytes in it that are none are written out."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return shown(name)
+    return name

@@ -29,10 +29,17 @@ from sparsejepa.evaluation.classifiers import (
     RidgeProbe,
     knn_accuracy,
 )
-from sparsejepa.evaluation.features import Features, Pool, embed, pixel_features, target
+from sparsejepa.evaluation.features import (
+    Features,
+    Pool,
+    embed,
+    pixel_features,
+    read_fitting,
+    say_enlarged,
+    target,
+)
 from sparsejepa.evaluation.finetune import FineTune
 from sparsejepa.evaluation.linear import Standardized
-from sparsejepa.evaluation.sizes import read_fitting, say_enlarged
 from sparsejepa.files import write_text
 from sparsejepa.interop import Encoder, load
 

@@ -21,8 +21,7 @@ from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.features import target
-from sparsejepa.evaluation.sizes import read_fitting
+from sparsejepa.evaluation.features import read_fitting, target
 from sparsejepa.explain import measures
 from sparsejepa.explain.columns import REFERENCES, RUN, build_columns, short_name
 from sparsejepa.explain.groups import MATCHED_IMAGES, gallery, patch_maps, sibling_stability

@@ -24,19 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embed(Verb):
-    """Write the features of images to a file, with file names, labels and group activations.
-
-    Work that was interrupted goes on with the same command.
-    """
-
-    resumes = ()
+    """Write the features of images to a file, with file names, labels and group activations."""
 
     run: Positional[str | None] = None
     """Run directory, timm:NAME, hub:OWNER/NAME, or a file or folder of weights."""
     data: str = ""
     """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     out: Path = Path("features.parquet")
-    """File to write: .parquet, .npz or .safetensors."""
+    """File to write: .parquet or .npz."""
     split: Literal["train", "test"] = "train"
     """Which part of the data."""
     pool: Literal["mean", "concat4"] = "mean"
@@ -75,10 +70,7 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
         raise UserError(f"--max-unreadable {args.max_unreadable}: a share, 0 to 1")
     from sparsejepa.distributed import current, first_here
     from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.activations import find_groups
-    from sparsejepa.evaluation.export import check_path
-    from sparsejepa.evaluation.parts import Embedding, embed_to
-    from sparsejepa.evaluation.sizes import say_enlarged
+    from sparsejepa.evaluation.features import check_path, embed_to, find_groups, say_enlarged
     from sparsejepa.interop import load
 
     check_path(args.out)
@@ -90,10 +82,8 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
 
     images = first_here(current(), lambda: _open(args, encoder, say)).subset(args.limit)
     say_enlarged(encoder, images.img_size, args.data, say)
-    check_path(args.out, images.files)
     start = time.perf_counter()
-    wanted = Embedding(encoder, images, args.pool, activations)
-    found = embed_to(args.out, wanted, say)
+    found = embed_to(args.out, encoder, images, pool=args.pool, groups=activations)
     facts = {
         "out": args.out,
         "encoder": encoder.name,
@@ -124,7 +114,7 @@ def _hidden(args: Embed) -> int:
 
 def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> ImageSet | ImageStream:
     from sparsejepa.data.catalog import load_dataset, only_streamed, stream_dataset
-    from sparsejepa.evaluation.sizes import read_fitting
+    from sparsejepa.evaluation.features import read_fitting
 
     open_dataset = stream_dataset if args.stream or only_streamed(args.data) else load_dataset
 

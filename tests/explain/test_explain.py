@@ -14,7 +14,7 @@ import torch
 
 from sparsejepa import cli
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.activations import find_groups
+from sparsejepa.evaluation.features import find_groups
 from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, _independent, run_explain
