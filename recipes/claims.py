@@ -30,7 +30,7 @@ from layouts import CIFAR100, CORRELATION, DCI, GROUPS, SPARSE, TASKS
 from rules import FEW_ARMS, FEW_SEEDS, PART, RANK, VERDICTS, combine
 from study import Study
 
-from sparsejepa.report.summary import ENOUGH_SEEDS
+from sparsejepa.study.verdict import ENOUGH_SEEDS
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.tasks import Probes
-from sparsejepa.workers import terminable
+from sparsejepa.study.tasks import Probes
+from sparsejepa.study.workers import terminable
 
 HERE = Path(__file__).resolve().parent
 SMOKE = {"limit": 128, "steps": 4, "batch_size": 16, "img_size": 32, "holdout": 128}

@@ -45,7 +45,7 @@ from rules import (
 from scipy.stats import rankdata
 from study import Block, Measure, Row, Study
 
-from sparsejepa.report.summary import ENOUGH_SEEDS, LEVEL, choose, compare, mean_sd, outcome
+from sparsejepa.study.verdict import ENOUGH_SEEDS, LEVEL, choose, compare, mean_sd, outcome
 
 Judge = Callable[[Study, bool], list[Sign]]  # the bool: at full scale (GPU)
 

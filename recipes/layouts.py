@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from study import Block, Measure, Row, accuracy, number
 
-from sparsejepa.report.summary import LEVEL, Interval, choose, compare, outcome
+from sparsejepa.study.verdict import LEVEL, Interval, choose, compare, outcome
 
 SPARSE = "density=0.25"  # the sparse arm of every pair, fixed before any run
 PENALISED = "lam=0.*|density=0.*"

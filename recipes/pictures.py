@@ -20,7 +20,7 @@ from sparsejepa.config import preset
 from sparsejepa.data.scenes import Scenes
 from sparsejepa.model.groups import DensityController, GroupMap, partition_cells, prox_sphere
 from sparsejepa.model.masks import MaskSampler
-from sparsejepa.report.figures import STYLE, save_png
+from sparsejepa.study.figures import STYLE, save_png
 from sparsejepa.training.schedule import Schedule
 
 GRID, SIDE, SEED = (8, 8), 128, 3

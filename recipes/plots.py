@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study import Block, Study
 
-from sparsejepa.report.figures import COLOURS, DENSE, PIXELS, STYLE, UNTRAINED
-from sparsejepa.report.figures import SPARSE as BLUE
-from sparsejepa.report.summary import mean_sd
+from sparsejepa.study.figures import COLOURS, DENSE, PIXELS, STYLE, UNTRAINED
+from sparsejepa.study.figures import SPARSE as BLUE
+from sparsejepa.study.verdict import mean_sd
 
 
 def lambda_figure(blocks: Sequence[Block]) -> Figure:

@@ -10,7 +10,7 @@ from layouts import SPARSE
 from scipy.stats import norm
 from study import Block, Measure, Study
 
-from sparsejepa.report.summary import ENOUGH_SEEDS, LEVEL, Interval, outcome
+from sparsejepa.study.verdict import ENOUGH_SEEDS, LEVEL, Interval, outcome
 
 HOLDS, PART, FAILS, UNTESTED = "holds", "holds in part", "does not hold", "not tested"
 VERDICTS = (HOLDS, PART, FAILS, UNTESTED)

@@ -42,9 +42,9 @@ from sparsejepa.config import load_toml
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.results import is_current, read_beside, read_results
-from sparsejepa.runs import run_tasks
-from sparsejepa.sweep import arm_settings
-from sparsejepa.tasks import Task, row_key
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.sweep import arm_settings
+from sparsejepa.study.tasks import Task, row_key
 
 Row = Mapping[str, Any]
 

@@ -41,9 +41,9 @@ from rich.console import Console
 from sparsejepa.config import Config, load_toml
 from sparsejepa.errors import UserError
 from sparsejepa.results import is_current, read_results
-from sparsejepa.runs import run_tasks
-from sparsejepa.sweep import arm_settings
-from sparsejepa.tasks import Probes, Task, row_key
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.sweep import arm_settings
+from sparsejepa.study.tasks import Probes, Task, row_key
 
 Settings = Mapping[str, Any]
 # What arms, rungs and seeds set.

@@ -18,10 +18,10 @@ from typing import Any
 from sparsejepa import version
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError
-from sparsejepa.report.summary import LEVEL, BySeed, Interval, compare, mean_sd
 from sparsejepa.results import is_current, read_checked, versions
-from sparsejepa.sweep import arm_settings
-from sparsejepa.tasks import row_key
+from sparsejepa.study.sweep import arm_settings
+from sparsejepa.study.tasks import row_key
+from sparsejepa.study.verdict import LEVEL, BySeed, Interval, compare, mean_sd
 
 Row = Mapping[str, Any]
 

@@ -44,7 +44,7 @@ from study import Study, read_study
 
 from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
-from sparsejepa.report.figures import save_png
+from sparsejepa.study.figures import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"

@@ -30,7 +30,7 @@ from sparsejepa import __version__
 from sparsejepa.config import REMOVED, Config, load_toml, preset
 from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
-from sparsejepa.report.terminal import printable
+from sparsejepa.terminal import printable
 from sparsejepa.verbs import VERBS
 from sparsejepa.verbs.completing import completions
 from sparsejepa.verbs.training import Settings
@@ -127,7 +127,7 @@ def _run(words: list[str], world: World) -> None:
         print(f"{PROGRAM} {__version__}")
         return
     args = parse(words)
-    from sparsejepa.report.terminal import open_console
+    from sparsejepa.terminal import open_console
 
     if world.size > 1 and words[0] not in _TOGETHER:
         raise UserError(

@@ -32,10 +32,10 @@ from sparsejepa.explain.subject import read_names
 from sparsejepa.files import save_tensors
 from sparsejepa.interop import load, save_encoder
 from sparsejepa.model.encoder import ViT
-from sparsejepa.report.figures import points
-from sparsejepa.report.summary import summarise, table, usable, verdict
 from sparsejepa.results import read_checked, read_results, read_rows
-from sparsejepa.tasks import row_key
+from sparsejepa.study.figures import points
+from sparsejepa.study.tasks import row_key
+from sparsejepa.study.verdict import summarise, table, usable, verdict
 from sparsejepa.training.guard import Guard
 from sparsejepa.training.monitor import Alarms, MetricsLog
 

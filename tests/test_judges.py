@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rules import FAILS, HOLDS, PART, UNTESTED, Sign, alike, combine, judged, rank_interval
 from scipy import stats
 
-from sparsejepa.report.summary import Interval
+from sparsejepa.study.verdict import Interval
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.integers(2, 12), st.sampled_from([1, -1]))

@@ -9,10 +9,11 @@ import common
 import pytest
 import run as runner
 
-from sparsejepa import cli, demo
+from sparsejepa import cli
 from sparsejepa.config import load_toml, preset
-from sparsejepa.sweep import sweep_arms
-from sparsejepa.tasks import Probes
+from sparsejepa.study import demo
+from sparsejepa.study.sweep import sweep_arms
+from sparsejepa.study.tasks import Probes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in common.recipe_files(RECIPES))

@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     meta = {name for name in names if ".dist-info/" in name}
     assert names - meta == sources()
-    assert {"sparsejepa/py.typed", "sparsejepa/report/page.html"} <= names
+    assert {"sparsejepa/py.typed", "sparsejepa/study/page.html"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in meta)
     assert wheel.stat().st_size < 1_000_000
 

@@ -13,10 +13,11 @@ import common
 import pytest
 import run as runner
 
-from sparsejepa import runs, tasks, version
+from sparsejepa import version
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_rows
-from sparsejepa.tasks import Task
+from sparsejepa.study import runs, tasks
+from sparsejepa.study.tasks import Task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

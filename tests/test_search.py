@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sparsejepa import version
 from sparsejepa.results import read_rows
-from sparsejepa.tasks import Task
+from sparsejepa.study.tasks import Task
 
 TOML = """
 recipe = "tiny"

@@ -32,9 +32,9 @@ from sparsejepa.files import write_text
 from sparsejepa.interop import load, load_groups, save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.report.explain import _json
-from sparsejepa.report.figures import STYLE, inline_svg
-from sparsejepa.report.page import Page, Table, resource, write_page
-from sparsejepa.sweep import sweep_command
+from sparsejepa.study.figures import STYLE, inline_svg
+from sparsejepa.study.page import Page, Table, resource, write_page
+from sparsejepa.study.sweep import sweep_command
 from sparsejepa.training import checkpoint
 from sparsejepa.training.build import default_run_dir
 
@@ -403,8 +403,8 @@ def test_pages_allow_no_script_but_their_own_and_no_request(tmp_path: Path) -> N
     assert "<script" not in html and "49" not in html
     assert html.index("Content-Security-Policy") < html.index("<title>")
     # Only what autoescape covers: no value stands in an attribute without quotes or in a script.
-    for name in ("page.html", "explain.html"):
-        template = str(resource(name))
+    for name, package in (("page.html", "study"), ("explain.html", "report")):
+        template = str(resource(name, f"sparsejepa.{package}"))
         assert "|safe" not in template.replace(" ", "") and "autoescape" not in template
         for tag in re.findall(r"<[a-z][^>]*>", re.sub(r"{%.*?%}", "", template)):
             assert "{{" not in re.sub(r'"[^"]*"', "", tag), tag

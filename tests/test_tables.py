@@ -29,8 +29,8 @@ from study import Block, Study, choose, matches, read_study, recipe_config
 
 from sparsejepa import version
 from sparsejepa.config import load_toml
-from sparsejepa.report.summary import paired_interval
-from sparsejepa.sweep import arm_settings
+from sparsejepa.study.sweep import arm_settings
+from sparsejepa.study.verdict import paired_interval
 
 ROOT = Path(__file__).parents[1]
 SMALL, PAIR = "cifar100-5k-nano-10", "cifar100-5k-pair"

@@ -16,9 +16,9 @@ from sparsejepa.explain.columns import REFERENCES, RUN, SHUFFLED, short_name
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, without_none
 from sparsejepa.explain.subject import read_names
 from sparsejepa.files import load_tensors, read_json
-from sparsejepa.report.figures import group_map_figure, matching_figure
-from sparsejepa.report.page import Page, Picture, Table, write_page
-from sparsejepa.report.terminal import estimate_text
+from sparsejepa.study.figures import group_map_figure, matching_figure
+from sparsejepa.study.page import Page, Picture, Table, write_page
+from sparsejepa.terminal import estimate_text
 
 
 def compare_runs(

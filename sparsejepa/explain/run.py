@@ -42,10 +42,10 @@ from sparsejepa.files import save_tensors, write_text
 from sparsejepa.interop import Precision, load
 from sparsejepa.interop.runs import FITTED
 from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
-from sparsejepa.report.page import Picture, sweep_pictures
-from sparsejepa.report.summary import summarise, usable
 from sparsejepa.results import read_rows
-from sparsejepa.sweep import RESULTS
+from sparsejepa.study.page import Picture, sweep_pictures
+from sparsejepa.study.sweep import RESULTS
+from sparsejepa.study.verdict import summarise, usable
 from sparsejepa.training.checkpoint import train_version
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"

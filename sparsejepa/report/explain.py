@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.files import write_text
-from sparsejepa.report.figures import SPARSE, STYLE, points
-from sparsejepa.report.page import Picture, drawn, render, resource
+from sparsejepa.study.figures import SPARSE, STYLE, points
+from sparsejepa.study.page import Picture, drawn, render, resource
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,10 @@ def write_explain_page(path: Path, page: ExplainPage) -> Path:
     Raises ValueError if the arrays of the page do not fit each other or are not finite.
     """
     activations = _checked(page)
-    script = resource("explain.js")
+    script = resource("explain.js", __package__)
     html = render(
         "explain.html",
+        package=__package__,
         page=page,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

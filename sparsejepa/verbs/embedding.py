@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from sparsejepa.errors import UserError
-from sparsejepa.report.terminal import show_facts
+from sparsejepa.terminal import show_facts
 from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from sparsejepa.errors import UserError
-from sparsejepa.report.terminal import estimate_text, show_facts, show_rows
+from sparsejepa.terminal import estimate_text, show_facts, show_rows
 from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size, split_names
 
 if TYPE_CHECKING:

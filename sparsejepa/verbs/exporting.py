@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.report.terminal import show_facts
+from sparsejepa.terminal import show_facts
 from sparsejepa.verbs.base import Verb
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from sparsejepa.config import PRESETS, Config, MaskConfig
 from sparsejepa.errors import UserError
-from sparsejepa.report.terminal import percent, show_facts, show_rows
+from sparsejepa.terminal import percent, show_facts, show_rows
 from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size, split_names
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def masks(args: Masks, console: Console) -> dict[str, Any]:
     size = image_size(args.img_size) or (32, 32)
     config.check().check_image(size)
     from sparsejepa.model.coverage import audit
-    from sparsejepa.report.masks import mask_audit_figure, mask_preview_figure
+    from sparsejepa.study.masks import mask_audit_figure, mask_preview_figure
     from sparsejepa.training.build import build_sampler
 
     grid = (size[0] // args.patch_size, size[1] // args.patch_size)

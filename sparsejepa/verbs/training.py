@@ -25,13 +25,13 @@ from sparsejepa.config import (
 )
 from sparsejepa.distributed import World
 from sparsejepa.errors import TooFewImages, UserError, flag
-from sparsejepa.report.terminal import show_facts
+from sparsejepa.terminal import show_facts
 from sparsejepa.verbs.base import DATA, Verb, split_names
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsejepa.cluster import Cluster
+    from sparsejepa.study.cluster import Cluster
     from sparsejepa.training.loop import Run
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Demo(Verb):
 
 def demo(args: Demo, console: Console) -> dict[str, Any]:
     """Run the demo."""
-    from sparsejepa.demo import run_demo
+    from sparsejepa.study.demo import run_demo
 
     return run_demo(args.out, jobs=args.jobs, quick=args.quick, console=console)
 
@@ -233,7 +233,7 @@ def _cluster(args: Sweep, out: Path) -> Cluster | None:
     """Return where runs are jobs, None if they are not. Raises UserError for flags without use."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
     flags = {k.removeprefix("slurm_"): v for k, v in given.items() if k.startswith("slurm_")}
-    from sparsejepa.cluster import Cluster
+    from sparsejepa.study.cluster import Cluster
 
     if args.cluster != "slurm":
         defaults = {f.name: f.default for f in dataclasses.fields(args)}
@@ -249,7 +249,7 @@ def _cluster(args: Sweep, out: Path) -> Cluster | None:
 def sweep(args: Sweep, console: Console) -> dict[str, Any]:
     """Run the sweep."""
     config = args.settings(args.data)
-    from sparsejepa.sweep import REPORT, run_sweep
+    from sparsejepa.study.sweep import REPORT, run_sweep
 
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
     out = args.out or Path("runs") / f"sweep-{name}"

@@ -14,8 +14,8 @@ from sparsejepa.errors import UserError
 from sparsejepa.interop.runs import save_groups
 from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
-from sparsejepa.runs import run_tasks
-from sparsejepa.tasks import Probes, Task
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training.build import build_model
 from sparsejepa.training.loop import pretrain
 from sparsejepa.training.plan import plan

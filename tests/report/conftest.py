@@ -12,8 +12,8 @@ import pytest
 from sparsejepa.data.scenes import COLOURS, Scenes
 from sparsejepa.evaluation.estimate import Estimate, undefined
 from sparsejepa.report.explain import ExplainPage, GroupView, MeasureRow, write_explain_page
-from sparsejepa.report.figures import group_map_figure
-from sparsejepa.report.page import Picture
+from sparsejepa.study.figures import group_map_figure
+from sparsejepa.study.page import Picture
 
 GRID, SIDE = (8, 8), 64
 COLUMNS = ("lam=0.03", "dense", "untrained", "PCA", "k-means")

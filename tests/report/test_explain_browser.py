@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sparsejepa.report.explain import ExplainPage, sort_map, write_explain_page
-from sparsejepa.report.page import Page, Table, write_page
+from sparsejepa.study.page import Page, Table, write_page
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from sparsejepa import cli, cluster, runs
-from sparsejepa.cluster import Cluster
+from sparsejepa import cli
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
 from sparsejepa.results import read_rows
-from sparsejepa.runs import run_tasks
-from sparsejepa.sweep import arm_settings
-from sparsejepa.tasks import Probes, Task
+from sparsejepa.study import cluster, runs
+from sparsejepa.study.cluster import Cluster
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.sweep import arm_settings
+from sparsejepa.study.tasks import Probes, Task
 
 STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from sparsejepa.model.coverage import audit
 from sparsejepa.model.masks import MaskSampler
-from sparsejepa.report.masks import (
+from sparsejepa.study.masks import (
     _headline,
     _share,
     _signed,
@@ -53,5 +53,5 @@ def test_numbers_in_cells() -> None:
 
 
 def test_import_stays_light() -> None:
-    code = "import sys, sparsejepa.report.masks as m; assert 'matplotlib' not in sys.modules"
+    code = "import sys, sparsejepa.study.masks as m; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -64,7 +64,7 @@ class RunsProgress:
 
     def finished(self, run_dir: Path, row: dict[str, Any] | UserError) -> None:
         """Say how a run ended: its line of results, or its error."""
-        from sparsejepa.report.summary import measure_name
+        from sparsejepa.study.verdict import measure_name
 
         self._done += 1
         if isinstance(row, UserError):

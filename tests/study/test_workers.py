@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sparsejepa.errors import Interrupted, SizesDiffer, TooFewImages, UserError
-from sparsejepa.workers import workers
+from sparsejepa.study.workers import workers
 
 
 def end(how: int) -> None:

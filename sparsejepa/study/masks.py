@@ -28,7 +28,7 @@ def mask_audit_figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    from sparsejepa.report.figures import STYLE, save_png
+    from sparsejepa.study.figures import STYLE, save_png
 
     columns = 4 if other else 3
     rows, cols = audit.grid_size
@@ -109,7 +109,7 @@ def mask_preview_figure(sampler: MaskSampler, path: Path, count: int = 16, seed:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    from sparsejepa.report.figures import COLOURS, STYLE, save_png
+    from sparsejepa.study.figures import COLOURS, STYLE, save_png
 
     rows, cols = sampler.grid_size
     extent = (0, cols, rows, 0)

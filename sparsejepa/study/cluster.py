@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
-from sparsejepa.workers import unbothered
+from sparsejepa.study.workers import unbothered
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
 from sparsejepa.interop import load
 from sparsejepa.results import DONE, ROW
-from sparsejepa.runs import run_tasks
-from sparsejepa.tasks import Probes, Task, attempt, row_key, run_and_probe
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.tasks import Probes, Task, attempt, row_key, run_and_probe
 from sparsejepa.training import loop
 
 SETTINGS: dict[str, Any] = {

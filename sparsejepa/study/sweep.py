@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 from sparsejepa.config import Config, preset
 from sparsejepa.errors import UserError, flag, nearest
 from sparsejepa.results import read_rows
-from sparsejepa.runs import run_tasks
-from sparsejepa.tasks import Probes, Task, load_w
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.tasks import Probes, Task, load_w
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from sparsejepa.cluster import Cluster
-    from sparsejepa.report.page import Picture
-    from sparsejepa.report.summary import Summary, Verdict
+    from sparsejepa.study.cluster import Cluster
+    from sparsejepa.study.page import Picture
+    from sparsejepa.study.verdict import Summary, Verdict
 
 RESULTS = "results.jsonl"
 REPORT = "report.html"
@@ -49,7 +49,7 @@ class SweepResult:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        from sparsejepa.report.summary import table
+        from sparsejepa.study.verdict import table
 
         header, lines = table(self.summary)
         rich = Table(
@@ -64,7 +64,7 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
-        from sparsejepa.report.summary import table
+        from sparsejepa.study.verdict import table
 
         header, lines = table(self.summary)
         return {
@@ -109,7 +109,7 @@ def run_sweep(
     loss was not finite are left out, and the verdict's remarks name them. Raises UserError as
     `runs.run_tasks` does, and if all runs failed.
     """
-    from sparsejepa.report.summary import summarise, usable, verdict
+    from sparsejepa.study.verdict import summarise, usable, verdict
 
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
@@ -268,9 +268,9 @@ def _write_report(result: SweepResult, arms: Sequence[str], config: Config, titl
     """Write the figures as PNG and the page."""
     import tomli_w
 
-    from sparsejepa.report.figures import save_png
-    from sparsejepa.report.page import Page, Table, write_page
-    from sparsejepa.report.summary import table
+    from sparsejepa.study.figures import save_png
+    from sparsejepa.study.page import Page, Table, write_page
+    from sparsejepa.study.verdict import table
 
     first, summary = result.rows[0], result.summary
     settings, about = first["settings"], first["environment"]
@@ -312,7 +312,7 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     import torch
 
     from sparsejepa.data.stream import open_images
-    from sparsejepa.report.page import samples_picture, sweep_pictures
+    from sparsejepa.study.page import samples_picture, sweep_pictures
     from sparsejepa.training.build import build_sampler, load_images
     from sparsejepa.training.loop import read_config
     from sparsejepa.training.start import find_start

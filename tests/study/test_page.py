@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsejepa.report.figures import (
+from sparsejepa.study.figures import (
     INK,
     accuracy_figure,
     group_map_figure,
@@ -17,8 +17,8 @@ from sparsejepa.report.figures import (
     samples_figure,
     save_png,
 )
-from sparsejepa.report.page import Page, Picture, Table, sweep_pictures, write_page
-from sparsejepa.report.summary import Summary, summarise, table, verdict
+from sparsejepa.study.page import Page, Picture, Table, sweep_pictures, write_page
+from sparsejepa.study.verdict import Summary, summarise, table, verdict
 
 HOSTILE = '</title><script>alert(1)</script>" onload="x & {{ 7 * 7 }}'
 VOID = {"meta", "link", "br", "img", "use", "input", "hr"}

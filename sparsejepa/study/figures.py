@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sparsejepa.files import atomic_path
-from sparsejepa.report.summary import STRUCTURE, BySeed, Summary, mark, mean_sd
+from sparsejepa.study.verdict import STRUCTURE, BySeed, Summary, mark, mean_sd
 
 INK = "#1b2127"
 COLOURS = ("#3a8fd0", "#e08214", "#00a078", "#cc79a7", "#d55e00", "#8a7fc8", "#b0a000")

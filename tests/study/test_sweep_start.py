@@ -13,9 +13,9 @@ from sparsejepa.config import preset
 from sparsejepa.errors import UserError
 from sparsejepa.interop import save_encoder
 from sparsejepa.model.encoder import ViT
-from sparsejepa.runs import run_tasks
-from sparsejepa.sweep import SweepResult, run_sweep
-from sparsejepa.tasks import Probes, Task
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.sweep import SweepResult, run_sweep
+from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training import loop
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.config import Config, preset
-from sparsejepa.sweep import REPORT, run_sweep
+from sparsejepa.study.sweep import REPORT, run_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console

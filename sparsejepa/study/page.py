@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sparsejepa.files import write_text
 from sparsejepa.model.masks import Masks
-from sparsejepa.report.figures import (
+from sparsejepa.study.figures import (
     accuracy_figure,
     curves_figure,
     group_map_figure,
@@ -22,7 +22,7 @@ from sparsejepa.report.figures import (
     samples_figure,
     structure_figure,
 )
-from sparsejepa.report.summary import Summary, mean_sd, percent
+from sparsejepa.study.verdict import Summary, mean_sd, percent
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,22 @@ def write_page(path: Path, page: Page) -> Path:
     return path
 
 
-def render(template: str, **values: Any) -> str:
-    """Return a template of this package with `values`, all escaped, and the pages' style."""
+def render(template: str, *, package: str = "sparsejepa.study", **values: Any) -> str:
+    """Return a template of `package` with `values`, all escaped, and the pages' style."""
     from jinja2 import Environment, StrictUndefined
 
     return (
         Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        .from_string(resource(template))
+        .from_string(resource(template, package))
         .render(style=resource("style.css"), **values)
     )
 
 
-def resource(name: str) -> Any:
-    """Return a file beside this module as markup, which is trusted as the code is."""
+def resource(name: str, package: str = "sparsejepa.study") -> Any:
+    """Return a file of a package as markup, which is trusted as the code is."""
     from markupsafe import Markup
 
-    return Markup(files("sparsejepa.report").joinpath(name).read_text(encoding="utf-8"))
+    return Markup(files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 def drawn(pictures: Sequence[Picture], prefix: str) -> list[dict[str, Any]]:

@@ -24,16 +24,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from sparsejepa import cli, runs
-from sparsejepa import tasks as tasks_module
+from sparsejepa import cli
 from sparsejepa.config import preset
-from sparsejepa.demo import LAM, TARGETS, run_demo
 from sparsejepa.errors import UserError
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.results import append_row, read_results, read_rows
-from sparsejepa.runs import run_tasks
-from sparsejepa.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
-from sparsejepa.tasks import Probes, Task, row_key
+from sparsejepa.study import runs
+from sparsejepa.study import tasks as tasks_module
+from sparsejepa.study.demo import LAM, TARGETS, run_demo
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.sweep import arm_settings, run_sweep, sweep_arms, sweep_command
+from sparsejepa.study.tasks import Probes, Task, row_key
 from sparsejepa.training.build import arm_name
 from sparsejepa.training.checkpoint import has_checkpoint
 from sparsejepa.version import TRAIN_VERSION
@@ -405,7 +406,7 @@ def test_the_quick_demo_from_end_to_end(tmp_path: Path) -> None:
 SWEEP = """
 import sys
 from pathlib import Path
-from sparsejepa.sweep import run_sweep
+from sparsejepa.study.sweep import run_sweep
 from sparsejepa.config import preset
 
 if __name__ == "__main__":

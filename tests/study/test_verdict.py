@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sparsejepa.report.summary import (
+from sparsejepa.study.verdict import (
     Interval,
     beats,
     choose,

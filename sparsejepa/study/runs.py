@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa.checks import check_pattern
-from sparsejepa.cluster import Cluster, outcomes
 from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
-from sparsejepa.report.progress import RunsProgress
 from sparsejepa.results import append_row, read_results
-from sparsejepa.tasks import Task, attempt, check_starts, opening, pixel_floor, row_key
-from sparsejepa.workers import terminable, workers
+from sparsejepa.study.cluster import Cluster, outcomes
+from sparsejepa.study.progress import RunsProgress
+from sparsejepa.study.tasks import Task, attempt, check_starts, opening, pixel_floor, row_key
+from sparsejepa.study.workers import terminable, workers
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,0 +1,1 @@
+"""Runs, sweeps of runs, what they say, and how it is shown."""
