@@ -4,15 +4,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Where the versions are pinned and where the package says what it needs.
 PINS := pyproject.toml constraints.txt
+# A process per core, of one thread each (tests/conftest.py); a file's tests share their fixtures.
+PARALLEL := -q -n auto --maxprocesses 8 --dist loadfile --durations 15
 
-.PHONY: help install demo bench test lint docs dist matrix install-check clean
+.PHONY: help install demo bench test test-all lint docs dist matrix install-check clean
 
 help:
 	@echo "make install EXTRAS=onnx,tensorboard   into .venv, with these extras; none if not given"
 	@echo "make demo    built-in scenes, dense against sparse: a table and a page in runs/demo"
 	@echo "make bench   measure this machine: the training step, data, probe; minutes"
-	@echo "make test    lint, types and tests"
-	@echo "make lint    lint and types only"
+	@echo "make test    the tests to run before each commit; minutes"
+	@echo "make test-all  all tests: also kills, mutants, the site, code in the docs, the browser"
+	@echo "make lint    lint and types"
 	@echo "make docs    build the pages of docs/ into site/"
 	@echo "make dist    build wheel and sdist into dist/"
 	@echo "make matrix  the tests on every supported Python and torch that is at hand; hours"
@@ -32,8 +35,11 @@ bench: .venv/installed
 	$(BIN)/python bench/data.py
 	$(BIN)/python bench/probe.py
 
-test: lint
-	$(BIN)/python -m pytest
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: test
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Tests run side by side, a process per core: more threads would only wait for each other.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.pop("SPARSEJEPA_DATA", None)
