@@ -230,8 +230,8 @@ class RunConfig:
     """Compile the step: faster steps after a minute or two of compiling (needs a C++ compiler)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Show numbers and pictures there too; metrics.jsonl is always written."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Show the numbers there too; metrics.jsonl is always written."""
     eval_every: int | None = None
     """Steps between online evaluations (k-NN, RankMe); ten a run if not given."""
     checkpoint_every: int | None = None

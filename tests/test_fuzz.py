@@ -36,8 +36,6 @@ from sparsejepa.results import read_checked, read_results, read_rows
 from sparsejepa.study.figures import points
 from sparsejepa.study.tasks import row_key
 from sparsejepa.study.verdict import summarise, table, usable, verdict
-from sparsejepa.training.guard import Guard
-from sparsejepa.training.monitor import Alarms, MetricsLog
 
 DEADLINE = 10  # seconds for one case; the slowest takes a fraction of one
 SPICE = (
@@ -257,28 +255,6 @@ def test_curves_are_drawn(count: int, run: Path) -> None:
     # Lines that cannot be read are left out, so little is refused.
     survive(count, path, path.read_bytes(), read, json_too=True, least=0.02)
     assert len(drawn) > count and all(np.isfinite(curve).all() for curve in drawn)
-
-
-@pytest.mark.parametrize("count", CASES)
-def test_a_run_goes_on_after_its_metrics(count: int, run: Path) -> None:
-    names = ("loss", "rankme", "std_mean", "density", "max_usage", "groups_per_latent")
-    rows = [{"step": i, **dict.fromkeys(names, 1.5)} for i in range(40)]
-    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    kept = []
-
-    def read() -> None:
-        log = MetricsLog(run, 30, write=False)
-        guard, alarms = Guard(names), Alarms(True, log.alarms)
-        for row in log.kept:
-            guard.observe(row)
-            alarms.observe(row)
-        guard.check(30, [1.0] * len(names))
-        alarms.check({**log.last, "step": 30, "loss": 1.0}, 1.0)
-        kept.append(len(log.kept))
-
-    # Lines that cannot be used are left out and nothing is refused.
-    survive(count, run / "metrics.jsonl", whole, read, json_too=True, least=0)
-    assert kept[-1] == 30 and min(kept) < 10
 
 
 @pytest.mark.parametrize("count", CASES)

@@ -50,7 +50,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     heavy = {
         "torch", "torchvision", "timm", "numpy", "scipy", "sklearn", "matplotlib", "pyarrow", "PIL",
         "rich", "huggingface_hub", "transformers", "onnx", "onnxruntime", "tensorboard", "wandb",
-        "trackio", "submitit", "IPython",
+        "submitit", "IPython",
     }  # fmt: skip
     code = f"import sys, {module}; print(*{heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -59,7 +59,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 def test_no_module_needs_an_optional_package_to_be_imported() -> None:
     optional = {"transformers", "onnx", "onnxruntime", "onnxscript", "tensorboard", "wandb",
-                "trackio", "submitit", "IPython"}  # fmt: skip
+                "submitit", "IPython"}  # fmt: skip
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,7 @@ import sparsejepa
 from tests.requirements import everything, needs, project
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"hub", "onnx", "tensorboard", "wandb", "trackio", "slurm", "docs", "test", "dev"}
+EXTRAS = {"hub", "onnx", "tensorboard", "wandb", "slurm", "docs", "test", "dev"}
 
 
 def build(source: Path, out: Path, kind: str) -> Path:
@@ -135,8 +135,7 @@ def test_every_optional_package_is_named_in_an_extra() -> None:
     table = project()["optional-dependencies"]
     assert set(table) == EXTRAS
     for extra, package in (("hub", "transformers"), ("onnx", "onnx"), ("slurm", "submitit"),
-                           ("tensorboard", "tensorboard"), ("wandb", "wandb"),
-                           ("trackio", "trackio")):  # fmt: skip
+                           ("tensorboard", "tensorboard"), ("wandb", "wandb")):  # fmt: skip
         assert any(line.startswith(package) for line in table[extra])
     # Messages name extras that exist.
     for path in (ROOT / "sparsejepa").rglob("*.py"):

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
@@ -24,12 +23,9 @@ from sparsejepa.evaluation.linear import (
     Standardized,
     as_matrix,
     leave_one_out,
-    moments,
     validation_part,
 )
-
-TEMPERATURE = 0.07
-"""Of the votes of k nearest neighbours, as in DINO (Caron et al. 2021)."""
+from sparsejepa.training.quality import TEMPERATURE, moments, unit_rows, vote
 
 
 class Probe(ClassifierMixin, BaseEstimator, ABC):
@@ -320,39 +316,10 @@ class KNNProbe(Probe):
         x = self._rows(X, reset=True)
         self._bank_labels = self._labels(y, len(x))
         self.mean_, self.scale_ = moments(x)
-        self._bank = _unit_rows(x, self.mean_, self.scale_)
+        self._bank = unit_rows(x, self.mean_, self.scale_)
         self.settings_ = {"k": self.k, "temperature": TEMPERATURE}
         return self
 
     def _predict(self, x: Tensor) -> Tensor:
-        queries = _unit_rows(x, self.mean_, self.scale_)
-        return _vote(self._bank, self._bank_labels, queries, self.k, len(self.classes_))
-
-
-def knn_accuracy(
-    bank_x: Tensor, bank_y: Tensor, query_x: Tensor, query_y: Tensor, k: int = 20
-) -> float:
-    """Return the accuracy of `KNNProbe` without its checks: features [n, D], labels [n] from 0 on.
-
-    For the training loop: never raises on NaN, which gives the accuracy of arbitrary neighbours.
-    """
-    mean, scale = moments(bank_x)
-    bank, queries = (_unit_rows(x, mean, scale) for x in (bank_x, query_x))
-    num_classes = int(bank_y.max()) + 1
-    predicted = _vote(bank, bank_y.long(), queries, k, num_classes)
-    return float((predicted == query_y).double().mean())
-
-
-def _unit_rows(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    return F.normalize((x - mean) / scale, dim=1)
-
-
-def _vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int, num_classes: int) -> Tensor:
-    """Return the class [m] that the neighbours of unit rows `queries` [m, D] vote for."""
-    found = []
-    for part in queries.split(max(1, BLOCK // len(bank))):
-        similarity, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = similarity.new_zeros(len(part), num_classes)
-        votes.scatter_add_(1, labels[index], (similarity / TEMPERATURE).exp())
-        found.append(votes.argmax(1))
-    return torch.cat(found)
+        queries = unit_rows(x, self.mean_, self.scale_)
+        return vote(self._bank, self._bank_labels, queries, self.k, len(self.classes_))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsejepa.data.store import stratified
 from sparsejepa.errors import UserError
+from sparsejepa.training.quality import moments
 
 VALIDATION_SHARE = 0.2
 BLOCK = 2**23
@@ -78,15 +79,6 @@ def as_matrix(x: Any, device: torch.device | str = "cpu") -> Tensor:
     if not x.isfinite().all():
         raise UserError("features hold NaN or infinity; check the encoder that gave them")
     return x
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [D] of x [n, D]; the latter is 1 for constant features."""
-    mean = x.mean(0)
-    scale = torch.linalg.vector_norm(x - mean, dim=0) / len(x) ** 0.5
-    # What rounding leaves of a constant is not to be blown up to standard deviation 1.
-    constant = scale <= 1e2 * torch.finfo(x.dtype).eps * mean.abs()
-    return mean, torch.where(constant | (scale == 0), 1.0, scale)
 
 
 class LogisticDescent:

@@ -16,11 +16,11 @@ from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.disentangle import dci, mig
 from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.evaluation.features import Features, embed
-from sparsejepa.evaluation.information import rankme, total_correlation
+from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.kept import Labelled, kept_curve
-from sparsejepa.evaluation.linear import moments
 from sparsejepa.evaluation.probe import choose_targets, load_splits
 from sparsejepa.interop import Encoder
+from sparsejepa.training.quality import moments, rankme
 
 FACTORS = "scenes:single"
 """Images with known factors, seven of them."""

@@ -27,7 +27,6 @@ from sparsejepa.evaluation.classifiers import (
     LogisticProbe,
     Probe,
     RidgeProbe,
-    knn_accuracy,
 )
 from sparsejepa.evaluation.features import (
     Features,
@@ -52,7 +51,6 @@ __all__ = [
     "check_protocols",
     "choose_targets",
     "evaluate",
-    "knn_accuracy",
     "labelled_share",
     "load_splits",
     "wilson_interval",

@@ -29,6 +29,7 @@ from sparsejepa.explain.columns import (
 )
 from sparsejepa.explain.readout import evenly
 from sparsejepa.report.explain import MeasureRow
+from sparsejepa.training.quality import rankme
 
 Values = dict[str, Estimate]
 
@@ -63,7 +64,7 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
         section, "RankMe",
         "effective rank of the pooled latents (Garrido et al. 2023); higher uses more dimensions",
         "", {
-            name: Estimate(information.rankme(column.raw))
+            name: Estimate(rankme(column.raw))
             for name, column in columns.items()
             if name != PCA
         },

@@ -107,13 +107,12 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.measured import check_measures
     from sparsejepa.evaluation.probe import check_protocols
-    from sparsejepa.training.build import load_images, total_steps
-    from sparsejepa.training.loggers import check_loggers
-    from sparsejepa.training.loop import open_run
-    from sparsejepa.training.start import find_start
+    from sparsejepa.training.build import find_start, load_images, total_steps
+    from sparsejepa.training.checkpoint import open_run
+    from sparsejepa.training.monitor import check_trackers
 
     for task in tasks:
-        check_loggers(task.config.run.log)
+        check_trackers(task.config.run.log)
         if open_run(task.run_dir, task.config.check(), True) is None and not task.earlier:
             check_pattern(task.config)
         check_protocols(task.probes.protocols_on(task.probes.data[0]))

@@ -313,9 +313,8 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
 
     from sparsejepa.data.stream import open_images
     from sparsejepa.study.page import samples_picture, sweep_pictures
-    from sparsejepa.training.build import build_sampler, load_images
+    from sparsejepa.training.build import build_sampler, find_start, load_images
     from sparsejepa.training.loop import read_config
-    from sparsejepa.training.start import find_start
 
     seed = config.run.seed
     runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}

@@ -129,7 +129,7 @@ def check_starts(tasks: Sequence[Task]) -> None:
     begun = [task for task in tasks if task.config.model.init]
     if not begun:
         return
-    from sparsejepa.training.start import find_start, read_start
+    from sparsejepa.training.build import find_start, read_start
 
     now: dict[str | None, str | None] = {}
     for task in begun:

@@ -1,7 +1,16 @@
-"""From settings to parts: the data, the model and the optimiser of one run."""
+"""From settings to parts: the images, the model and the optimiser of one run.
+
+A run with ``--init`` starts from a given encoder (`Start`). Width, depth, heads, patches, class
+token and kind of positions are those of the encoder, and so are the mean and standard deviation of
+the pixels: its first layer was trained on pixels of that scale. Both encoders start from its
+weights; predictor and group map are new.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +25,10 @@ from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
 from sparsejepa.errors import TooFewImages, UserError
-from sparsejepa.files import load_tensors
+from sparsejepa.files import load_tensors, read_json, write_text
+from sparsejepa.interop import RGB, load, vit_arguments
 from sparsejepa.interop.runs import GROUPS
+from sparsejepa.interop.timm import TimmViT, plain_vit
 from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, random_pattern
@@ -26,8 +37,126 @@ from sparsejepa.model.masks import MaskSampler
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
 from sparsejepa.model.regularizers import Regularizers
 from sparsejepa.rng import derive_seed
+from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule
-from sparsejepa.training.start import Start, find_start
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        ref: its name, as `interop.load` takes it.
+        arch: arguments of `ViT`, without drop path.
+        mean, std: of the pixels, in units of [0, 1].
+        license, fingerprint: of the encoder.
+        vit: the encoder; None in a run that goes on from a checkpoint.
+    """
+
+    ref: str
+    arch: dict[str, Any]
+    mean: RGB
+    std: RGB
+    license: str | None
+    fingerprint: str
+    vit: ViT | None
+
+    def settings(self, config: Config) -> Config:
+        """Return the settings with the encoder's sizes in them, checked.
+
+        Raises UserError if they say otherwise, or cannot work with an encoder of this size.
+        """
+        arch, wanted = self.arch, config.model.encoder_dims
+        dims = (arch["embed_dim"], arch["depth"], arch["num_heads"])
+        if wanted and wanted != dims:
+            raise UserError(
+                f"--encoder-dims {' '.join(map(str, wanted))}: --init {self.ref} has "
+                f"{' '.join(map(str, dims))}; leave --encoder-dims out"
+            )
+        height, width = arch["patch_size"]
+        if height != width:
+            raise UserError(
+                f"--init {self.ref}: its patches are {height}x{width} pixels, only square ones can "
+                "be trained on here"
+            )
+        stem = arch.get("stem", "linear")
+        return config.replace(encoder_dims=dims, patch_size=height, stem=stem).check()
+
+    def encoder(self, img_size: tuple[int, int], drop_path: float) -> ViT:
+        """Return the encoder for images of `img_size` (h, w); random weights without `vit`.
+
+        On another grid of patches learned positions are interpolated, fixed ones computed anew.
+        """
+        vit = ViT(**{**self.arch, "img_size": img_size, "drop_path": drop_path})
+        if self.vit is None:
+            return vit
+        state = dict(self.vit.state_dict())
+        if vit.grid_size != self.vit.grid_size:
+            state["pos_embed"] = vit.state_dict()["pos_embed"]
+            if vit.positions == "learned":
+                from timm.layers.pos_embed import resample_abs_pos_embed
+
+                state["pos_embed"] = resample_abs_pos_embed(
+                    self.vit.pos_embed.detach(),
+                    list(vit.grid_size),
+                    list(self.vit.grid_size),
+                    num_prefix_tokens=vit.num_prefix_tokens,
+                )
+        vit.load_state_dict(state)
+        return vit
+
+    def scaled(self, images: ImageSet | ImageStream) -> ImageSet | ImageStream:
+        """Return the images with the encoder's mean and standard deviation."""
+        return dataclasses.replace(images, mean=self.mean, std=self.std)
+
+    def write(self, run_dir: Path) -> None:
+        """Write all but the weights, so that the run can go on without the encoder."""
+        about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vit"}
+        write_text(run_dir / START, json.dumps(about, indent=1))
+
+
+def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
+    """Return what a run starts from, None for random weights.
+
+    A run in `run_dir` that has a checkpoint or is finished needs the encoder no more. Raises
+    UserError if there is no encoder of that name, or none that can be trained here.
+    """
+    ref = config.model.init
+    if ref is None:
+        return None
+    if run_dir is not None and (start := read_start(run_dir)) is not None:
+        return start
+    try:
+        encoder = load(ref)
+        fingerprint, model = encoder.fingerprint(), encoder.model
+        vit = plain_vit(model) if isinstance(model, TimmViT) else model
+    except UserError as error:
+        raise UserError(f"--init {error}") from None
+    return Start(
+        ref,
+        vit_arguments(vit),
+        encoder.mean,
+        encoder.std,
+        encoder.license,
+        fingerprint,
+        vit,
+    )
+
+
+def license_of(run_dir: Path, config: Config) -> str | None:
+    """Return the licence of the encoder that a run in `run_dir` began with, if there is one."""
+    return read_json(run_dir / START)["license"] if config.model.init else None
+
+
+def read_start(run_dir: Path) -> Start | None:
+    """Return what a run began from, without weights; None if it has not begun or had none."""
+    begun = has_checkpoint(run_dir) or (run_dir / "summary.json").exists()
+    if not begun or not (run_dir / START).exists():
+        return None
+    found = read_json(run_dir / START)
+    arch = {k: tuple(v) if isinstance(v, list) else v for k, v in found["arch"].items()}
+    mean, std = tuple(found["mean"]), tuple(found["std"])
+    return Start(**{**found, "arch": arch, "mean": mean, "std": std, "vit": None})
 
 
 def arm_name(config: Config) -> str:

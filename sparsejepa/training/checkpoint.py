@@ -1,4 +1,4 @@
-"""The state of a run on disk: `run/checkpoints/step-000001200/`, whole or not there.
+"""A run on disk: its settings, and its state in `run/checkpoints/step-000001200/`.
 
 A checkpoint holds every parameter and buffer, frozen ones included, and the optimiser's state, in
 safetensors files that torch.distributed.checkpoint writes, one per process, and last of all
@@ -14,7 +14,6 @@ the previous checkpoints whole. All processes must see the folder.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import re
@@ -37,29 +36,68 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sparsejepa import __version__
+from sparsejepa import __version__, version
+from sparsejepa.config import Config, load_toml
 from sparsejepa.distributed import World
-from sparsejepa.errors import UserError
-from sparsejepa.files import sync, sync_folder, write_text
+from sparsejepa.errors import UserError, flag
+from sparsejepa.files import partial_files, read_json, sync, sync_folder, write_text
+from sparsejepa.lock import LOCK
 
 FORMAT = 2
-"""Of the folder; the first was a single file, `SINGLE_FILE`."""
+"""Of a checkpoint's folder."""
+START = "init.json"
+"""In a run directory: what the run knows of the encoder that it started from, see `Start`."""
+FROM_START = {"encoder_dims", "patch_size", "stem"}
+"""Settings that this encoder decides, whatever the flags say."""
 
-SINGLE_FILE = "checkpoint.safetensors"
+# Settings that may differ between a run and its resumption: they change no weight, rounding aside.
+_FREE_ON_RESUME = {
+    "data_root", "device", "threads", "compile", "checkpoint_every", "preset",
+    "keep_checkpoints", "workers", "parallel", "checkpoint_activations", "max_unreadable", "log",
+}  # fmt: skip
 _MANIFEST = "manifest.json"
-_REMEDIES = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room there or have the quota raised",
-    errno.EFBIG: "have the limit on the size of files raised",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
-}
 T = TypeVar("T")
 
 
-class _Broken(Exception):
-    """Why a checkpoint cannot be used."""
+def read_config(run_dir: Path) -> Config:
+    """Return the settings of a run. Raises UserError if `run_dir` is not one."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    if not (run_dir / "config.toml").exists():
+        raise UserError(f"{run_dir}: not a run directory (it has no config.toml)")
+    return Config.from_dict(load_toml(run_dir / "config.toml"), str(run_dir / "config.toml"))
+
+
+def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | None:
+    """Check the run directory against the settings; return the summary if the run is finished."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--out {run_dir} is a file; name a folder")
+    if not (run_dir / "config.toml").exists():
+        own = {run_dir / LOCK, run_dir / START, *partial_files(run_dir)}
+        if run_dir.is_dir() and set(run_dir.iterdir()) - own:
+            raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
+        return None
+    if not resume:
+        raise UserError(
+            f"--out {run_dir} already holds a run; continue it with --resume or name a new folder"
+        )
+    begun = train_version(run_dir)
+    if begun not in (None, version.TRAIN_VERSION):
+        raise UserError(
+            f"{run_dir}: the run there computes train version {begun}, this release "
+            f"{version.TRAIN_VERSION}; name a new folder with --out, or finish it with the release "
+            "that began it"
+        )
+    stored = read_config(run_dir).flat()
+    free = _FREE_ON_RESUME | (FROM_START if config.model.init else set())
+    for name, value in config.flat().items():
+        if name not in free and stored[name] != value:
+            raise UserError(
+                f"{flag(name)} {value}: the run in {run_dir} has {stored[name]}; resume with the "
+                "same settings or name a new folder with --out"
+            )
+    path = run_dir / "summary.json"
+    return read_json(path) if path.exists() else None
 
 
 def train_version(run_dir: Path) -> int | None:
@@ -70,7 +108,7 @@ def train_version(run_dir: Path) -> int | None:
     newest = reversed(_steps(run_dir / "checkpoints"))
     for path in (run_dir / "summary.json", *(step / _MANIFEST for step in newest)):
         # What is damaged is named when it is read in full.
-        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             about = json.loads(path.read_bytes())
             return about.get("progress", about).get("train_version", 1)
     return None
@@ -78,7 +116,11 @@ def train_version(run_dir: Path) -> int | None:
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Return whether there is anything to resume from, whole or not."""
-    return bool(_steps(run_dir / "checkpoints")) or (run_dir / SINGLE_FILE).exists()
+    return bool(_steps(run_dir / "checkpoints"))
+
+
+class _Broken(Exception):
+    """Why a checkpoint cannot be used."""
 
 
 class Checkpoints:
@@ -99,9 +141,6 @@ class Checkpoints:
     ) -> None:
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self._keep, self._world, self._say = keep, world, say
-
-    def __bool__(self) -> bool:
-        return has_checkpoint(self.run_dir)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
@@ -131,11 +170,11 @@ class Checkpoints:
                 shutil.rmtree(beside, ignore_errors=True)
             if not isinstance(error, OSError | SafetensorError):
                 raise
-            remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "see to that")
             last = f"the last good one is {earlier[-1].name}" if earlier else "there is no other"
             raise UserError(
                 f"{self.folder}: the checkpoint of step {progress['step']} could not be written "
-                f"({_one_line(error)}), {last}; {remedy}, then go on with --resume"
+                f"({_one_line(error)}), {last}; make room there or make it writable, then go on "
+                "with --resume"
             ) from None
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -145,29 +184,18 @@ class Checkpoints:
         is whole, of this version's format and of this model.
         """
         steps = self._on_main(lambda: _remove_leftovers(self.folder) or _steps(self.folder))
-        reasons = []
+        reason = ""
         for path in reversed(steps):
             try:
                 progress = self._on_main(lambda path=path: _examine(path))
                 self._load(path, model, optimizer)
+                return progress
             except (_Broken, OSError, SafetensorError) as error:
-                reasons.append(_one_line(error))
-                continue
-            if self._world.main:
-                for broken, reason in zip(reversed(steps), reasons, strict=False):
-                    self._say(f"{broken}: {reason}; going on from {path.name}")
-            return progress
-        if steps:
-            also = f", nor can the {len(steps) - 1} before it" if len(steps) > 1 else ""
-            raise UserError(
-                f"{steps[-1]} cannot be resumed from{also}: {reasons[0]}; bring back a copy or "
-                "name a new folder with --out"
-            )
-        if (self.run_dir / SINGLE_FILE).exists():
-            raise UserError(
-                f"{self.run_dir / SINGLE_FILE} has format 1, this version reads {FORMAT}; go on "
-                "with the version of sparsejepa that wrote it or name a new folder with --out"
-            )
+                reason = f"{path} cannot be resumed from ({_one_line(error)})"
+                if self._world.main:
+                    self._say(f"{reason}; trying the one before it")
+        if reason:
+            raise UserError(f"{reason}; bring back a copy or name a new folder with --out")
         return None
 
     def _make(self, beside: Path) -> None:
@@ -253,35 +281,19 @@ class Checkpoints:
 
 
 def _examine(path: Path) -> dict[str, Any]:
-    """Return the progress of a checkpoint. Raises _Broken unless every file is as it was written.
+    """Return the progress of a checkpoint.
 
-    Files beside those are no matter, but for tensors, which the engine would read.
+    Raises _Broken unless every file is as it was written.
     """
-    there = {entry.name for entry in path.iterdir()}
-    if _MANIFEST not in there:
-        raise _Broken(f"it has no {_MANIFEST}")
     try:
         about = json.loads((path / _MANIFEST).read_bytes())
-        checksum = about.pop("blake2b", None)
-        found = about["format"]
-        whole = checksum == _own_digest(about)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _Broken(f"{_MANIFEST} is damaged") from None
-    if isinstance(found, int) and found != FORMAT:
-        raise _Broken(f"it has format {found}, this version reads {FORMAT}")
+        whole = about.pop("blake2b") == _own_digest(about) and about["format"] == FORMAT
+        files = about["files"].items() if whole else ()
+        whole = whole and all(_digest(path / name) == entry["blake2b"] for name, entry in files)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        whole = False
     if not whole:
-        raise _Broken(f"{_MANIFEST} is damaged")
-    for name, entry in about["files"].items():
-        if name not in there:
-            raise _Broken(f"{name} is missing")
-        size = (path / name).stat().st_size
-        if size != entry["size"]:
-            raise _Broken(f"{name} has {size:,} bytes instead of {entry['size']:,}")
-        if _digest(path / name) != entry["blake2b"]:
-            raise _Broken(f"{name} is damaged (its checksum differs)")
-    for name in sorted(there - about["files"].keys()):
-        if name.endswith(".safetensors"):
-            raise _Broken(f"{name} is not one of its files")
+        raise _Broken("it is damaged, incomplete or of another format")
     return about["progress"]
 
 

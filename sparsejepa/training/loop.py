@@ -1,4 +1,4 @@
-"""The training loop: `_train` reads from top to bottom, the rest prepares it or tidies up.
+"""A run from its first to its last step: `pretrain` prepares it, `_train` is the loop.
 
 Several processes all run it, on their own rows of each batch; they see the same numbers and so
 decide alike. The main one prints and writes.
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from sparsejepa import version
 from sparsejepa.checks import check_pattern
-from sparsejepa.config import Config, load_toml, preset
+from sparsejepa.config import Config, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
 from sparsejepa.distributed import (
@@ -38,11 +39,11 @@ from sparsejepa.distributed import (
     on_main,
 )
 from sparsejepa.environment import environment, resolve_device
-from sparsejepa.errors import Interrupted, UserError, flag
+from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.files import partial_files, read_json, write_text
 from sparsejepa.interop import Encoder, load, save_encoder, save_groups
 from sparsejepa.interop.module import measure_rms, measure_seen
-from sparsejepa.lock import LOCK, run_lock
+from sparsejepa.lock import run_lock
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
@@ -53,43 +54,32 @@ from sparsejepa.training.build import (
     build_model,
     build_sampler,
     default_run_dir,
+    describe_parameters,
+    find_start,
+    license_of,
     load_images,
     total_steps,
 )
-from sparsejepa.training.checkpoint import Checkpoints, train_version
-from sparsejepa.training.guard import Guard
-from sparsejepa.training.loggers import Loggers, check_loggers
+from sparsejepa.training.checkpoint import START, Checkpoints, open_run, read_config
 from sparsejepa.training.monitor import (
-    Alarms,
+    METRICS,
     MetricsLog,
     OnlineEvaluation,
     ProgressLine,
+    Watch,
+    check_trackers,
     choose_images,
     group_state,
+    trackers,
 )
 from sparsejepa.training.parallel import whole_encoder
-from sparsejepa.training.pictures import Pictures
 from sparsejepa.training.schedule import Schedule
-from sparsejepa.training.start import FROM_START, START, find_start, license_of
 from sparsejepa.training.step import TERMS, TrainStep
 
 MEASURED = 2048
 """Training images over which what the groups see and their units are measured, at most."""
 SKIPPED = "skipped.txt"
 """File and reason, a line each, of images that could not be read while training."""
-
-# Settings that may differ between a run and its resumption: they change no weight, rounding aside.
-_FREE_ON_RESUME = {
-    "data_root", "device", "threads", "compile", "checkpoint_every", "preset",
-    "keep_checkpoints", "workers", "parallel", "checkpoint_activations", "max_unreadable", "log",
-}  # fmt: skip
-
-
-# Of a finished run's summary.json, what is shown of it.
-_SUMMARY = {
-    "arm": str, "steps": int, "seconds": (int, float), "images_per_second": (int, float),
-    "final": dict, "alarms": list,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +121,7 @@ def pretrain(
     else:
         config = preset(settings.pop("preset", "best")).replace(data=data, **settings)
     config.check()
-    check_loggers(config.run.log)
+    check_trackers(config.run.log)
     world = World.from_environment()
     check_shares(config, world)
     run_dir = Path(out) if out is not None else default_run_dir(config)
@@ -142,7 +132,9 @@ def pretrain(
 
         def look() -> dict[str, Any] | None:
             # What an attempt before this one began is gone on with, an older run is not.
-            anew = world.restarts > 0 and _about(run_dir).get("launch") == launch_name()
+            about = run_dir / "environment.json"
+            anew = world.restarts > 0 and about.exists()
+            anew = anew and read_json(about).get("launch") == launch_name()
             return open_run(run_dir, config, resume or anew)
 
         summary = on_main(world, look)
@@ -174,115 +166,109 @@ def _train(
     stop: list[int],
     console: Console | None,
 ) -> dict[str, Any]:
-    batch, total = config.optim.batch_size, total_steps(config, len(image_set))
+    """Train a new model, or go on from the newest checkpoint; return the run's summary."""
+    batch, total, every = (
+        config.optim.batch_size, total_steps(config, len(image_set)), config.run.log_every,
+    )  # fmt: skip
+    eval_every = config.run.eval_every or max(1, total // 10)
+    save_every = config.run.checkpoint_every or max(1, total // 20)
     report = ProgressLine(console if world.main else None, arm_name(config))
     augment = build_augment(config, image_set)
     train_step = TrainStep(config, model, augment, total, report.say, world, device)
     images = open_images(image_set, device, config.run.workers)
-    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
-    order = EpochOrder(len(image_set), batch, config.run.seed, images.index_device, blocks)
+    order = epoch_order(config, image_set, images)
     evaluate = OnlineEvaluation(image_set, images, world=world)
-    eval_every = config.run.eval_every or max(1, total // 10)
-    save_every = config.run.checkpoint_every or max(1, total // 20)
-
     if world.main:
         _begin(run_dir, config)
     checkpoints = Checkpoints(
         run_dir, keep=config.run.keep_checkpoints, world=world, say=report.say
     )
-    progress = checkpoints.restore(model, train_step.optimizer)
-    start, seconds, saved = 0, 0.0, "there is no checkpoint yet"
-    if progress is not None:
-        start, seconds = progress["step"], progress["seconds"]
-        saved = f"the last good checkpoint is that of step {start}"
-        if progress.get("images", image_set.fingerprint) != image_set.fingerprint:
-            raise UserError(
-                f"{config.data}: the images or labels are not those that {run_dir} began with; "
-                "bring them back or name a new folder with --out"
-            )
-    log = MetricsLog(run_dir, start, write=world.main)
-    guard, alarms = Guard(["loss", *TERMS[1:]]), Alarms(config.penalised, log.alarms)
-    for row in log.kept:
-        guard.observe(row)
-        alarms.observe(row)
-    loggers = Loggers(config.run.log if world.main else (), run_dir, config, log.kept, report.say)
-    pictures = Pictures(image_set, images, config.run.seed, world) if config.run.log else None
-    pending = torch.zeros(config.run.log_every, len(TERMS), device=device)
-    if model.groups is not None and start == 0:
+    state = {"step": 0, "seconds": 0.0, "images": image_set.fingerprint}
+    state |= checkpoints.restore(model, train_step.optimizer) or {}
+    if state["images"] != image_set.fingerprint:
+        raise UserError(
+            f"{config.data}: the images or labels are not those that {run_dir} began with; "
+            "bring them back or name a new folder with --out"
+        )
+    start = state["step"]
+    if start == 0 and model.groups is not None:
         weak = train_step.schedule.too_weak(float(model.groups.block_norms().detach().min()))
         if weak:
             report.say(weak)
-    agreed = Agreement(world)
+    pending = torch.zeros(every, len(TERMS), device=device)
+    own_rows = (train_step.rows(order(step)) for step in range(start, total))
     model.train()
 
     with (
+        trackers(config.run.log if world.main else (), run_dir, config, start) as shows,
+        MetricsLog(run_dir, start, write=world.main, show=shows) as log,
         report.between(start, total, batch),
-        log,
-        loggers,
         contextlib.closing(images),
-        contextlib.closing(agreed),
+        contextlib.closing(Agreement(world)) as agreed,
     ):
+        watch = Watch(["loss", *TERMS[1:]], config.penalised, log.rows)
         since, counted = time.perf_counter(), start
-        own_rows = (train_step.rows(order(step)) for step in range(start, total))
         for step, pixels in zip(range(start, total), images.batches(own_rows), strict=True):
-            row = step % config.run.log_every
+            row, done = step % every, step + 1
             pending[row] = train_step(pixels, step)
-            done, last = step + 1, step + 1 == total
             # Read once: a signal from here on waits for a next step.
             stopping = agreed(stop[0] if stop else 0)
-            saving = last or done % save_every == 0 or stopping > 0
-            # The only point that waits for the device.
-            if saving or row == config.run.log_every - 1:
-                values = mean_of(pending[: row + 1]).tolist()
-                wrong = map(guard.check, range(step - row, done), values)
-                wrong = next(filter(None, wrong), None) or _w_wrong(model.groups, step)
-                if wrong:
-                    raise UserError(
-                        f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a "
-                        f"higher --ema ({saved})"
-                    )
-                elapsed = time.perf_counter() - since
-                numbers = _metrics(model, train_step.schedule, step, values[-1])
-                rate = batch * (done - counted) / max(elapsed, 1e-9)
-                numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
-                drawn: dict[str, np.ndarray] = {}
-                seconds, since, counted = seconds + elapsed, time.perf_counter(), done
-                guard.observe(numbers)
+            saving = done == total or done % save_every == 0 or stopping > 0
+            if not saving and row < every - 1:
+                continue
+            values = mean_of(pending[: row + 1]).tolist()  # the only wait for the device
+            _check_losses(run_dir, watch, model.groups, step - row, values, state["step"])
+            elapsed = time.perf_counter() - since
+            state["seconds"] += elapsed
+            numbers = _metrics(model, train_step.schedule, step, values[-1])
+            rate = batch * (done - counted) / max(elapsed, 1e-9)
+            numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
+            log.write(numbers)
+            report.update(done, numbers)
+            if done == total or done % eval_every == 0:
+                numbers = {"step": step, **evaluate(model.target_encoder, train_step.autocast)}
                 log.write(numbers)
-                report.update(done, numbers)
-                if last or done % eval_every == 0:
-                    numbers = {"step": step, **evaluate(model.target_encoder, train_step.autocast)}
-                    log.write(numbers)
-                    if pictures is not None:
-                        drawn = pictures(model, train_step.autocast, step)
-                    since = time.perf_counter()
-                for alarm in alarms.check({**log.last, **numbers}, done / total):
-                    log.write({"step": step, "alarm": alarm})
-                    report.say(f"alarm, step {step}: {alarm}")
-                loggers.show({**log.newest, **drawn})
-                if saving:
-                    progress = {"step": done, "seconds": seconds, "images": image_set.fingerprint}
-                    progress["train_version"] = version.TRAIN_VERSION
-                    checkpoints.save(model, train_step.optimizer, progress)
-                    saved = f"the last good checkpoint is that of step {done}"
-                    since = time.perf_counter()
-                if stopping and not last:
-                    raise Interrupted(stopping)
+            for alarm in watch.alarms({**log.last, **numbers}, done / total):
+                log.write({"step": step, "alarm": alarm})
+                report.say(f"alarm, step {step}: {alarm}")
+            if saving:
+                state |= {"step": done, "train_version": version.TRAIN_VERSION}
+                checkpoints.save(model, train_step.optimizer, state)
+            if stopping and done < total:
+                raise Interrupted(stopping)
+            since, counted = time.perf_counter(), done
         skipped = _list_skipped(run_dir, images, world)
         if skipped:
             report.say(f"{skipped} images could not be read: {run_dir / SKIPPED}")
         encoder = whole_encoder(model.target_encoder, world.main)
-        summary = _summary(config, model, total, seconds, log) | {"skipped": skipped}
+        summary = _summary(config, model, total, state["seconds"], log) | {"skipped": skipped}
         if encoder is not None:
             _finish(run_dir, config, image_set, images, encoder, model.groups, summary)
     # Nobody leaves before everything is written.
     return on_main(world, lambda: summary)
 
 
-def _w_wrong(groups: GroupMap | None, step: int) -> str | None:
-    """Return what is wrong with W, whose gradient is no part of the common norm."""
-    whole = groups is None or bool(groups.W.isfinite().all())
-    return None if whole else f"'W' is not finite at step {step}"
+def _check_losses(
+    run_dir: Path,
+    watch: Watch,
+    groups: GroupMap | None,
+    first: int,
+    values: list[list[float]],
+    saved: int,
+) -> None:
+    """Raise UserError if the steps from `first` on with these `values` end the run.
+
+    W is looked at as well: its gradient is no part of the common norm.
+    """
+    wrong = next(filter(None, map(watch.failed, range(first, first + len(values)), values)), None)
+    if wrong is None and groups is not None and not groups.W.isfinite().all():
+        wrong = f"'W' is not finite at step {first + len(values) - 1}"
+    if wrong:
+        last = f"the last good checkpoint is that of step {saved}"
+        raise UserError(
+            f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a higher --ema "
+            f"({last if saved else 'there is no checkpoint yet'})"
+        )
 
 
 def _begin(run_dir: Path, config: Config) -> None:
@@ -394,61 +380,13 @@ def check_shares(config: Config, world: World) -> None:
         )
 
 
-def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | None:
-    """Check the run directory against the settings; return the summary if the run is finished."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--out {run_dir} is a file; name a folder")
-    if not (run_dir / "config.toml").exists():
-        own = {run_dir / LOCK, run_dir / START, *partial_files(run_dir)}
-        if run_dir.is_dir() and set(run_dir.iterdir()) - own:
-            raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
-        return None
-    if not resume:
-        raise UserError(
-            f"--out {run_dir} already holds a run; continue it with --resume or name a new folder"
-        )
-    begun = train_version(run_dir)
-    if begun not in (None, version.TRAIN_VERSION):
-        raise UserError(
-            f"{run_dir}: the run there computes train version {begun}, this release "
-            f"{version.TRAIN_VERSION}; name a new folder with --out, or finish it with the release "
-            "that began it"
-        )
-    stored = read_config(run_dir).flat()
-    free = _FREE_ON_RESUME | (FROM_START if config.model.init else set())
-    for name, value in config.flat().items():
-        if name not in free and stored[name] != value:
-            raise UserError(
-                f"{flag(name)} {value}: the run in {run_dir} has {stored[name]}; resume with the "
-                "same settings or name a new folder with --out"
-            )
-    path = run_dir / "summary.json"
-    if not path.exists():
-        return None
-    summary = read_json(path)
-    for name, kind in _SUMMARY.items():
-        if not isinstance(summary, dict) or not isinstance(summary.get(name), kind):
-            raise UserError(
-                f"{path}: damaged, '{name}' is missing or of another kind; remove it and start "
-                "again with --resume"
-            )
-    return summary
-
-
-def _about(run_dir: Path) -> dict[str, Any]:
-    """Return a run's environment.json, nothing if there is none or it is no object."""
-    path = run_dir / "environment.json"
-    found = read_json(path) if path.exists() else None
-    return found if isinstance(found, dict) else {}
-
-
-def read_config(run_dir: Path) -> Config:
-    """Return the settings of a run. Raises UserError if `run_dir` is not one."""
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run directory")
-    if not (run_dir / "config.toml").exists():
-        raise UserError(f"{run_dir}: not a run directory (it has no config.toml)")
-    return Config.from_dict(load_toml(run_dir / "config.toml"), str(run_dir / "config.toml"))
+def epoch_order(
+    config: Config, image_set: ImageSet | ImageStream, images: DeviceImages | StreamImages
+) -> EpochOrder:
+    """Return the order in which a run sees its images."""
+    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+    count, batch, seed = len(image_set), config.optim.batch_size, config.run.seed
+    return EpochOrder(count, batch, seed, images.index_device, blocks)
 
 
 class EpochOrder:
@@ -504,3 +442,64 @@ def _stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
+    """Return what a run would do, after timing a few steps of it."""
+    check_shares(config.check(), World())
+    check_pattern(config)
+    device = torch.device(resolve_device(config.run.device))
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    start = find_start(config)
+    config = start.settings(config) if start else config
+    image_set = load_images(config, start)
+    total, batch = total_steps(config, len(image_set)), config.optim.batch_size
+    model = build_model(config, image_set.img_size, total, start).to(device)
+    images = open_images(image_set, device, config.run.workers)
+    train_step = TrainStep(config, model, build_augment(config, image_set), total)
+    order = epoch_order(config, image_set, images)
+    times = []
+    with contextlib.closing(images):
+        for step in range(timed_steps + 1):
+            began = time.perf_counter()
+            train_step(images.take(order(0)), step).tolist()  # waits for the device
+            times.append(time.perf_counter() - began)
+    seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_rss_mb()
+    sampler = model.sampler
+    return {
+        "arm": arm_name(config),
+        "data": config.data,
+        "train_images": len(image_set),
+        "img_size": list(image_set.img_size),
+        "patches": sampler.grid_size[0] * sampler.grid_size[1],
+        "steps": total,
+        "epochs": total * batch / len(image_set),
+        "images_seen": total * batch,
+        "parameters": describe_parameters(model),
+        "target_blocks": config.masks.num_targets,
+        "target_shapes": [list(shape) for shape in sampler.target_shapes],
+        "context_counts": list(sampler.context_counts),
+        "merged_targets": sorted(set((sampler.union or {}).values())),
+        "precision": train_step.precision,
+        "device": str(device),
+        "images_per_second": batch / seconds,
+        "minutes": total * seconds / 60,
+        "peak_memory_mb": peak,
+        "would_write": str(default_run_dir(config)),
+        "files": ["config.toml", "environment.json", *([START] if start else []), METRICS,
+                  "checkpoints", "encoder.safetensors", "config.json",
+                  *(["groups.safetensors"] if model.groups else []), "summary.json"],
+    }  # fmt: skip
+
+
+def _peak_rss_mb() -> float:
+    """Return the process's peak memory so far in MiB (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,13 +1,17 @@
-"""What a run says about itself: metrics.jsonl, the online evaluation and the alarms."""
+"""What a run says about itself: metrics.jsonl, trackers, the online evaluation, what stops it.
+
+metrics.jsonl is the record; TensorBoard and Weights & Biases show its numbers elsewhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
-import sys
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -17,63 +21,62 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsejepa.config import Config
 from sparsejepa.data.augment import normalize
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.distributed import World, gather_rows, own_rows
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.information import rankme, std_per_dimension
-from sparsejepa.evaluation.probe import knn_accuracy
-from sparsejepa.evaluation.sparsity import summary
 from sparsejepa.files import write_text
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
-from sparsejepa.training.loggers import merge
+from sparsejepa.training.quality import knn_accuracy, rankme, std_per_dimension
 
 METRICS = "metrics.jsonl"
+_FACTOR = 1000.0
+_SUMS = {"loss", "total", "grad_norm"}
+"""Only not finite is a failure here: weights scale the total, single batches the gradient."""
+Show = Callable[[Mapping[str, Any]], None]
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line. Lines at or after `step` are dropped on a resume.
+    """metrics.jsonl, one JSON object a line; a resumed run drops the lines from `step` on.
 
-    So are lines that this program cannot have written. Of several processes, which all see the same
-    numbers, one has `write` and keeps the file. Raises UserError where the disk does not take it.
+    Of several processes, which all see the same numbers, one has `write` and keeps the file; `show`
+    gets each new row as well. Raises UserError where the disk does not take it.
     """
 
-    def __init__(self, run_dir: Path, step: int, *, write: bool = True) -> None:
-        self.path = run_dir / METRICS
+    def __init__(
+        self, run_dir: Path, step: int, *, write: bool = True, show: Sequence[Show] = ()
+    ) -> None:
+        self.path, self._show = run_dir / METRICS, show
+        self.rows: list[dict[str, Any]] = []
+        """Those of earlier parts of the run, oldest first."""
         self.last: dict[str, Any] = {}
+        """The newest value of each number."""
         self.alarms: list[str] = []
-        self.kept: list[dict[str, Any]] = []
-        """The rows of earlier parts of the run, oldest first."""
-        self.newest: dict[str, Any] = {}
-        """The rows of the newest step as one."""
         if step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):  # the line that a kill cut short
-                    continue
-                if _is_row(row) and row["step"] < step:
-                    self.kept.append(row)
-                    self._remember(row)
+                with contextlib.suppress(ValueError):  # the line that a kill cut short
+                    self.rows.append(json.loads(line))
+            self.rows = [row for row in self.rows if row["step"] < step]
+        for row in self.rows:
+            self._remember(row)
         self._file = None
         if write:
             with self._to_disk():
-                write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.kept))
+                write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
                 self._file = self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            self.close()
-        except UserError:
-            if error is None:  # what went wrong first counts
-                raise
+        if self._file:
+            with contextlib.suppress(OSError):  # every row was flushed when it was written
+                self._file.close()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, as JSON knows none."""
         clean = {k: _finite(v) for k, v in row.items()}
         self._remember(clean)
@@ -81,11 +84,8 @@ class MetricsLog:
             with self._to_disk():
                 self._file.write(json.dumps(clean) + "\n")
                 self._file.flush()
-
-    def close(self) -> None:
-        if self._file:
-            with self._to_disk():
-                self._file.close()
+            for show in self._show:
+                show(clean)
 
     @contextlib.contextmanager
     def _to_disk(self) -> Iterator[None]:
@@ -97,14 +97,72 @@ class MetricsLog:
                 "with --resume"
             ) from None
 
-    def _remember(self, row: dict[str, Any]) -> None:
-        if row["step"] != self.newest.get("step"):
-            self.newest = {}
-        merge(self.newest, row)
+    def _remember(self, row: Mapping[str, Any]) -> None:
         if "alarm" in row:
             self.alarms.append(row["alarm"])
         else:
             self.last.update(row)
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise UserError, naming the extra, for a tracker whose package is not installed."""
+    for name in names:
+        found = importlib.util.find_spec(name)
+        # A folder of that name, such as wandb leaves in a working directory, is no package.
+        if found is None or found.origin is None:
+            raise UserError(
+                f"--log {name}: not installed; pip install 'sparsejepa[{name}]', or leave it out"
+            )
+
+
+@contextlib.contextmanager
+def trackers(
+    names: Iterable[str], run_dir: Path, config: Config, step: int
+) -> Iterator[list[Show]]:
+    """Open TensorBoard and Weights & Biases for the numbers of a run's rows from `step` on.
+
+    TensorBoard's files lie in RUN_DIR/tensorboard; a resumed run makes its readers drop what was
+    shown from `step` on. wandb goes on with its run if that did not end, and reads its own
+    variables (WANDB_MODE, WANDB_PROJECT). Raises UserError for a tracker that does not start.
+    """
+    shows: list[Show] = []
+    with contextlib.ExitStack() as stack:
+        for name in dict.fromkeys(names):
+            try:
+                if name == "tensorboard":
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    writer = SummaryWriter(run_dir / "tensorboard", purge_step=step or None)
+                    stack.callback(writer.close)
+
+                    def show(row: Mapping[str, Any], writer: Any = writer) -> None:
+                        for key, value in _numbers(row).items():
+                            writer.add_scalar(key, value, row["step"])
+
+                else:
+                    import wandb
+
+                    folder = run_dir.resolve()
+                    run = wandb.init(
+                        project=os.environ.get("WANDB_PROJECT", "sparsejepa"),
+                        dir=str(run_dir), name=folder.name, group=folder.parent.name,
+                        config=config.to_dict(), resume="auto",
+                        settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+                    )  # fmt: skip
+                    stack.push(lambda kind, *_, run=run: run.finish(exit_code=int(bool(kind))))
+
+                    def show(row: Mapping[str, Any], run: Any = run) -> None:
+                        run.log(_numbers(row), step=row["step"])
+
+            except Exception as error:  # no login, no network, a full disk
+                what = " ".join(str(error).split())[:300] or type(error).__name__
+                raise UserError(f"--log {name}: {what}; mend that or leave it out") from None
+            shows.append(show)
+        yield shows
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
 
 
 class OnlineEvaluation:
@@ -183,32 +241,73 @@ def _of_few(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndar
     return np.sort(np.concatenate(chosen)[:count])
 
 
-class Alarms:
-    """Watches for the failure signatures that the paper warns of; each is raised once."""
+class Watch:
+    """Looks out for what ends a run and for the failures that the paper warns of.
 
-    def __init__(self, penalised: bool, raised: list[str]) -> None:
-        self._penalised = penalised
-        self._raised = {text.split(":")[0] for text in raised}
+    A run ends when a term of its loss is not finite, or explodes: is more than 1,000 times as large
+    as 1 and as in any row of metrics so far. Terms are of order 1, and some begin near 0, so that a
+    rise by a factor of 10,000 may be ordinary. In 378 ordinary runs no term came to more than 3
+    times that measure; runs that blew up reached 4,000 to 20,000 some steps before the first value
+    was not finite.
+
+    All that it knows comes from `rows` of metrics.jsonl, so that a resumed run is judged as one
+    that never stopped.
+
+    Args:
+        terms: names of a step's values, in order.
+        penalised: whether W is under a penalty.
+        rows: of earlier parts of the run.
+    """
+
+    def __init__(
+        self, terms: Sequence[str], penalised: bool, rows: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        # A sum is never finite when a term is not, and the term is the cause: sums come last.
+        self._order = sorted(range(len(terms)), key=lambda i: terms[i] in _SUMS)
+        self._terms, self._penalised = list(terms), penalised
+        self._largest: dict[str, float] = {}
         self._losses: deque[float] = deque(maxlen=50)
         self._first_rank = 0.0
+        self._raised = {row["alarm"].split(":")[0] for row in rows if "alarm" in row}
+        for row in rows:
+            self.observe(row)
 
-    def observe(self, row: dict[str, Any]) -> None:
-        """Take a metrics row, also one of an earlier part of the run, into the comparisons."""
+    def observe(self, row: Mapping[str, Any]) -> None:
+        """Take a row of metrics into the comparisons."""
+        for name in set(self._terms) - _SUMS:
+            if row.get(name) is not None:
+                self._largest[name] = max(self._largest.get(name, 1.0), abs(row[name]))
         if row.get("loss") is not None:
             self._losses.append(row["loss"])
         self._first_rank = self._first_rank or row.get("rankme") or 0.0
 
-    def check(self, row: dict[str, Any], progress: float) -> list[str]:
-        """Return the new alarms of a metrics row; `progress` is the share of the run done."""
+    def failed(self, step: int, values: Sequence[float]) -> str | None:
+        """Return which of a step's values ends the run, and how; None if none does."""
+        for i in self._order:
+            if not math.isfinite(values[i]):
+                return f"'{self._terms[i]}' is not finite at step {step}"
+        for i in self._order:
+            largest = self._largest.get(self._terms[i], math.inf)
+            if abs(values[i]) > _FACTOR * largest:
+                return (
+                    f"'{self._terms[i]}' exploded at step {step} "
+                    f"({values[i]:.3g}, {largest:.3g} at most before)"
+                )
+        return None
+
+    def alarms(self, row: Mapping[str, Any], progress: float) -> list[str]:
+        """Return the new alarms of a row of metrics, each once a run; then observe it.
+
+        progress: the share of the run that is done.
+        """
         found = []
         row = {name: value for name, value in row.items() if value is not None}
-        if "loss" in row:
-            usual = median(self._losses) if len(self._losses) >= 20 else math.inf
-            if progress > 0.1 and abs(row["loss"]) > 4 * abs(usual):
-                found.append(
-                    f"unstable: the loss is {row['loss'] / usual:.1f} times its recent median; the "
-                    "EMA rate may not suit the added terms (raise --ema or lower --lr)"
-                )
+        usual = median(self._losses) if len(self._losses) >= 20 else math.inf
+        if "loss" in row and progress > 0.1 and abs(row["loss"]) > 4 * abs(usual):
+            found.append(
+                f"unstable: the loss is {row['loss'] / usual:.1f} times its recent median; the "
+                "EMA rate may not suit the added terms (raise --ema or lower --lr)"
+            )
         # Where no block is zero (a single group, lambda = 0) lambda is not to blame.
         if row.get("max_usage", 0) > 0.9 and row.get("density", 0) < 1:
             found.append(
@@ -226,10 +325,8 @@ class Alarms:
                 "(raise --lam or set --density)"
             )
         self.observe(row)
-        rank, spread = row.get("rankme"), row.get("std_mean")  # not there unless finite
-        if rank is None or spread is None:
-            pass
-        elif rank < max(1.5, 0.1 * self._first_rank) or spread < 1e-4:
+        rank, spread = row.get("rankme", math.inf), row.get("std_mean", math.inf)
+        if rank < max(1.5, 0.1 * self._first_rank) or spread < 1e-4:
             found.append(
                 f"collapse: RankMe {rank:.1f}, mean spread {spread:.1e}; the embeddings lose their "
                 "dimensions (raise --beta or --ema, lower --lr)"
@@ -281,27 +378,14 @@ def group_state(groups: GroupMap | None) -> dict[str, float]:
     if groups is None:
         return {}
     norms = groups.block_norms().detach()
-    numbers = summary(norms)
+    fed = (norms > 0).double()
     usage = norms.float().square().sum(1)
     return {
-        "density": float(numbers["density"]),
-        "groups_per_latent": float(numbers["groups_per_latent"]),
-        "dead_groups": int(numbers["dead_groups"]),
+        "density": float(fed.mean()),
+        "groups_per_latent": float(fed.sum(0).mean()),
+        "dead_groups": int((fed.sum(1) == 0).sum()),
         "max_usage": float(usage.max() / usage.sum().clamp_min(1e-12)),
     }
-
-
-def _is_row(row: Any) -> bool:
-    """Return whether a line is one of those that `MetricsLog` writes: numbers, null, an alarm."""
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return False
-    largest = sys.float_info.max
-    return all(
-        isinstance(value, str)
-        if name == "alarm"
-        else value is None or (isinstance(value, int | float) and abs(value) <= largest)
-        for name, value in row.items()
-    )
 
 
 def _finite(value: Any) -> Any:

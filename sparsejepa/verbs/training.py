@@ -129,6 +129,7 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
         raise UserError(f"--resume: there is no run {where}; name its folder with --out")
     config = args.settings(args.data)
     from sparsejepa.training.build import default_run_dir
+    from sparsejepa.training.loop import plan
     from sparsejepa.training.loop import pretrain as train
 
     run_dir = args.out or default_run_dir(config)
@@ -138,7 +139,6 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
                 f"--dry-run: for one process and {size} were started; start it without torchrun or "
                 "srun"
             )
-        from sparsejepa.training.plan import plan
 
         found = _with_batch_that_fits(config, plan, console) | {"would_write": str(run_dir)}
         show_facts(console, found, "dry run: nothing was written")

@@ -13,10 +13,11 @@ from sparsejepa.evaluation import measured as module
 from sparsejepa.evaluation.classifiers import LogisticProbe
 from sparsejepa.evaluation.disentangle import dci
 from sparsejepa.evaluation.features import embed
-from sparsejepa.evaluation.information import rankme, total_correlation
+from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.measured import MEASURES, check_measures, encoder_flops, measure
 from sparsejepa.interop import Encoder
 from sparsejepa.model.encoder import ViT
+from sparsejepa.training.quality import rankme
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 DATA: dict[str, Any] = {"data": "scenes:single", "targets": ["colour"], "limit": 300}

@@ -22,11 +22,11 @@ from sparsejepa.evaluation.probe import (
     LogisticProbe,
     RidgeProbe,
     evaluate,
-    knn_accuracy,
     wilson_interval,
 )
 from sparsejepa.interop import Encoder
 from sparsejepa.model.encoder import ViT
+from sparsejepa.training.quality import knn_accuracy
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 

@@ -21,7 +21,7 @@ from sparsejepa.interop import hub as hub_client
 from sparsejepa.interop import load, load_groups
 from sparsejepa.interop.card import model_card
 from sparsejepa.interop.export import write_export
-from sparsejepa.training.start import FROM_START
+from sparsejepa.training.checkpoint import FROM_START
 from sparsejepa.version import TRAIN_VERSION
 
 from .exported import assert_same, open_run, pixels_for, write_run

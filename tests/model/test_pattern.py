@@ -17,8 +17,7 @@ from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training.build import build_model
-from sparsejepa.training.loop import pretrain
-from sparsejepa.training.plan import plan
+from sparsejepa.training.loop import plan, pretrain
 
 
 def model_of(**settings: object) -> SparseJEPA:
@@ -113,7 +112,6 @@ def test_a_pattern_that_there_is_not_is_refused_before_any_data_is_loaded(
         raise AssertionError("images are loaded")
 
     monkeypatch.setattr("sparsejepa.training.loop.load_images", loaded)
-    monkeypatch.setattr("sparsejepa.training.plan.load_images", loaded)
     monkeypatch.setattr("sparsejepa.training.build.load_images", loaded)
     run = tmp_path / "run"
 

@@ -19,8 +19,7 @@ from sparsejepa.errors import UserError
 from sparsejepa.interop import load, load_groups
 from sparsejepa.interop.module import load_activations
 from sparsejepa.training.build import build_model, build_sampler, load_images
-from sparsejepa.training.loop import pretrain
-from sparsejepa.training.plan import plan
+from sparsejepa.training.loop import plan, pretrain
 
 from .tiny import config_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +24,9 @@ from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.training import loop
-from sparsejepa.training import plan as planning
 from sparsejepa.training.checkpoint import train_version
-from sparsejepa.training.loop import EpochOrder, pretrain
-from sparsejepa.training.monitor import Alarms, MetricsLog, OnlineEvaluation
-from sparsejepa.training.plan import plan
+from sparsejepa.training.loop import EpochOrder, plan, pretrain
+from sparsejepa.training.monitor import OnlineEvaluation
 
 TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
@@ -259,27 +255,13 @@ def test_a_run_of_another_train_version_is_refused_and_kept_as_it_is(
     assert train_version(tmp_path / "old") == 1 and train_version(tmp_path) is None
 
 
-def test_a_damaged_summary_or_environment_is_one_line(folder: Path, tmp_path: Path) -> None:
-    config, out = config_of(folder, steps=4), tmp_path / "run"
-    whole = pretrain(config, out=out).summary
-    damaged = [{k: v for k, v in whole.items() if k != name} for name in ("arm", "final")]
-    for content in (*damaged, whole | {"seconds": "3"}, [1], 3):
-        (out / "summary.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match=r"summary\.json: damaged, '\w+' is .* --resume"):
-            pretrain(config, out=out, resume=True)
-    # The remedy works, also without the environment that the run began in.
-    (out / "summary.json").unlink()
-    (out / "environment.json").write_text("[1]")
-    assert pretrain(config, out=out, resume=True).summary["final"] == whole["final"]
-
-
 def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(config_of(folder), out=out)
     (out / "summary.json").unlink()
     for manifest in out.glob("checkpoints/*/manifest.json"):
         manifest.write_bytes(b"not a manifest")
-    with pytest.raises(UserError, match=r"step-\d+ .*manifest\.json is damaged"):
+    with pytest.raises(UserError, match=r"step-\d+ .*it is damaged.* --out"):
         pretrain(config_of(folder), out=out, resume=True)
 
 
@@ -395,8 +377,8 @@ def test_a_plan_is_made_as_the_run_would_be(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(StreamImages, "close", lambda self: closed.append(self))
     monkeypatch.setattr(ImageStream, "blocks", np.array([32, 32]))
     seen: list[Any] = []
-    order = planning.EpochOrder
-    monkeypatch.setattr(planning, "EpochOrder", lambda *a: seen.extend(a) or order(*a))
+    order = loop.EpochOrder
+    monkeypatch.setattr(loop, "EpochOrder", lambda *a: seen.extend(a) or order(*a))
     plan(config_of(folder, stream=True, workers=0), timed_steps=1)
     assert len(closed) == 1 and seen[4] is ImageStream.blocks
     with pytest.raises(UserError, match="--accumulate 3"):
@@ -409,92 +391,3 @@ def test_order_visits_every_image_once_an_epoch() -> None:
     assert sorted(seen.tolist()) == list(range(50))
     assert not torch.equal(seen, torch.cat([order(s) for s in range(5, 10)]))
     assert torch.equal(EpochOrder(50, 10, seed=3)(7), order(7))
-
-
-def test_alarms_name_the_failure_signatures_once() -> None:
-    alarms = Alarms(penalised=True, raised=[])
-    assert alarms.check({"max_usage": 0.95}, 0.5)[0].startswith("one group")
-    assert alarms.check({"max_usage": 0.95}, 0.6) == []
-    assert alarms.check({"density": 1.0}, 1.0)[0].startswith("no sparsity")
-    assert alarms.check({"rankme": 40.0, "std_mean": 0.3}, 0.1) == []
-    assert alarms.check({"rankme": 1.2, "std_mean": 0.3}, 0.2)[0].startswith("collapse")
-    for _ in range(30):
-        assert alarms.check({"loss": 0.5}, 0.5) == []
-    assert alarms.check({"loss": 5.0}, 0.5)[0].startswith("unstable")
-    assert alarms.check({"groups_per_latent": 0.1}, 0.5)[0].startswith("no group")
-    assert Alarms(penalised=False, raised=[]).check({"density": 1.0}, 1.0) == []
-    # A single group is used by all latents, whatever lambda is.
-    assert Alarms(penalised=True, raised=[]).check({"max_usage": 1.0, "density": 1.0}, 0.5) == []
-
-
-def test_alarms_compare_with_the_rows_before_a_resume() -> None:
-    alarms = Alarms(penalised=True, raised=[])
-    for row in [{"rankme": 40.0, "std_mean": 0.3}, *[{"loss": 0.5}] * 30]:
-        alarms.observe(row)
-    late = {"rankme": 3.0, "std_mean": 0.3, "loss": 5.0}
-    assert [text.split(":")[0] for text in alarms.check(late, 0.5)] == ["unstable", "collapse"]
-    assert alarms.check({"rankme": None, "std_mean": None}, 0.6) == []
-
-
-def test_metrics_log_drops_what_a_resume_repeats(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
-    for step in range(6):
-        log.write({"step": step, "loss": float(step)})
-    log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # cut short by a kill
-    log = MetricsLog(tmp_path, 4)
-    assert log.last["loss"] == 3.0
-    log.write({"step": 4, "loss": float("nan")})
-    log.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert rows[-1]["loss"] is None
-
-
-def test_metrics_of_a_damaged_file_are_those_that_are_left(tmp_path: Path) -> None:
-    good = [{"step": 0, "loss": 1.0, "knn": None}, {"step": 1, "alarm": "collapse: so it is"}]
-    lines = [b"123", b"[]", b'"x"', b"null", b'{"loss": 2.0}', b'{"step": "1"}', b"\xff\xfe\x00",
-             b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": [1]}', b'{"step": 1, "alarm": 3}',
-             b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
-             b"[" * 100_000]  # fmt: skip
-    whole = [json.dumps(row).encode() for row in good]
-    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([whole[0], *lines, whole[1]]))
-    with MetricsLog(tmp_path, 2) as log:
-        assert log.kept == good and log.alarms == ["collapse: so it is"]
-    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == whole
-
-
-def test_a_disk_that_takes_no_metrics_is_named_and_hides_no_earlier_error(tmp_path: Path) -> None:
-    def failing(*_: Any) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def broken(name: str) -> MetricsLog:
-        log = MetricsLog(tmp_path, 0)
-        works: dict[str, Any] = dict.fromkeys(("write", "flush", "close"), lambda *_: None)
-        log._file = SimpleNamespace(**{**works, name: failing})  # type: ignore[assignment]
-        return log
-
-    with pytest.raises(UserError, match=r"metrics\.jsonl: Input/output error; .* --resume"):
-        broken("write").write({"step": 0})
-    with pytest.raises(UserError, match=r"metrics\.jsonl: Input/output"), broken("close"):
-        pass
-    with pytest.raises(UserError, match="a loss exploded"), broken("close"):
-        raise UserError("a loss exploded")
-
-
-def test_metrics_are_whole_when_a_resume_cannot_rewrite_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = MetricsLog(tmp_path, 0)
-    log.write({"step": 0, "loss": 1.0})
-    log.close()
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space"):
-        patch.setattr(os, "fsync", full)
-        MetricsLog(tmp_path, 1)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]

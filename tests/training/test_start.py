@@ -16,10 +16,8 @@ from sparsejepa.errors import UserError
 from sparsejepa.interop import Encoder, save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.training import loop
-from sparsejepa.training.build import build_model
-from sparsejepa.training.loop import pretrain
-from sparsejepa.training.plan import plan
-from sparsejepa.training.start import find_start, resize_positions
+from sparsejepa.training.build import build_model, find_start
+from sparsejepa.training.loop import plan, pretrain
 
 from .tiny import config_of
 
@@ -99,18 +97,6 @@ def test_a_resumed_run_needs_the_encoder_no_more(
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(UserError, match=r"--init .*no such run directory"):
         pretrain(config, out=tmp_path / "other")
-    about = (tmp_path / "run/init.json").read_text()
-    for damage in (
-        "{",
-        "[]",
-        about.replace('"depth": 2', '"depth": 1e9'),
-        about.replace("24", '"x"'),
-        about.replace('"license": null', '"license": 5'),
-    ):
-        (tmp_path / "run/init.json").write_text(damage)
-        with pytest.raises(UserError, match=r"init\.json: damaged"):
-            pretrain(config, out=tmp_path / "run", resume=True)
-    (tmp_path / "run/init.json").write_text(about)
     run = pretrain(config, out=tmp_path / "run", resume=True)
     assert run.encoder().fingerprint() == whole.encoder().fingerprint()
     again = pretrain(loop.read_config(run.path), out=run.path, resume=True)
@@ -129,8 +115,6 @@ def test_positions_on_another_grid(tmp_path: Path, learned: bool) -> None:
     expected = ViT(**{**start.arch, "img_size": (24, 32)}).pos_embed
     if learned:
         expected = resample_abs_pos_embed(vit.pos_embed, [6, 8], [4, 4], num_prefix_tokens=1)
-        same = resize_positions(vit.pos_embed, (4, 4), (4, 4), 1)
-        torch.testing.assert_close(same, vit.pos_embed)
     torch.testing.assert_close(larger.pos_embed.detach(), expected.detach())
     others = {name: t for name, t in larger.state_dict().items() if name != "pos_embed"}
     assert all(torch.equal(t, vit.state_dict()[name]) for name, t in others.items())
