@@ -32,7 +32,7 @@ FLOORS = [
     ],
     ["model"],
     ["data"],
-    ["interop"],
+    ["encoders"],
     ["evaluation"],
     ["training"],
     ["study"],

@@ -8,6 +8,7 @@ program that it is for and compared with ours on random pixels; only then does i
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 import math
@@ -35,11 +36,10 @@ from sparsejepa.encoders.encoder import (
     vit_arguments,
 )
 from sparsejepa.encoders.load import CARD, MODEL, NAME, QKV, TRANSFORMERS, folder_of, plain
-from sparsejepa.errors import UserError, nearest
+from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
 from sparsejepa.model.encoder import ViT
 
-FORMATS = ("timm", "transformers", "hub", "onnx")
 ACTIVATIONS, ONNX = "group_activations.safetensors", "model.onnx"
 BATCHES = (1, 2, 5)
 """Numbers of images that an export is checked with."""
@@ -147,15 +147,12 @@ Run = Callable[[Tensor], dict[str, Tensor]]
 
 
 def write_export(export: Export, to: str, out: Path, name: str | None = None) -> Exported:
-    """Write the folder `out` in one of `FORMATS`; `name` stands on its card instead of `out`'s.
+    """Write the folder `out` for timm, transformers, hub or onnx; `name` is what its card says.
 
     Raises UserError if `out` exists, a format cannot hold the encoder, or what the other program
     computes differs.
     """
-    if to not in FORMATS:
-        raise UserError(f"--to {to}: not one of {', '.join(FORMATS)}{nearest(to, FORMATS)}")
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out {out}: exists already; name another, or remove it first")
+    check_out(out)
     writers = {"timm": _timm, "transformers": _transformers, "hub": _hub, "onnx": _onnx}
     with _new_folder(out) as folder:
         run, use = writers[to](export, folder)
@@ -167,6 +164,12 @@ def write_export(export: Export, to: str, out: Path, name: str | None = None) ->
         write_text(folder / CARD, card(export, to, name, use.format(out=name)))
         files = sorted(path.name for path in folder.iterdir())
     return Exported(files, use.format(out=out), difference)
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError for a folder that is there already."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out {out}: exists already; name another, or remove it first")
 
 
 def publish(export: Export, ref: str, *, public: bool = False) -> Exported:
@@ -251,7 +254,7 @@ def card(export: Export, to: str, name: str, use: str) -> str:
     return _CARD.format(
         library={"hub": "sparsejepa"}.get(to, to),
         license=f"license: {license}\n" if license else "",
-        name=re.sub(r"([\\`*_\[\]|~#!<>&])", r"\\\1", " ".join(name.split())),
+        name=re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(" ".join(name.split()))),
         patch=" x ".join(map(str, about["patch_size"])),
         **{key: about[key] for key in ("embed_dim", "depth", "num_heads")},
         **{"height": height, "width": width, "mean": mean, "std": std},

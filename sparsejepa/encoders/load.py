@@ -435,8 +435,11 @@ def build_vit(
                 "; ".join(wrong[:3]) + f" and {len(wrong) - 3} more" * (len(wrong) > 3)
             )
     except (KeyError, ValueError, RuntimeError, ArithmeticError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{origin}: {what} ({reason}); other models come as timm:NAME") from None
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = lacks.splitlines()[-1].strip()
+        raise UserError(
+            f"{origin}: {what} ({reason}); only such a one is read or exported"
+        ) from None
     vit.load_state_dict({name: weights[name].clone() for name in wanted}, assign=True)
     return vit.float()
 

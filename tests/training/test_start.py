@@ -12,8 +12,8 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from sparsejepa.config import Config
+from sparsejepa.encoders.encoder import Encoder, save_encoder
 from sparsejepa.errors import UserError
-from sparsejepa.interop import Encoder, save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.training import loop
 from sparsejepa.training.build import build_model, find_start
