@@ -162,7 +162,7 @@ def test_a_file_of_weights_is_gone_on_with(folder: Path, tmp_path: Path) -> None
         ({"num_groups": 30}, "--num-groups 30 is more than the 24 latents of --init"),
         ({"target_layers": 3}, "--target-layers 3 is more than the 2 blocks of --init"),
         ({"init": "timm:vit_tny_patch16_224"}, "--init timm:.*did you mean"),
-        ({"init": "timm:vit_small_patch14_dinov2?untrained"}, "--init timm:.*layer scale"),
+        ({"init": "timm:vit_small_patch14_dinov2?untrained"}, r"--init timm:.*ls1\.gamma"),
         ({"init": "nowhere"}, "--init nowhere: no such run directory"),
     ],
 )
