@@ -1,183 +1,307 @@
-"""Write the tables of docs/results.md and docs/claims.md and the results in README.md.
+"""The study's pages, made from results/ alone: docs/results.md, docs/claims.md, figures, README.
 
     python recipes/tables.py            # write them
     python recipes/tables.py --check    # write nothing; exit 1 if a page is not what results/ give
 
-What stands between two markers of a page is made from results/ and recipes/queue.toml; the
-rest of a page is written by hand. The queue says which runs belong to which table.
+Each table is a definition in `SPECS` over the runs that recipes/queue.toml marks with its number.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from claims import VERDICTS, ledger
-from search import read_search, replay, text
-from study import (
-    CIFAR10,
+from claims import ledger
+from front import readme_block
+from layouts import (
     CIFAR100,
     CORRELATION,
     DCI,
     DEAD,
-    FAR,
+    GROUP_DCI,
     GROUPS,
-    KEPT,
-    NEARER,
+    PENALISED,
     SHARES,
     SPARSE,
     TASKS,
-    WRONG,
-    Block,
-    Measure,
-    Study,
-    read_study,
+    Report,
+    Spec,
+    best,
+    by_arm,
+    by_measure,
+    by_size,
+    collapse,
+    efficiency,
+    near_far,
+    queued,
+    render,
 )
+from plots import FIGURES, draw, shown
+from search import read_search, replay
+from study import Study, read_study
 
 from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
+from sparsejepa.study.figures import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/claims.md")
-MARKED = re.compile(r"<!-- (\S+):begin -->.*?<!-- \1:end -->", re.S)
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+PRELUDE = """# Results
+
+Made by `python recipes/tables.py` from `results/` and `recipes/queue.toml`; nothing here is typed
+in by hand. [claims.md](claims.md) holds the paper's claims against these numbers.
+
+How to read the tables:
+
+- Accuracies are top-1 in percent of a frozen encoder's average-pooled last layer under a logistic
+  probe whose regularisation is chosen on a part of the training images, unless a table says
+  otherwise. Mean ± sample standard deviation over the seeds that are done, "done / planned"
+  beside them. *Untrained encoder*: the same probe on fresh weights. *Raw pixels*: on the images
+  themselves.
+- "minus": difference paired by seed, in points for accuracies, with the 95 % Student t interval
+  in [brackets], which is the one that counts, and the bootstrap interval in (parentheses), which
+  is too narrow below about ten seeds. Where an arm has a twin with the same additions, the twin
+  is what it is compared with, and is named. Intervals in a table are not widened for the number
+  of comparisons in it; where a best arm is picked among k, its interval is (Bonferroni, 95 % for
+  all k and both controls), and it is picked from the arms with the most seeds.
+- Only runs of the present train and eval version (`sparsejepa/version.py`), the same settings, the
+  same kind of device and the same torch version are averaged or paired; what was left apart for
+  that is named. "failed": the loss became infinite or not a number. "queued": planned, not yet
+  run; "not run": not planned.
+- `dense` is I-JEPA without group map, `lam=0` the group map without penalty: the control of every
+  sparse arm. `density=0.25`: lambda steered so that a quarter of the (group, latent) connections
+  stay.
+- **Rows of version 1 say nothing of learned groups** (rows that name no version are of version 1).
+  There the gradient of the prediction was too small to move W against the penalty. The zeros are
+  those of W's random start: each latent kept the groups of its largest initial norms (Jaccard 1.000
+  in all three runs tried), and the penalty alone, without data, gives the published numbers of
+  groups per latent to within 0.03. So every sparse arm of version 1 is an arm of random
+  connections, and lambda was a clock: it set how far the shrinking came before the run ended.
+"""
 
 
-@dataclass(frozen=True)
-class Spec:
-    """How a table of docs/results.md is laid out; its runs are those that the queue marks.
+PLAIN = [("I-JEPA", "dense"), ("group map, no penalty", "lam=0")]
+METHODS = [
+    ("C-JEPA: VICReg", "*+vicreg=*+*"), ("LeJEPA: SIGReg", "*+sigreg=*+*"),
+    ("Rectified LpJEPA: rectified latent", "*+rectified=*+*"),
+]  # fmt: skip
+SPECS = (
+    Spec(
+        1, "The paper's Table I",
+        "Encoders pretrained on the images named above each table, probed near and far. The "
+        "paper's numbers are one run each, with settings that it does not give.",
+        by_measure, [measure for measure, _ in TASKS], labels=PLAIN,
+        below=(
+            "Places205 has no public loader: the sets named stand in for it and are not "
+            "comparable. CLEVR/Count: scenes generated by this package, and the 267 genuine "
+            "images at hand (55 of them to test on: a noisy figure). iNaturalist 2018: loader and "
+            "protocol are there and tested on a small tree in the official layout; the images were "
+            "not at hand."
+        ),
+    ),
+    Spec(
+        2, "Arms at matched compute",
+        "What does the gain, if there is one: the KL term, the group map, its penalty, or zeros of "
+        "any kind? Equal images, steps, encoder and probe.",
+        by_arm, [CIFAR100, GROUPS], ("lam=0", "dense"),
+        labels=[
+            ("I-JEPA, no KL", "dense+beta=0"), ("I-JEPA with KL", "dense"),
+            ("group map, no KL", "lam=0+beta=0"), ("group map", "lam=0"),
+            ("fixed lambda", "lam=0.*"), ("steered density", "density=0.*"),
+            ("the same without KL", "density=0.*+beta=0"),
+            ("zeros drawn at random", "density=0.*+pattern=random"),
+            ("L1 on activations", "dense+activation_l1=*"),
+            *METHODS,
+        ],
+        notes=[best],
+    ),
+    Spec(
+        3, "Lambda and density",
+        "The paper's first experiment: accuracy and structure from no penalty to one group per "
+        "latent. Total correlation and DCI are of the frozen latents.",
+        by_arm, [CIFAR100, CORRELATION, DCI, GROUP_DCI, GROUPS], paired=2,
+        labels=[*PLAIN, ("", "lam=0.*"), ("", "density=0.*")], alarms=True, notes=[best, collapse],
+    ),
+    Spec(
+        4, "Other methods under the same budget",
+        "Regularisers of related methods as arms of this code: same encoder, predictor, masks, "
+        "augmentation, steps and probe.",
+        by_arm, [CIFAR100, GROUPS], ("dense", "lam=0"),
+        labels=[
+            *PLAIN, ("SparseJEPA", "density=0.*"), *METHODS,
+        ],
+        below=(
+            "The other methods run at one weight each, not tuned, while the learning rate was "
+            "searched for the dense and the sparse arm. The rectified arm shapes the ReLU of the "
+            "pooled embedding, but the probe reads the embedding itself."
+        ),
+    ),
+    Spec(
+        5, "Encoder size and length",
+        "Does the gain grow or vanish with the encoder and with training?", by_size,
+    ),
+    Spec(
+        6, "Number of groups, and lambda against EMA",
+        "Accuracy and usage against G (16 where an arm does not say), and where training becomes "
+        "unstable.",
+        by_arm, [CIFAR100, GROUPS, DEAD], alarms=True,
+        labels=[
+            *PLAIN, ("16 groups", SPARSE), ("no penalty", "lam=0+num_groups=*"),
+            ("", "density=0.*+num_groups=*"), ("", "lam=0.*"), ("", "lam=*+ema=*+*"),
+        ],
+    ),
+    Spec(
+        7, "Near and far",
+        "The paper's third experiment: is the sparse arm's gain over a control another one near "
+        "(CIFAR-10) than far?", near_far,
+    ),
+    Spec(
+        8, "Beyond the linear probe", "Few labels, and fine-tuning. The untrained floor of "
+        "fine-tuning is the same network trained alike from random weights.",
+        by_measure, SHARES, labels=PLAIN,
+    ),
+    Spec(
+        9, "Noise and shuffled patches",
+        "The paper's break condition: without semantic structure in the pretraining images, do "
+        "groups appear, and does transfer fall? Probed on the true images.",
+        by_arm, [CIFAR100, GROUPS, DCI], ("", "lam=0"),
+        labels=[
+            *PLAIN, ("", PENALISED), ("noise", "*+corruption=noise"),
+            ("shuffled", "*+corruption=shuffle"),
+        ],
+    ),
+    Spec(
+        10, "Pixels instead of embeddings",
+        "The paper's third mechanism: prediction in embedding space.",
+        by_arm, [CIFAR100, GROUPS], ("", "lam=0"),
+        labels=[*PLAIN, ("", SPARSE), ("pixels", "*+predict=pixels")],
+    ),
+    Spec(
+        11, "Efficiency",
+        "Accuracy of the probe when groups are dropped, the least used first; a latent stays "
+        "while a kept group reads it. Against as many random latents and principal components. "
+        "Without groups the latents of least variance go. Bytes: bf16 latents. The encoder's own "
+        "operations are the same in every line: dropping latents saves storage and what reads "
+        "them, not the encoding.",
+        efficiency,
+    ),
+    Spec(
+        12, "Learned zeros against random ones",
+        "Is it the learned pattern that counts, or zeros of any kind? Random zeros come along the "
+        "same path of the density and are frozen at the same step; those with the margins of a "
+        "run have as many for each group and each latent as the learned run of the same seed. "
+        "Scored on 5,000 images of the training set that no run saw, from 10,000 labels.",
+        by_arm, [CIFAR100, GROUPS], ("lam=0", "density=0.25"),
+        labels=[
+            *PLAIN, ("learned zeros", SPARSE), ("random zeros", "density=0.*+pattern=random"),
+            ("random zeros, margins of the learned run", "density=0.*+pattern=RUN"),
+            ("the group map is the predictor", "lam=0+predictor=groups"),
+            ("the group map is the predictor, learned zeros", "density=0.*+predictor=groups"),
+        ],
+    ),
+)  # fmt: skip
 
-    An arm is a line and a measure a column, or the other way round `by_task`. The first measure,
-    `by_task` each, gets differences to `controls`; "" is the same arm without its additions.
-    """
 
-    measures: Sequence[Measure]
-    controls: Sequence[str] = ("lam=0", "dense")
-    by_task: bool = False
-
-
-SPECS = {
-    1: Spec(list(TASKS), by_task=True),
-    2: Spec([CIFAR100, GROUPS]),
-    3: Spec([CIFAR100, CORRELATION, DCI, GROUPS, WRONG]),
-    4: Spec([CIFAR100]),
-    5: Spec([CIFAR100]),
-    6: Spec([CIFAR100, GROUPS, DEAD, WRONG], controls=("lam=0",)),
-    7: Spec([CIFAR10, FAR, NEARER], by_task=True),
-    8: Spec(SHARES, by_task=True),
-    9: Spec([CIFAR100, GROUPS, DCI], controls=("", "lam=0")),
-    10: Spec([CIFAR100, GROUPS], controls=("", "lam=0")),
-    11: Spec(KEPT, controls=(), by_task=True),
-    12: Spec([CIFAR100, GROUPS], controls=("lam=0", SPARSE)),
-}
+def results_page(study: Study) -> str:
+    """Return docs/results.md."""
+    figures = shown(study)
+    parts = [PRELUDE.strip(), coverage(study), study.left_out]
+    for spec in SPECS:
+        blocks = study.blocks(spec.number)
+        parts += [f'## <a id="table-{spec.number}"></a>{spec.number}. {spec.title}', spec.question]
+        parts += [
+            f"![{text}](images/{name})"
+            for name, (table, _, _, text) in FIGURES.items()
+            if table == spec.number and name in figures
+        ]
+        whole = spec.build is by_size or spec.number == 1
+        built = [b for b in blocks if whole or b.all_rows]
+        reports = [*spec.build(spec, built), *(queued(b) for b in blocks if b not in built)]
+        parts += [render(reports) or "No runs planned.", spec.below]
+    parts += ["## The search", searched(study), other_rows(study)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def layout(spec: Spec, block: Block) -> str:
-    """Return a block of runs as a table; measures without any number are left out."""
-    arms = list(block.planned)
-    more = ["*untrained encoder*", "*raw pixels*", "*paper: JEPA*", "*paper: SparseJEPA*"]
-    columns = [["arm", *(f"`{arm}`" for arm in arms), *more]]
-    for measure in spec.measures:
-        if not any(block.values(arm, measure) for arm in arms):
-            continue
-        paper = [f"{x:.2f}" for x in TASKS.get(measure, ())] if spec.by_task else []
-        floors = [measure.text(block.floor(measure, which)) for which in ("untrained", "pixels")]
-        first, cells = len(columns) == 1, [block.cell(arm, measure) for arm in arms]
-        columns.append([measure.title, *cells, *floors, *(paper or ["", ""])])
-        for c in spec.controls if first or spec.by_task else ():
-            cells = [block.versus(arm, c or arm.split("+")[0], measure) for arm in arms]
-            columns.append([f"minus {c or 'the plain arm'}", *cells, *[""] * len(more)])
-    columns.append(["seeds", *map(block.done, arms), *[""] * len(more)])
-    lines = [line for line in zip(*columns, strict=True) if any(line[1:])]
-    return render(*zip(*lines, strict=True)) if spec.by_task else render(*lines)
-
-
-def scale(block: Block) -> str:
-    """Return recipe, images, encoder, length and hardware of a block."""
-    images, optim, model = block.config.images, block.config.optim, block.config.model
-    head = f"**{'GPU' if block.gpu else 'CPU'} scale**, `{block.recipe}`: "
-    head += f"{f'{images.limit:,}' if images.limit else 'all'} training images of "
-    head += f"{block.config.data}, ViT-{model.encoder.capitalize()}/{model.patch_size}, "
-    head += f"{optim.steps:,} steps" if optim.steps else f"{optim.epochs} epochs"
-    planned, rows = sum(map(len, block.planned.values())), block.all_rows
-    head += f". {len(rows)} of {planned} runs done (planned for {block.hardware})"
-    abouts = [row["environment"] for row in rows]
-    machines = {
-        ", ".join(a.get("gpus") or ()) or f"{a['cores']} cores of {a['cpu']}" for a in abouts
-    }
-    commits = {a.get("commit") or "unknown" for a in abouts}
-    made = f" on {'; '.join(sorted(machines))}, commit {', '.join(sorted(commits))}" if rows else ""
-    return f"{head}{made}."
-
-
-def render(*lines: Sequence[str]) -> str:
-    """Return a table as Markdown, its header first; numbers stay with their spread in a cell."""
-    whole = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in whole)
-    return re.sub(r" (?=±)|(?<=±) |(?<=\d,) (?=[+-])", "\N{NO-BREAK SPACE}", table)
-
-
-def table(study: Study, number: int) -> str:
-    """Return a table: a part for each recipe; where nothing was run yet, what is planned."""
-    parts = []
-    for block in study.blocks(number):
-        parts.append(scale(block))
-        if block.all_rows:
-            parts += [layout(SPECS[number], block), block.apart]
-        else:
-            arms = [f"`{arm}` ({block.done(arm)})" for arm in block.planned]
-            parts.append(f"Queued: {', '.join(arms)}.")
-    return "\n\n".join(filter(None, parts)) or "No runs planned."
+def coverage(study: Study) -> str:
+    """Say how much of the queue is done, by scale."""
+    lines = []
+    for gpu in (False, True):
+        planned: set[tuple[str, str, int]] = set()
+        done: set[tuple[str, str, int]] = set()
+        for spec in SPECS:
+            for block in study.blocks(spec.number):
+                if block.gpu == gpu:
+                    planned |= {(block.recipe, a, s) for a, ss in block.planned.items() for s in ss}
+                    done |= {(block.recipe, a, s) for a, rows in block.rows.items() for s in rows}
+        if planned:
+            name = "GPU scale" if gpu else "CPU scale"
+            lines.append(f"- {name}: {len(done)} of {len(planned)} planned runs are done.")
+    return "\n".join(lines)
 
 
 def searched(study: Study) -> str:
-    """Return what each search tried, in order, what it gave and what was best."""
+    """Return the trace of each search: what was tried, in order, and what it gave."""
     parts = []
     for name, rows in study.trials.items():
-        state = replay(rows, read_search(study.root / "recipes" / f"{Path(name).stem}.toml"))
-        header = ["round", "rung", "arm", "tried", "steps", "trials", "score", "kept"]
-        kept = {True: "yes", False: "", None: "unfinished"}
-        lines = [
-            [f"{t.round} {t.name}", f"{t.rung}", f"`{t.arm}`", text(t.candidate), f"{t.steps:,}",
-             f"{len(t.scores) + t.failed}", t.score, kept[t.kept]]
-            for t in state.lines
-        ]  # fmt: skip
-        found = "; ".join(f"{arm}: {text(winner)}" for arm, winner in state.winners.items())
-        more = f", {len(state.todo)} come next" if state.todo else ""
-        parts += [
-            f"`{name}`: {len(rows)} trials{more}, scored on training images that were set aside, "
-            f"never on test; each arm with the same budget. Best: {found}.",
-            render(header, *lines),
+        path = study.root / "recipes" / f"{Path(name).stem}.toml"
+        header = [
+            "round",
+            "rung",
+            "arm",
+            "tried",
+            "steps",
+            "trials",
+            "score on the holdout",
+            "kept",
         ]
-    return "\n\n".join(parts) or "Queued: no trial of the present versions is in `results/`."
+        lines = []
+        for line in replay(rows, read_search(path)).lines:
+            score = "–" if line["mean"] is None else f"{100 * line['mean']:.1f}"
+            score += "" if line["sd"] is None else f" ± {100 * line['sd']:.1f}"
+            score += f", {line['failed']} failed" if line["failed"] else ""
+            kept = {True: "yes", False: "", None: "unfinished"}[line["kept"]]
+            lines.append(
+                [f"{line['round']} {line['name']}", f"{line['rung']}", f"`{line['arm']}`",
+                 line["candidate"], f"{line['steps']:,}", f"{line['seeds']}", score, kept]
+            )  # fmt: skip
+        hours = sum(r.get("seconds", 0) + r.get("probe_seconds", 0) for r in rows) / 3600
+        about = f"`{name}`: {len(rows)} trials, {hours:.1f} h of work. Scored on training images "
+        about += "that were set aside, never on test; each arm with the same budget."
+        parts.append(render([Report(about, header, lines)]))
+    return "\n\n".join(parts) or "queued: no trial is in `results/` yet."
 
 
-def regions(study: Study) -> dict[str, str]:
-    """Return what stands between the markers of the pages, by the marker's name."""
-    claims, counts = ledger(study)
-    tally = [[name, *(f"{found[v]}" for v in VERDICTS)] for name, found in counts.items()]
-    verdicts = render(["scale", *VERDICTS], *tally)
-    made = {f"table-{number}": table(study, number) for number in SPECS}
-    return made | {"claims": claims, "verdicts": verdicts, "searches": searched(study),
-                   "versions": study.left_out}  # fmt: skip
+def other_rows(study: Study) -> str:
+    """Name the rows that no table uses."""
+    used = {
+        id(row) for spec in SPECS for block in study.blocks(spec.number) for row in block.all_rows
+    }
+    counts: dict[str, int] = {}
+    for row in study.rows:
+        if id(row) not in used:
+            counts[row["recipe"]] = counts.get(row["recipe"], 0) + 1
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return f"Runs in `results/` that are in no table: {listed}." if listed else ""
 
 
 def pages(study: Study) -> dict[Path, str]:
-    """Return every page with its text. Raises UserError for a marker that is not known."""
-    made, found = regions(study), {}
-    for name in PAGES:
-        path = study.root / name
-
-        def fill(match: re.Match[str], path: Path = path) -> str:
-            if match[1] not in made:
-                raise UserError(f"{path}: unknown marker '{match[1]}'; there are {list(made)}")
-            return f"<!-- {match[1]}:begin -->\n\n{made[match[1]]}\n\n<!-- {match[1]}:end -->"
-
-        found[path] = MARKED.sub(fill, path.read_text(encoding="utf-8"))
-    return found
+    """Return every page with its text. Raises UserError if README.md lacks the markers."""
+    claims, counts = ledger(study)
+    readme = study.root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{readme}: put {BEGIN} and {END} on lines of their own")
+    block = readme_block(study, counts)
+    return {
+        study.root / "docs" / "results.md": results_page(study),
+        study.root / "docs" / "claims.md": claims,
+        readme: f"{head}{BEGIN}\n{block}\n{END}{tail}",
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,12 +311,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to read and write")
     args = parser.parse_args(argv)
     try:
-        for path, text in pages(read_study(args.root)).items():
+        study = read_study(args.root)
+        for path, text in pages(study).items():
             if not args.check:
                 write_text(path, text)
-            elif path.read_text(encoding="utf-8") != text:
+            elif not path.exists() or path.read_text(encoding="utf-8") != text:
                 print(f"{path} is not what results/ give; run python recipes/tables.py")
                 return 1
+        if not args.check:
+            for name, blocks in shown(study).items():
+                save_png(draw(name, blocks), args.root / "docs" / "images" / name)
     except UserError as error:
         print(f"tables.py: error: {error}", file=sys.stderr)
         return 2

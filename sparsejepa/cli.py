@@ -27,7 +27,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from sparsejepa import __version__
-from sparsejepa.config import REMOVED, Config, load_toml, preset
+from sparsejepa.config import REMOVED, Config, load_toml, present_settings, preset
 from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
 from sparsejepa.terminal import printable
@@ -114,7 +114,7 @@ def parse(words: Sequence[str]) -> Any:
         word = given.partition("=")[0].replace("_", "-")
         gone = REMOVED.get(word.removeprefix("--").replace("-", "_"))
         if gone:
-            raise UserError(f"{word}: {gone}")
+            raise UserError(f"{word}: {gone[1]}")
         if word.startswith("--"):
             meant = nearest(word, completions(verb))
             raise UserError(f"unknown flag '{word}'{meant}; see {PROGRAM} {name} --help")
@@ -219,8 +219,7 @@ def _origin(verb: type[Settings], words: Sequence[str]) -> tuple[Settings, list[
         return verb.of(preset(first.preset or "best")), []
     values = load_toml(file)
     config = Config.from_dict(values, str(file))  # complains about names, the next about values
-    given = {key for k, v in values.items() for key in (v if isinstance(v, dict) else [k])}
-    given -= REMOVED.keys()
+    given = present_settings(values).keys()
     flags = [
         word for name in sorted(given - {"data"}) for word in _as_words(name, config.flat()[name])
     ]

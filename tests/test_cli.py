@@ -99,7 +99,7 @@ MISTAKES = [
     ("pretrain scenes --group_detatch=1", "unknown flag '--group-detatch'"),
     ("pretrain scenes cifar10", "unexpected argument 'cifar10'"),
     ("pretrain scenes --preset nanno", "--preset nanno: unknown (did you mean 'nano'?)"),
-    ("pretrain scenes --encoder minute", "'minute'"),
+    ("pretrain scenes --encoder minute", "--encoder minute: unknown; there are nano"),
     ("pretrain scenes --epochs ten", "--epochs: invalid literal"),
     ("pretrain scenes --epochs 0", "--epochs 0: must be at least 1"),
     ("pretrain scenes --lam", "'--lam'"),
@@ -141,7 +141,7 @@ def test_a_settings_file_with_mistakes_is_named(
         ('preset = "nanno"', "a.toml: --preset nanno"),
         ('epochs = "ten"', "a.toml: --epochs: invalid literal"),
         ("flip = 3", "a.toml: no setting takes 3"),
-        ('[model]\nencoder = "minute"', "a.toml: invalid choice 'minute'"),
+        ('[loss]\nloss = "minute"', "a.toml: --loss: invalid choice 'minute'"),
     ]:
         file.write_text(text)
         line = error_line(*call(capsys, f"pretrain scenes --config {file}"))
@@ -162,15 +162,25 @@ def test_defaults_come_from_the_preset_then_the_file_then_the_flags(tmp_path: Pa
     file.write_text(tomli_w.dumps(config.to_dict()))
     again = cli.parse(["pretrain", f"--config={file}"])
     assert again.settings(again.data) == config
-    # So does that of an earlier version, whose settings that are gone are passed over.
+    # So does that of an earlier version, whose settings that are gone have the value of all runs.
     older = config.to_dict()
-    older["groups"] |= {"balance": 0.03, "w_lr_sum": 60.0}
+    older["groups"] |= {"balance": 0.03, "w_lr_sum": 60.0, "stem": "linear", "vicreg": [0.0, 0.0]}
     file.write_text(tomli_w.dumps(older))
     again = cli.parse(["pretrain", f"--config={file}"])
     assert again.settings(again.data) == config
     assert Config.from_dict(older) == config
     with pytest.raises(UserError, match="--w-lr-sum: how far W moves is the same"):
         config.replace(w_lr_sum=60.0)
+    older["groups"]["vicreg"] = [0.1, 0.0]
+    with pytest.raises(UserError, match=r"^config: --vicreg 0.1 0.0: this term was taken out"):
+        Config.from_dict(older)
+
+
+def test_sizes_of_an_encoder_in_files_of_earlier_versions(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('data = "cifar10"\n[model]\nencoder_dims = [24, 2, 3]\nencoder = "tiny"\n')
+    config = cli.parse(["pretrain", f"--config={file}"]).settings("cifar10")
+    assert config.model.encoder == "24,2,3" and config.encoder_shape == (24, 2, 3)
 
 
 def test_every_setting_can_be_given_as_a_flag() -> None:

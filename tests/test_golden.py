@@ -10,13 +10,16 @@ none of them. If a change is meant to, raise `TRAIN_VERSION` (train.json) or `EV
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,14 +29,18 @@ from torch import Tensor
 from sparsejepa.config import Config
 from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.data.stream import block_order
-from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
 from sparsejepa.evaluation.features import embed, pixel_features
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import labelled_share
+from sparsejepa.interop import Encoder
+from sparsejepa.model import jepa
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.jepa import Losses, SparseJEPA
+from sparsejepa.model.losses import KLParts, aggregate_kl
 from sparsejepa.model.masks import MaskSampler
+from sparsejepa.training import schedule
+from sparsejepa.training import step as step_module
 from sparsejepa.training.build import build_model
 from sparsejepa.training.loop import EpochOrder
 from sparsejepa.training.step import TrainStep
@@ -45,41 +52,37 @@ SECTIONS = ("model", "masks", "groups", "loss", "optim")
 # Every setting of these sections, so that a changed default moves nothing.
 SETTINGS: dict[str, Any] = {
     # model
-    "encoder": "nano", "init": None, "encoder_dims": (16, 2, 2), "patch_size": 2, "stem": "linear",
-    "drop_path": 0.0, "predictor": "transformer", "predictor_dim": 16, "predictor_depth": 1,
+    "encoder": "16,2,2", "init": None, "patch_size": 2, "drop_path": 0.0,
+    "predictor": "transformer", "predictor_dim": 16, "predictor_depth": 1,
     "predictor_pass": "blocks",
     # masks
     "num_targets": 3, "target_scale": (0.15, 0.2), "target_aspect_ratio": (0.75, 1.5),
     "context_scale": (0.85, 1.0), "context_counts": (16, 20),
     # groups
-    "groups": "region", "num_groups": 4, "group_dim": 4, "w_form": "sphere", "lam": 0.02,
-    "density": None, "pattern": "learned", "group_weight": 0.3, "group_detach": 0.1,
-    "ridge": 1e-3, "debias": 0.15,
+    "groups": "region", "num_groups": 4, "w_form": "sphere", "lam": 0.02, "density": None,
+    "pattern": "learned", "debias": 0.15,
     # loss
-    "loss": "smooth_l1", "predict": "embeddings", "target_layers": 1, "target_centering": False,
-    "kl": "aggregate", "beta": 0.05, "kl_marginal": 1.0, "kl_correlation": 0.7,
-    "vicreg": (0.0, 0.0), "sigreg": 0.0, "activation_l1": 0.0, "rectified": 0.0,
-    "rectified_share": 0.25,
+    "loss": "smooth_l1", "predict": "embeddings", "kl": "aggregate", "beta": 0.05,
+    "group_weight": 0.3,
     # optim
-    "epochs": 1, "steps": STEPS, "batch_size": BATCH, "lr": 3e-3, "lr_final": 1e-5, "warmup": 0.2,
-    "weight_decay": 0.05, "adam_beta2": 0.98, "clip": 0.5, "ema": None, "ema_final": None,
-    "ema_reference": (0.99997, 0.999999), "precision": "fp64", "accumulate": 1,
+    "epochs": 1, "steps": STEPS, "batch_size": BATCH, "lr": 3e-3, "warmup": 0.2,
+    "weight_decay": 0.05, "ema": None, "ema_final": None, "precision": "fp64", "accumulate": 1,
     # run
     "seed": 3, "device": "cpu", "compile": False, "parallel": "ddp",
     "checkpoint_activations": False,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {"groups": "none"},
-    "dense, l2, other terms": {
-        "groups": "none", "loss": "l2", "drop_path": 0.2, "target_layers": 2, "vicreg": (0.1, 0.02),
-        "sigreg": 0.05, "activation_l1": 0.01, "accumulate": 2, "ema": 0.9, "ema_final": 0.99,
+    "dense, l2, drop path": {
+        "groups": "none", "loss": "l2", "drop_path": 0.2, "accumulate": 2, "ema": 0.9,
+        "ema_final": 0.99,
     },
     "region, sphere, lam": {},
     "region, plain, lam, l2": {"w_form": "plain", "lam": 0.02, "loss": "l2", "beta": 0.0},
     "concept, sphere, density": {"groups": "concept", "lam": 0.0, "density": 0.4},
-    "region, no predictor": {"predictor": "groups", "density": 0.4, "group_detach": 0.0},
+    "region, no predictor": {"predictor": "groups", "density": 0.4},
     "concept, plain, lam, posterior KL": {
-        "groups": "concept", "w_form": "plain", "lam": 0.02, "kl": "posterior", "clip": 0.0,
+        "groups": "concept", "w_form": "plain", "lam": 0.02, "kl": "posterior",
     },
     "feature, sphere, lam, l2": {
         "groups": "feature", "lam": 0.012, "loss": "l2", "predictor": "mlp",
@@ -92,6 +95,14 @@ ARMS: dict[str, dict[str, Any]] = {
         "groups": "concept", "pattern": "random", "lam": 0.0, "density": 0.5, "debias": 0.0,
     },
 }  # fmt: skip
+
+
+# What were settings when the values were written and are constants now, with other values.
+CLIP, LR_FINAL, EMA_REFERENCE = 0.5, 1e-5, (0.99997, 0.999999)
+CORRELATION = 0.7
+"""Weight of that part of the KL."""
+DETACHED = 2
+"""Steps in which the group loss did not reach the encoder."""
 
 
 def draw(name: str, *shape: int) -> np.ndarray:
@@ -118,8 +129,31 @@ def fill(model: SparseJEPA) -> None:
     model.target_encoder.load_state_dict(model.context_encoder.state_dict())
 
 
+@contextlib.contextmanager
+def constants(arm: str) -> Iterator[None]:
+    """The constants, and the weight of the KL's parts, that an arm's values were written with."""
+
+    def kl(*moments: Tensor) -> KLParts:
+        parts = aggregate_kl(*moments)
+        return KLParts(parts.marginal, CORRELATION * parts.total_correlation)
+
+    unclipped = arm == "concept, plain, lam, posterior KL"
+    with (
+        mock.patch.object(step_module, "CLIP", math.inf if unclipped else CLIP),
+        mock.patch.object(schedule, "LR_FINAL", LR_FINAL),
+        mock.patch.object(schedule, "EMA_REFERENCE", EMA_REFERENCE),
+        mock.patch.object(jepa, "aggregate_kl", kl),
+    ):
+        yield
+
+
 def train(arm: str) -> dict[str, Any]:
     """What an arm computes: start, loss terms by step, final weights and zeros of W."""
+    with constants(arm):
+        return _train(arm)
+
+
+def _train(arm: str) -> dict[str, Any]:
     config = Config().replace(**SETTINGS | ARMS[arm])
     model = build_model(config, (SIDE, SIDE), STEPS)
     start = {n: sizes(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -131,11 +165,18 @@ def train(arm: str) -> dict[str, Any]:
     images = torch.from_numpy(draw("images", IMAGES, 3, SIDE, SIDE))
     order = EpochOrder(IMAGES, BATCH, config.run.seed)
     for number in range(STEPS):
-        step(images[order(number)], number)
+        if model.groups is not None and number < DETACHED and config.model.predictor != "groups":
+            keep = model.groups.register_forward_pre_hook(lambda _, x: (x[0].detach(), *x[1:]))
+            step(images[order(number)], number)
+            keep.remove()
+        else:
+            step(images[order(number)], number)
     terms = [field.name for field in dataclasses.fields(Losses)]
+    values = {name: [getattr(losses, name).item() for losses in found] for name in terms}
+    values["kl_correlation"] = [value / CORRELATION for value in values["kl_correlation"]]
     result: dict[str, Any] = {
         "start": start,
-        "losses": {name: [getattr(losses, name).item() for losses in found] for name in terms},
+        "losses": values,
         "weights": {name: projections(name, p) for name, p in model.named_parameters()},
     }
     if model.groups is not None:

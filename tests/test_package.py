@@ -21,7 +21,6 @@ FLOORS = [
     ["errors"],
     [
         "config",
-        "checks",
         "files",
         "results",
         "rng",
@@ -32,7 +31,7 @@ FLOORS = [
     ],
     ["model"],
     ["data"],
-    ["encoders"],
+    ["interop"],
     ["evaluation"],
     ["training"],
     ["study"],

@@ -31,7 +31,6 @@ def masked_r2(
         raise ValueError("the groups were fitted post hoc and are scored there")
     encoder, device = subject.encoder, subject.encoder.device
     model: Any = encoder.model
-    loss = subject.config.loss
     groups = subject.groups.to(device)
     source = DeviceImages(images, device)
     sampler = build_sampler(subject.config, encoder.grid_size)
@@ -44,13 +43,7 @@ def masked_r2(
         hidden = torch.ones(len(index), N, device=device).scatter_(1, masks.context, 0)
         query = hidden.argsort(dim=1, descending=True, stable=True)
         query = query[:, : N - masks.context.shape[1]]
-        target = make_targets(
-            model,
-            pixels,
-            predict=loss.predict,
-            layers=loss.target_layers,
-            centering=loss.target_centering,
-        )
+        target = make_targets(model, pixels, subject.config.loss.predict)
         wanted = target.gather(1, query[..., None].expand(-1, -1, target.shape[-1]))
         predicted = groups(model(pixels, masks.context), masks.context, query)
         error = (predicted - wanted).square().sum(-1)

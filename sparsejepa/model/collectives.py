@@ -28,11 +28,6 @@ def gather(x: Tensor) -> Tensor:
     return x if alone() else _gather(x)
 
 
-def average(x: Tensor) -> Tensor:
-    """Return the mean of x over the processes; so is its gradient."""
-    return x if alone() else _average(x)
-
-
 def local(x: Tensor) -> Tensor:
     """Return this process's part of a parameter that is shared out, any other as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
@@ -53,22 +48,5 @@ class _Gather(torch.autograd.Function):
         return grad[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 
-class _Average(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        return _mean(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return _mean(grad)
-
-
-def _mean(x: Tensor) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
-
-
-# Compilers leave these calls alone: a graph ends before and begins after them.
+# Compilers leave this call alone: a graph ends before and begins after it.
 _gather: Any = torch.compiler.disable(_Gather.apply)
-_average: Any = torch.compiler.disable(_Average.apply)

@@ -34,18 +34,15 @@ def sincos_position_embedding(grid_size: tuple[int, int], dim: int) -> Tensor:
     return torch.cat(parts, dim=1).to(torch.get_default_dtype())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for q, k, v [..., C, d].
 
-    `mask`, bool [C, C], says which keys (columns) a query (row) sees; all if None. On the CPU in
-    bfloat16 the explicit form is faster than the fused kernel; elsewhere the fused one is used.
+    On the CPU in bfloat16 the explicit form is faster than the fused kernel; elsewhere the fused
+    one is used.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        return logits.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, mask)
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Linear(nn.Linear):
@@ -115,18 +112,15 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D], or those of the `last` tokens to [B, last, D].
-
-        `mask`, bool [C, C], is that of `attend`.
-        """
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D], or those of the `last` tokens to [B, last, D]."""
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         # One copy brings all heads into the layout of the batched matmuls; otherwise each of them
         # would copy its own operand.
         q, k, v = heads.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         if last is not None:
-            q, mask = q[:, :, -last:], None if mask is None else mask[-last:]
-        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+            q = q[:, :, -last:]
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -164,20 +158,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        last: int | None = None,
-        kept: Tensor | None = None,
-    ) -> Tensor:
-        """Map tokens [B, C, D] to [B, C, D]; `mask` and `last` are those of `Attention`.
+    def forward(self, x: Tensor, last: int | None = None, kept: Tensor | None = None) -> Tensor:
+        """Map tokens [B, C, D] to [B, C, D]; `last` is that of `Attention`.
 
         `kept` [2, B] says with ones and zeros who keeps which branch; if None it is drawn from
         torch's default generator.
         """
         first, second = (None, None) if kept is None else kept
-        attended = self.attn(self.norm1(x), mask, last)
+        attended = self.attn(self.norm1(x), last)
         x = (x if last is None else x[:, -last:]) + self._thin(attended, first)
         return x + self._thin(self.mlp(self.norm2(x)), second)
 
@@ -204,64 +192,6 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
-class HierarchicalStem(nn.Module):
-    """Convolutions within a patch, stacked: the hMLP stem of Touvron et al. 2022.
-
-    Their arXiv 2203.09795, section 4: each stage maps squares of f x f places to one; the sides f
-    multiply to that of the patch, all but the last stage are D/4 wide, each ends in a norm and all
-    but the last in a GELU. The norm is over channels, so that a token depends on its own patch
-    alone. A convolution whose stride is its size is a linear map of each square.
-
-    Raises UserError if patches are not square or have a single pixel.
-    """
-
-    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        if patch_size[0] != patch_size[1] or patch_size[0] < 2:
-            raise UserError(
-                f"--stem hierarchical: patches of {patch_size[0]}x{patch_size[1]} pixels; it needs "
-                "square ones of at least 2x2"
-            )
-        self.patch_size = patch_size
-        self.sides = stem_sides(patch_size[0])
-        inner = [max(1, embed_dim // 4)] * (len(self.sides) - 1)
-        widths = [in_chans, *inner, embed_dim]
-        self.maps = nn.ModuleList(
-            Linear(side**2 * before, after)
-            for side, before, after in zip(self.sides, widths, widths[1:], strict=False)
-        )
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths[1:])
-
-    def forward(self, images: Tensor, index: Tensor | None) -> Tensor:
-        """Embed the patches `index` [B, C] (all if None) of images [B, 3, H, W] to [B, C, D]."""
-        x = select_patches(images, self.patch_size, index).permute(0, 1, 3, 4, 2)
-        for stage, (side, linear, norm) in enumerate(
-            zip(self.sides, self.maps, self.norms, strict=True)
-        ):
-            if stage:
-                x = F.gelu(x)
-            x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, C, h, f, w, f, channels]
-            x = norm(linear(x.transpose(3, 4).flatten(4)))
-        return x.flatten(2)
-
-
-def stem_sides(side: int) -> list[int]:
-    """Return the sides of the squares of a hierarchical stem: factors of `side`, falling.
-
-    Its prime factors, the two smallest merged until at most three are left: 4, 2, 2 for 16, as in
-    Touvron et al. 2022.
-    """
-    primes = [p for p in range(2, side + 1) if all(p % q for q in range(2, p))]
-    factors = []
-    for prime in primes:
-        while side % prime == 0:
-            factors.append(prime)
-            side //= prime
-    while len(factors) > 3:
-        factors = sorted([factors[0] * factors[1], *factors[2:]])
-    return factors[::-1]
-
-
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cut images [B, 3, H, W] into [B, rows, cols, 3, h, w], a view."""
     height, width = patch_size
@@ -280,8 +210,7 @@ def select_patches(images: Tensor, patch_size: tuple[int, int], index: Tensor | 
 
 
 class ViT(nn.Module):
-    """Vision transformer encoder; with the linear stem its state_dict is that of timm's
-    ``VisionTransformer``.
+    """Vision transformer encoder; its state_dict is that of timm's ``VisionTransformer``.
 
     Args:
         img_size: height and width of the images in pixels; one number for a square.
@@ -293,7 +222,6 @@ class ViT(nn.Module):
         in_chans: colour channels.
         class_token: put a learned token before the patches; it is not among the outputs.
         pos_embed: fixed sine-cosine positions (zero for the class token), or learned ones.
-        stem: from a patch to its token, a linear map or a `HierarchicalStem`, which timm lacks.
         norm_eps: what the norms of the blocks and the last one add to the variance.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
 
@@ -316,7 +244,6 @@ class ViT(nn.Module):
         in_chans: int = 3,
         class_token: bool = False,
         pos_embed: Literal["sincos", "learned"] = "sincos",
-        stem: Literal["linear", "hierarchical"] = "linear",
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
     ) -> None:
@@ -335,10 +262,8 @@ class ViT(nn.Module):
         self.depth = depth
         self.num_prefix_tokens = int(class_token)
 
-        self.stem = stem
         self.positions = pos_embed
-        embed = PatchEmbed if stem == "linear" else HierarchicalStem
-        self.patch_embed = embed(self.patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.num_prefix_tokens + self.num_patches, embed_dim),
@@ -398,7 +323,7 @@ class ViT(nn.Module):
                 # Draws that are given are the same the second time; a block's own have to be.
                 own = kept is None
                 x = checkpoint(
-                    block, x, None, None, branches, use_reentrant=False, preserve_rng_state=own
+                    block, x, None, branches, use_reentrant=False, preserve_rng_state=own
                 )
             else:
                 x = block(x, kept=branches)

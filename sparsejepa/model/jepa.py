@@ -4,7 +4,7 @@ I-JEPA (Assran et al. 2023) predicts the target encoder's embeddings of masked b
 visible context. SparseJEPA (Hartman and Varshney 2025) adds a map from latent dimensions to groups
 under a group lasso, and a KL term. The objective is
 
-    prediction + group_weight * group + beta * KL + regularizer + lam * sum_gj ||W_gj||
+    prediction + group_weight * group + beta * KL + lam * sum_gj ||W_gj||
 
 The last term never enters `Losses.total`: an exact proximal step on W applies it (`after_step`), in
 units of W's mean gradient, so that its weight against the other terms follows the run.
@@ -14,14 +14,15 @@ Without a predictor the group map is the predictor: its loss, unweighted, is the
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sparsejepa.config import LossConfig
 from sparsejepa.distributed import Share
-from sparsejepa.model.collectives import average, gather, local
+from sparsejepa.model.collectives import gather, local
 from sparsejepa.model.encoder import ViT, patchify
 from sparsejepa.model.groups import DensityController, GroupMap, largest
 from sparsejepa.model.losses import (
@@ -34,8 +35,10 @@ from sparsejepa.model.losses import (
     prediction_loss,
 )
 from sparsejepa.model.masks import Masks, MaskSampler
-from sparsejepa.model.regularizers import Draws, Regularizers
 from sparsejepa.rng import generator
+
+RIDGE = 1e-3
+"""Weight of the squared weights of the group networks in the plain form, which pins the scale."""
 
 
 class Rates(Protocol):
@@ -48,31 +51,13 @@ class Rates(Protocol):
     def wanted_density(self, step: int) -> float: ...
     def freezes(self, step: int) -> bool: ...
     def frozen(self, step: int) -> bool: ...
-    def group_detached(self, step: int) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is predicted, which loss terms there are and their weights."""
-
-    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
-    predict: Literal["embeddings", "pixels"] = "embeddings"
-    target_layers: int = 1
-    target_centering: bool = False
-    kl: Literal["aggregate", "posterior"] = "aggregate"
-    group_weight: float = 0.1
-    beta: float = 0.05
-    kl_marginal: float = 1.0
-    kl_correlation: float = 1.0
-    ridge: float = 1e-3
-    regularizers: Regularizers = field(default_factory=Regularizers)
 
 
 @dataclass
 class Losses:
     """The loss terms of one step, scalar tensors; `total` is what is minimised.
 
-    All but `total` are unweighted; `kl` and `regularizer` are sums of parts with their weights.
+    All but `total` are unweighted; `kl` is the sum of its parts.
     """
 
     total: Tensor
@@ -82,7 +67,6 @@ class Losses:
     kl_marginal: Tensor
     kl_correlation: Tensor
     penalty: Tensor
-    regularizer: Tensor
 
     def stacked(self) -> Tensor:
         """Return the detached terms as one fp32 vector in field order."""
@@ -108,7 +92,7 @@ class SparseJEPA(nn.Module):
         groups: GroupMap | None,
         *,
         rates: Rates,
-        objective: Objective | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008  (it is frozen)
         total_steps: int = 1000,
         steer_density: bool = False,
         random_pattern: Tensor | None = None,
@@ -121,7 +105,7 @@ class SparseJEPA(nn.Module):
         self.groups = groups
         self.sampler = sampler
         self.rates = rates
-        self.objective = objective or Objective()
+        self.loss = loss
         self.seed = seed
         self.moments = RunningMoments(encoder.embed_dim)
         self.controller = DensityController(total_steps) if groups and steer_density else None
@@ -133,7 +117,7 @@ class SparseJEPA(nn.Module):
         self.order: Tensor | None
         self.register_buffer("order", order)
         # oi-VAE's sigma. Without a group map nothing reads the sample, and the term is left out.
-        posterior = groups is not None and self.objective.kl == "posterior"
+        posterior = groups is not None and loss.kl == "posterior"
         self.log_variance = nn.Linear(encoder.embed_dim, encoder.embed_dim) if posterior else None
 
     def forward(
@@ -156,14 +140,9 @@ class SparseJEPA(nn.Module):
             noise = torch.empty(batch, dim, dtype=images.dtype, device=images.device)
             noise.normal_(generator=generator(self.seed, step, "posterior", images.device))
             noise = noise[rows]
-        draws = self.objective.regularizers.draw(
-            images, dim, seed=self.seed, step=step, batch=batch
-        )
-        if draws.laplace is not None:  # these meet the embeddings of all processes
-            draws = draws._replace(laplace=draws.laplace[share.part_rows(batch)])
         kept = self.context_encoder.draw_kept(batch)
         kept = None if kept is None else kept[..., rows]
-        return self.losses(images, masks, noise, draws, self.rates.group_detached(step), kept)
+        return self.losses(images, masks, noise, kept)
 
     def draw_masks(
         self, batch: int, step: int, share: Share, device: torch.device | str = "cpu"
@@ -177,9 +156,7 @@ class SparseJEPA(nn.Module):
         self,
         images: Tensor,
         masks: Masks,
-        noise: Tensor | None,
-        draws: Draws,
-        detached: bool,
+        noise: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Losses:
         """Return the loss terms given all that is drawn: a function that can be compiled.
@@ -187,26 +164,17 @@ class SparseJEPA(nn.Module):
         Args:
             images: [B, 3, H, W], normalised.
             noise: standard normal [B, D] for the posterior's sample, None where there is none.
-            draws: of the regularisers.
-            detached: keep the group loss from the context encoder.
             kept: stochastic depth, see `ViT.forward`.
         """
-        weights = self.objective
         self.target_encoder.eval()  # the target has no stochastic depth
-        targets = make_targets(
-            self.target_encoder,
-            images,
-            predict=weights.predict,
-            layers=weights.target_layers,
-            centering=weights.target_centering,
-        )
+        targets = make_targets(self.target_encoder, images, self.loss.predict)
         context = self.context_encoder(images, masks.context, kept)  # [B, C, D]
         prediction = None
         if self.predictor is not None:
             predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D']
             wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
-            prediction = prediction_loss(predicted, wanted, weights.loss)
-        return self._combine(prediction, context, targets, masks, noise, draws, detached)
+            prediction = prediction_loss(predicted, wanted, self.loss.loss)
+        return self._combine(prediction, context, targets, masks, noise)
 
     def _combine(
         self,
@@ -215,33 +183,23 @@ class SparseJEPA(nn.Module):
         targets: Tensor,
         masks: Masks,
         noise: Tensor | None,
-        draws: Draws,
-        detached: bool,
     ) -> Losses:
-        weights = self.objective
+        weights = self.loss
         zero = targets.new_zeros((), dtype=torch.float32)
         group = penalty = kl = marginal = correlation = zero
         latent = context
         pooled = full(context).mean(1)  # [B, D], before any normalisation
-        aggregate = bool(weights.kl == "aggregate" and weights.beta)
-        # Terms over the batch see that of all processes.
-        every = gather(pooled) if aggregate or weights.regularizers.active else pooled
-        if aggregate:
-            marginal, correlation = aggregate_kl(*self.moments(every))
-            kl = weights.kl_marginal * marginal + weights.kl_correlation * correlation
+        if weights.kl == "aggregate" and weights.beta:
+            # Of the batch of all processes.
+            marginal, correlation = aggregate_kl(*self.moments(gather(pooled)))
+            kl = marginal + correlation
         elif self.log_variance is not None and noise is not None:
             logvar = full(self.log_variance(pooled))
             kl = posterior_kl(pooled, logvar)
             # One sample per image, added to each of its tokens: their mean is mu + sigma * eps.
             latent = context + ((0.5 * logvar).exp() * noise)[:, None]
         total = weights.beta * kl
-        regularizer = weights.regularizers(every, draws)
-        if regularizer is not None:
-            total = total + regularizer
-
         if self.groups is not None:
-            if detached:
-                latent = latent.detach()
             query = self._queries(masks, targets.shape[1])
             grouped = self.groups(latent, masks.context, query)  # [B, T, D']
             group = prediction_loss(grouped, gather_tokens(targets, query), weights.loss)
@@ -251,18 +209,9 @@ class SparseJEPA(nn.Module):
             else:
                 total = total + weights.group_weight * group
             if not self.groups.sphere:
-                total = total + weights.ridge * self.groups.ridge()
+                total = total + RIDGE * self.groups.ridge()
         assert prediction is not None
-        return Losses(
-            prediction + total,
-            prediction,
-            group,
-            kl,
-            marginal,
-            correlation,
-            penalty,
-            zero if regularizer is None else regularizer,
-        )
+        return Losses(prediction + total, prediction, group, kl, marginal, correlation, penalty)
 
     def _queries(self, masks: Masks, num_patches: int) -> Tensor:
         """Return the patches that the groups predict, [B, T].
@@ -328,10 +277,7 @@ class SparseJEPA(nn.Module):
 def make_targets(
     encoder: ViT,
     images: Tensor,
-    *,
     predict: Literal["embeddings", "pixels"] = "embeddings",
-    layers: int = 1,
-    centering: bool = False,
 ) -> Tensor:
     """Return what is predicted of each patch of normalised `images` [B, 3, H, W].
 
@@ -339,18 +285,10 @@ def make_targets(
         encoder: the target encoder, in evaluation mode.
         predict: its layer-normalised tokens [B, N, D], or the patches' own pixels [B, N, 3 p^2],
             normalised per patch (MAE).
-        layers: average those tokens over the last so many blocks, each through the final norm and
-            normalised, and normalise again (data2vec, Baevski et al. 2022, section 3.3).
-        centering: subtract the mean over the B of all processes and N from the tokens.
     """
     if predict == "pixels":
         return normalize_pixels(patchify(images, encoder.patch_size).flatten(1, 2).flatten(2))
-    if layers == 1:
-        targets = normalize_targets(encoder(images))
-    else:
-        outputs = map(normalize_targets, encoder.forward_intermediates(images, layers))
-        targets = normalize_targets(torch.stack(list(outputs)).mean(0))
-    return targets - average(targets.mean((0, 1))) if centering else targets
+    return normalize_targets(encoder(images))
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -28,8 +28,6 @@ class TransformerPredictor(nn.Module):
         depth: number of blocks.
         num_heads: attention heads; the largest count with heads of at least 32 if not given.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        packed: one pass for all blocks, in which the context sees only itself. About half the
-            work, and another function: the context's tokens no longer depend on the block.
         out_dim: width D' of what is predicted; D if not given.
 
     Attributes:
@@ -48,11 +46,9 @@ class TransformerPredictor(nn.Module):
         depth: int = 4,
         num_heads: int | None = None,
         drop_path: float = 0.0,
-        packed: bool = False,
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.packed = packed
         self.recompute = False
         if num_heads is None:
             num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
@@ -84,35 +80,17 @@ class TransformerPredictor(nn.Module):
         seen = self.embed(context)
         seen = seen + self.positions[context_index].to(seen.dtype)
         hidden = (self.mask_token + self.positions[target_index]).to(seen.dtype)
-        mask = None
-        if self.packed:
-            mask = packed_mask(seen.shape[1], blocks, patches, seen.device)
-            tokens = torch.cat([seen, hidden.flatten(1, 2)], dim=1)
-        else:
-            # A batch of B*M sequences, each the whole context followed by one block's mask tokens.
-            seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
-            tokens = torch.cat([seen, hidden], dim=2).flatten(0, 1)
-        # Nobody asks for the context's tokens after the last block: there they are only seen.
-        asked = blocks * patches if self.packed else patches
+        # A batch of B*M sequences, each the whole context followed by one block's mask tokens.
+        seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
+        tokens = torch.cat([seen, hidden], dim=2).flatten(0, 1)
         for i, block in enumerate(self.blocks):
-            last = asked if i == len(self.blocks) - 1 else None
+            # Nobody asks for the context's tokens after the last block: there they are only seen.
+            last = patches if i == len(self.blocks) - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, mask, last, use_reentrant=False)
+                tokens = checkpoint(block, tokens, last, use_reentrant=False)
             else:
-                tokens = block(tokens, mask, last)
+                tokens = block(tokens, last)
         return self.proj(self.norm(tokens)).view(len(context), blocks, patches, -1)
-
-
-def packed_mask(
-    context: int, blocks: int, patches: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Return who sees whom in one pass over the context and all target blocks, bool [T, T].
-
-    T = C + M K. All see the context; a mask token also sees those of its own block.
-    """
-    block = torch.arange(blocks, device=device).repeat_interleave(patches) + 1
-    block = torch.cat([block.new_zeros(context), block])  # 0 is the context
-    return (block == 0) | (block[:, None] == block)
 
 
 class MLPPredictor(nn.Module):

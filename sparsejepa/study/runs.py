@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsejepa.checks import check_pattern
+from sparsejepa.config import check_pattern
 from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_results

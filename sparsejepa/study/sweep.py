@@ -174,7 +174,7 @@ def sweep_arms(config: Config, lams: Sequence[float], densities: Sequence[float]
     ]
 
 
-_NOT_AN_ARMS = {"seed", "subset_seed", "holdout", "preset", "device", "threads", "data_root"}
+_NOT_AN_ARMS = {"seed", "holdout", "preset", "device", "threads", "data_root"}
 
 
 def arm_settings(arm: str) -> dict[str, Any]:

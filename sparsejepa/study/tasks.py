@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparsejepa import version
@@ -25,13 +24,15 @@ from sparsejepa.results import versions
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsejepa.encoders.encoder import Encoder
+    from sparsejepa.interop import Encoder
     from sparsejepa.training.loop import Run
 
 # Settings that change no number.
 _FREE = {
     "data_root", "device", "threads", "compile", "checkpoint_every", "log_every", "log", "preset",
 }  # fmt: skip
+# Settings that were gone before the oldest run of this train version.
+_BEFORE_KEYS = {"balance", "w_lr_sum"}
 
 
 @dataclass(frozen=True)
@@ -90,30 +91,29 @@ class Task:
 def row_key(row: Mapping[str, Any], *, run: bool = False) -> str:
     """Return the key of a line of results, made anew from its settings; with `run` its `run_key`.
 
-    A setting that came later has its default there, which must be what was done before: so a key
-    outlives new settings. A line that cannot be read so keeps the key that it was written with.
+    A setting that came later has its default there, which must be what was done before, and one
+    that is gone the value that every run has now: so a key outlives new and removed settings. A
+    line that cannot be read so, of a run that could not be done again, keeps the key that it was
+    written with.
     """
     if "probed" not in row:
         return str(row["key"])
     train, probe = versions(row)
     try:
         config = Config.from_dict(row["settings"], "results")
-        parts = [part for part in row["settings"].values() if isinstance(part, Mapping)]
-        gone = {k: v for part in parts for k, v in part.items() if k in REMOVED}
-        return _key(config, row["probed"], train, 1 if run else probe, gone)
+        return _key(config, row["probed"], train, 1 if run else probe)
     except (ValueError, LookupError, TypeError, AttributeError):  # UserError is a ValueError
         return str(row["key"])
 
 
-def _key(
-    config: Config,
-    probes: Mapping[str, Any],
-    train: int,
-    probe: int,
-    gone: Mapping[str, Any] = MappingProxyType({}),
-) -> str:
-    """Return the hash of a run and its probes; `gone` are settings that there are no more."""
-    settings = {k: v for k, v in {**config.flat(), **gone}.items() if k not in _FREE}
+def _key(config: Config, probes: Mapping[str, Any], train: int, probe: int) -> str:
+    """Return the hash of a run and its probes.
+
+    Settings that there are no more count with the value that every run has now: what was hashed
+    when they still were settings keeps its key.
+    """
+    gone = {name: now for name, (now, _) in REMOVED.items() if name not in _BEFORE_KEYS}
+    settings = {k: v for k, v in {**gone, **config.flat()}.items() if k not in _FREE}
     settings["pattern"] = Path(config.groups.pattern).name  # wherever a run that it names lies
     # What came later counts only where it is used, so that older lines keep their keys.
     later = {"measures", "extra_protocols"}
@@ -235,7 +235,7 @@ def _trained(task: Task, run: Run) -> dict[str, Any]:
 
 def _keep(task: Task) -> str:
     """Copy a run's encoder and groups to ENCODERS/RUN_KEY; return the sha256 of the encoder."""
-    from sparsejepa.encoders.encoder import CONFIG, GROUPS, WEIGHTS
+    from sparsejepa.interop.runs import CONFIG, GROUPS, WEIGHTS
 
     found = hashlib.sha256((task.run_dir / WEIGHTS).read_bytes()).hexdigest()
     if task.encoders and _kept(task) != found:
@@ -253,7 +253,7 @@ def _keep(task: Task) -> str:
 
 def _kept(task: Task) -> str | None:
     """Return the sha256 of the encoder that is kept of a run, None if there is none."""
-    from sparsejepa.encoders.encoder import WEIGHTS
+    from sparsejepa.interop.runs import WEIGHTS
 
     path = task.encoders / task.run_key / WEIGHTS if task.encoders else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.exists() else None
@@ -266,9 +266,9 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
     run directories.
     """
-    from sparsejepa.encoders.load import load
     from sparsejepa.environment import resolve_device
     from sparsejepa.files import write_text
+    from sparsejepa.interop import load
 
     encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
@@ -336,10 +336,9 @@ def _fingerprints(task: Task) -> list[str]:
 
 def _measures(task: Task) -> dict[str, Any]:
     """Return the measures that are asked for, on the first data set."""
-    from sparsejepa.encoders.encoder import load_groups
-    from sparsejepa.encoders.load import load
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.measured import measure
+    from sparsejepa.interop import load, load_groups
 
     encoder, data = load(task.run_dir, resolve_device(task.config.run.device)), task.probes.data[0]
     groups = load_groups(task.run_dir, encoder.grid_size)

@@ -17,24 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsejepa.checks import check_pattern
-from sparsejepa.config import Config
+from sparsejepa.config import ENCODER_SIZES, Config, check_pattern
 from sparsejepa.data.augment import Augment
 from sparsejepa.data.catalog import cache_folder, load_dataset, only_streamed, stream_dataset
 from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
-from sparsejepa.encoders.encoder import GROUPS, RGB, vit_arguments
-from sparsejepa.encoders.load import load, plain
 from sparsejepa.errors import TooFewImages, UserError
 from sparsejepa.files import load_tensors, read_json, write_text
+from sparsejepa.interop import RGB, load, vit_arguments
+from sparsejepa.interop.runs import GROUPS
+from sparsejepa.interop.timm import TimmViT, plain_vit
 from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, random_pattern
-from sparsejepa.model.jepa import Objective, SparseJEPA
+from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
-from sparsejepa.model.regularizers import Regularizers
 from sparsejepa.rng import derive_seed
 from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule
@@ -45,7 +44,7 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        ref: its name, as `load` takes it.
+        ref: its name, as `interop.load` takes it.
         arch: arguments of `ViT`, without drop path.
         mean, std: of the pixels, in units of [0, 1].
         license, fingerprint: of the encoder.
@@ -65,12 +64,11 @@ class Start:
 
         Raises UserError if they say otherwise, or cannot work with an encoder of this size.
         """
-        arch, wanted = self.arch, config.model.encoder_dims
-        dims = (arch["embed_dim"], arch["depth"], arch["num_heads"])
-        if wanted and wanted != dims:
+        arch, wanted = self.arch, config.model.encoder
+        sizes = f"{arch['embed_dim']},{arch['depth']},{arch['num_heads']}"
+        if wanted not in (sizes, *ENCODER_SIZES):
             raise UserError(
-                f"--encoder-dims {' '.join(map(str, wanted))}: --init {self.ref} has "
-                f"{' '.join(map(str, dims))}; leave --encoder-dims out"
+                f"--encoder {wanted}: --init {self.ref} has {sizes}; leave --encoder out"
             )
         height, width = arch["patch_size"]
         if height != width:
@@ -78,8 +76,7 @@ class Start:
                 f"--init {self.ref}: its patches are {height}x{width} pixels, only square ones can "
                 "be trained on here"
             )
-        stem = arch.get("stem", "linear")
-        return config.replace(encoder_dims=dims, patch_size=height, stem=stem).check()
+        return config.replace(encoder=sizes, patch_size=height).check()
 
     def encoder(self, img_size: tuple[int, int], drop_path: float) -> ViT:
         """Return the encoder for images of `img_size` (h, w); random weights without `vit`.
@@ -127,7 +124,8 @@ def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
         return start
     try:
         encoder = load(ref)
-        fingerprint, vit = encoder.fingerprint(), plain(encoder).model
+        fingerprint, model = encoder.fingerprint(), encoder.model
+        vit = plain_vit(model) if isinstance(model, TimmViT) else model
     except UserError as error:
         raise UserError(f"--init {error}") from None
     return Start(
@@ -155,6 +153,10 @@ def read_start(run_dir: Path) -> Start | None:
     arch = {k: tuple(v) if isinstance(v, list) else v for k, v in found["arch"].items()}
     mean, std = tuple(found["mean"]), tuple(found["std"])
     return Start(**{**found, "arch": arch, "mean": mean, "std": std, "vit": None})
+
+
+ADAM_BETA2 = 0.98
+"""AdamW's second-moment decay."""
 
 
 def arm_name(config: Config) -> str:
@@ -198,12 +200,11 @@ def load_images(config: Config, start: Start | None = None) -> ImageSet | ImageS
         img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
         data_root=wanted.data_root,
         upscale=wanted.upscale,
-        max_unreadable=wanted.max_unreadable,
     )
     if wanted.holdout:
         image_set, _ = image_set.split_off(wanted.holdout)
     if wanted.limit is not None and wanted.limit < len(image_set):
-        image_set = image_set.subset(wanted.limit, wanted.subset_seed)
+        image_set = image_set.subset(wanted.limit, 0)
     config.check_image(image_set.img_size)
     if config.optim.batch_size > len(image_set):
         raise TooFewImages(
@@ -215,7 +216,7 @@ def load_images(config: Config, start: Start | None = None) -> ImageSet | ImageS
         image_set = corrupt(
             image_set,
             wanted.corruption,
-            seed=wanted.subset_seed,
+            seed=0,
             patch_size=config.model.patch_size,
             cache_dir=cache_folder(None),
         )
@@ -263,7 +264,6 @@ def build_model(
                 embed_dim=width,
                 depth=depth,
                 num_heads=heads,
-                stem=config.model.stem,
                 drop_path=config.model.drop_path,
             )
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
@@ -277,7 +277,6 @@ def build_model(
                 grid,
                 dim=dim,
                 depth=layers,
-                packed=config.model.predictor_pass == "packed",
                 out_dim=out_dim,
             )
         torch.manual_seed(derive_seed(seed, 0, "init-groups"))
@@ -301,25 +300,7 @@ def build_model(
             sampler,
             groups,
             rates=Schedule(config, total),
-            objective=Objective(
-                loss=config.loss.loss,
-                predict=config.loss.predict,
-                target_layers=config.loss.target_layers,
-                target_centering=config.loss.target_centering,
-                kl=config.loss.kl,
-                group_weight=config.groups.group_weight,
-                beta=config.loss.beta,
-                kl_marginal=config.loss.kl_marginal,
-                kl_correlation=config.loss.kl_correlation,
-                ridge=config.groups.ridge,
-                regularizers=Regularizers(
-                    vicreg=config.loss.vicreg,
-                    sigreg=config.loss.sigreg,
-                    activation_l1=config.loss.activation_l1,
-                    rectified=config.loss.rectified,
-                    rectified_share=config.loss.rectified_share,
-                ),
-            ),
+            loss=config.loss,
             total_steps=total,
             steer_density=config.groups.density is not None and config.penalised,
             random_pattern=zeros,
@@ -363,22 +344,21 @@ def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         groups,
         lr=config.optim.lr,
-        betas=(0.9, config.optim.adam_beta2),
+        betas=(0.9, ADAM_BETA2),
         fused=True,
     )
 
 
 def build_augment(config: Config, image_set: ImageSet | ImageStream) -> Augment:
-    """Return the augmentation of a run; ``--augment none`` leaves only the normalisation."""
-    crop = config.images.augment != "none"
+    """Return the augmentation of a run; a crop of all of the image keeps its proportions."""
+    whole = config.images.crop_scale == (1.0, 1.0)
     return Augment(
         image_set.img_size,
         mean=image_set.mean,
         std=image_set.std,
-        crop_scale=config.images.crop_scale if crop else (1.0, 1.0),
-        crop_ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
-        flip=config.images.flip and crop,
-        randaugment=config.images.randaugment if config.images.augment == "randaugment" else None,
+        crop_scale=config.images.crop_scale,
+        crop_ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
+        flip=config.images.flip,
     )
 
 

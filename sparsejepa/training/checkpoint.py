@@ -47,13 +47,13 @@ FORMAT = 2
 """Of a checkpoint's folder."""
 START = "init.json"
 """In a run directory: what the run knows of the encoder that it started from, see `Start`."""
-FROM_START = {"encoder_dims", "patch_size", "stem"}
+FROM_START = {"encoder", "patch_size"}
 """Settings that this encoder decides, whatever the flags say."""
 
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
 _FREE_ON_RESUME = {
     "data_root", "device", "threads", "compile", "checkpoint_every", "preset",
-    "keep_checkpoints", "workers", "parallel", "checkpoint_activations", "max_unreadable", "log",
+    "workers", "parallel", "checkpoint_activations", "log",
 }  # fmt: skip
 _MANIFEST = "manifest.json"
 T = TypeVar("T")

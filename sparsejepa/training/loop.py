@@ -24,8 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsejepa import version
-from sparsejepa.checks import check_pattern
-from sparsejepa.config import Config, preset
+from sparsejepa.config import Config, check_pattern, preset
 from sparsejepa.data.store import DeviceImages, ImageSet
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
 from sparsejepa.distributed import (
@@ -38,17 +37,11 @@ from sparsejepa.distributed import (
     mean_of,
     on_main,
 )
-from sparsejepa.encoders.encoder import (
-    Encoder,
-    measure_rms,
-    measure_seen,
-    save_encoder,
-    save_groups,
-)
-from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.files import partial_files, read_json, write_text
+from sparsejepa.interop import Encoder, load, save_encoder, save_groups
+from sparsejepa.interop.module import measure_rms, measure_seen
 from sparsejepa.lock import run_lock
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
@@ -186,9 +179,7 @@ def _train(
     evaluate = OnlineEvaluation(image_set, images, world=world)
     if world.main:
         _begin(run_dir, config)
-    checkpoints = Checkpoints(
-        run_dir, keep=config.run.keep_checkpoints, world=world, say=report.say
-    )
+    checkpoints = Checkpoints(run_dir, world=world, say=report.say)
     state = {"step": 0, "seconds": 0.0, "images": image_set.fingerprint}
     state |= checkpoints.restore(model, train_step.optimizer) or {}
     if state["images"] != image_set.fingerprint:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsejepa.model.collectives import local
@@ -54,7 +54,6 @@ def spread(
         if part is not None:
             fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
-    register_fsdp_forward_method(model.target_encoder, "forward_intermediates")
     return model
 
 
@@ -110,7 +109,7 @@ def whole_encoder(encoder: ViT, main: bool) -> ViT | None:
             tensors[name] = full.cpu()
     if not main:
         return None
-    from sparsejepa.encoders.encoder import vit_arguments
+    from sparsejepa.interop import vit_arguments
 
     with torch.device("meta"):
         copy = ViT(**vit_arguments(encoder))

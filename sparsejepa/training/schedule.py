@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from sparsejepa.config import Config
 from sparsejepa.model.groups import TRAVEL, mean_momentum, ramp, strength
 
-# `ema_reference` belongs to a run of this many steps (300 epochs of 50,000 at 512).
-_EMA_REFERENCE_STEPS = 29_000
+LR_FINAL = 1e-6
+"""Learning rate at the end of the cosine."""
+
+EMA_REFERENCE, _EMA_REFERENCE_STEPS = (0.992, 0.9999), 29_000
+"""EMA rates at the start and the end of a run of so many steps (300 epochs of 50,000 at 512)."""
 
 
 def warmup_cosine(step: int, total: int, peak: float, final: float, warmup: float) -> float:
@@ -48,12 +51,12 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate of AdamW."""
         optim = self.config.optim
-        return warmup_cosine(step, self.total, optim.lr, optim.lr_final, optim.warmup)
+        return warmup_cosine(step, self.total, optim.lr, LR_FINAL, optim.warmup)
 
     def ema(self, step: int) -> float:
         """EMA rate of the target encoder after this step (I-JEPA: linear)."""
         optim = self.config.optim
-        start, final = (scaled_ema(decay, self.total) for decay in optim.ema_reference)
+        start, final = (scaled_ema(decay, self.total) for decay in EMA_REFERENCE)
         start = start if optim.ema is None else optim.ema
         final = final if optim.ema_final is None else optim.ema_final
         return linear(step, self.total, start, final)
@@ -112,7 +115,3 @@ class Schedule:
         final = 1.0 if self.config.groups.density is None else self.config.groups.density
         last = step >= min(self.penalised_steps, self.total - 1)
         return final if last else 1 + (final - 1) * ramp(step / self.penalised_steps)
-
-    def group_detached(self, step: int) -> bool:
-        """Whether the group loss is kept from the encoder at this step."""
-        return step < self.config.groups.group_detach * self.total

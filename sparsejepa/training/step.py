@@ -20,6 +20,9 @@ from sparsejepa.training.build import build_optimizer
 from sparsejepa.training.parallel import backward, clip_gradients, spread
 from sparsejepa.training.schedule import Schedule
 
+CLIP = 1.0
+"""Largest norm of the network's gradient."""
+
 TERMS = [*(field.name for field in fields(Losses)), "grad_norm"]
 """What a step returns, in order."""
 
@@ -67,7 +70,7 @@ class TrainStep:
         self.schedule = Schedule(config, total)
         bf16 = wanted == "bf16" or (wanted == "auto" and has_bf16(str(self.device)))
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self._seed, self._clip = config.run.seed, config.optim.clip or float("inf")
+        self._seed = config.run.seed
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._say = say
         self._compile: Literal["no", "untried", "works"] = "untried" if config.run.compile else "no"
@@ -85,7 +88,7 @@ class TrainStep:
             x = self.augment(images, drawn, share).to(self._dtype)
             with backward(self._network, last=part == self._parts - 1):
                 losses.append(self._backward(x, step, share).stacked())
-        norm = clip_gradients(self._trained, self._clip)
+        norm = clip_gradients(self._trained, CLIP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(step)
         self.optimizer.step()

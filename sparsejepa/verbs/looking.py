@@ -106,7 +106,7 @@ class Masks(Verb):
     patch_size: int = 4
     """Side of a patch in pixels."""
     masks: MaskConfig = field(default_factory=MaskConfig)
-    predictor_pass: Literal["blocks", "packed", "union"] = "blocks"
+    predictor_pass: Literal["blocks", "union"] = "blocks"
     """As in pretrain: union merges the target blocks."""
     batch_size: int = 256
     """Images per step of the audit."""
@@ -264,9 +264,8 @@ def info(args: Info, console: Console) -> dict[str, Any]:
 
 
 def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
-    """Show what an encoder is, and its groups."""
-    from sparsejepa.encoders.encoder import load_groups
-    from sparsejepa.encoders.load import folder_of, load
+    """Show what an encoder is, its groups, and what became of the tensors of a foreign file."""
+    from sparsejepa.interop import folder_of, load, load_groups
 
     encoder, folder = load(ref), folder_of(ref)
     groups = None if folder is None else load_groups(folder, encoder.grid_size)
@@ -284,7 +283,10 @@ def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
             "density": float((norms > 0).float().mean()),
         }
     show_facts(console, found, f"{ref}: encoder")
-    return {"architecture": found}
+    if encoder.report is None:
+        return {"architecture": found}
+    show_facts(console, encoder.report.facts(), f"{ref}: tensors of the file")
+    return {"architecture": found, "tensors": dataclasses.asdict(encoder.report)}
 
 
 def _last(path: Path) -> dict[str, Any]:

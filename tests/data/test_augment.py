@@ -1,4 +1,4 @@
-"""Augmentation against torch's antialiased resize and torchvision's crops and operations."""
+"""Augmentation against torch's antialiased resize and torchvision's crops."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sparsejepa.data.augment import (
-    OPERATIONS,
     Augment,
-    apply_operations,
     crop_and_resize,
     normalize,
-    rand_augment,
     random_crops,
     resize_weights,
 )
@@ -157,7 +154,7 @@ def test_normalize_resizes_the_largest_centred_crop(size, out):
 
 def test_augment_depends_on_the_generator_only():
     images = random_images(8, 16, 16)
-    augment = Augment((12, 12), mean=MEAN, std=STD, randaugment=(2, 9))
+    augment = Augment((12, 12), mean=MEAN, std=STD)
     assert torch.equal(augment(images, generator(1)), augment(images, generator(1)))
     assert not torch.equal(augment(images, generator(1)), augment(images, generator(2)))
 
@@ -166,74 +163,3 @@ def test_each_image_has_its_own_crop():
     image = random_images(1, 32, 32).expand(16, -1, -1, -1)
     result = Augment((32, 32), mean=MEAN, std=STD)(image, generator())
     assert len({tuple(row.tolist()) for row in result.flatten(1)}) == 16
-
-
-@pytest.mark.parametrize("size", [(32, 32), (24, 40), (33, 17)])
-@pytest.mark.parametrize("magnitude", [0, 9, 30])
-@pytest.mark.parametrize("operation", range(len(OPERATIONS)))
-def test_operations_are_torchvisions(operation: int, magnitude: int, size: tuple[int, int]):
-    v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision not installed")
-    name = OPERATIONS[operation]
-    images = F.avg_pool2d(random_images(4, *size).permute(0, 3, 1, 2).float(), 3, 1, 1).floor_()
-    images[1] = images[1] // 3 + 40  # low contrast
-    images[2] = 77  # constant
-    images[3] = torch.arange(size[0] * size[1]).view(size) % 200
-    magnitudes, signed = v2.RandAugment._AUGMENTATION_SPACE[name]
-    levels = magnitudes(31, *size)
-    for negative in (False, True):
-        level = 0.0 if levels is None else float(levels[magnitude])
-        level = -level if signed and negative else level
-        want = [
-            v2.RandAugment()._apply_image_or_video_transform(
-                image.byte(), name, level, v2.InterpolationMode.NEAREST, {torch.Tensor: None}
-            )
-            for image in images
-        ]
-        chosen, signs = torch.full((4,), operation), torch.full((4,), negative)
-        got = apply_operations(images, chosen, magnitude, signs)
-        difference = (got - torch.stack(want).float()).abs()
-        # Where an exact blend lies on a whole number, float32 may round to either side.
-        assert difference.max() <= 1
-        assert (difference > 0).float().mean() < 0.03
-
-
-def test_operations_of_a_mixed_batch_do_not_disturb_each_other():
-    count = 2 * len(OPERATIONS)
-    images = random_images(count, 16, 16).permute(0, 3, 1, 2).float()
-    operation = torch.arange(count) % len(OPERATIONS)
-    negative = torch.arange(count) % 4 < 2
-    together = apply_operations(images, operation, 9, negative)
-    for i in range(count):
-        own = slice(i, i + 1)
-        alone = apply_operations(images[own], operation[own], 9, negative[own])
-        torch.testing.assert_close(together[own], alone, atol=1, rtol=0)
-    assert torch.equal(together[operation == 0], images[operation == 0])
-
-
-@given(st.integers(0, 4), st.integers(0, 30), st.integers(0, 99))
-def test_rand_augment_keeps_8_bit_images(num_ops, magnitude, seed):
-    images = random_images(6, 9, 7, seed).permute(0, 3, 1, 2).float()
-    before = images.clone()
-    result = rand_augment(images, num_ops, magnitude, generator(seed))
-    assert torch.equal(images, before)
-    assert result.shape == images.shape and torch.equal(result, result.round())
-    assert result.min() >= 0 and result.max() <= 255
-    assert num_ops or torch.equal(result, images)
-
-
-def test_rand_augment_draws_all_operations_alike():
-    """Single operations on a picture where each of the 14 leaves a different mark."""
-    count = 2800
-    picture = F.avg_pool2d(random_images(1, 16, 16).permute(0, 3, 1, 2).float(), 3, 1, 1)
-    picture = picture.floor_() // 2 + 30
-    marks = {}
-    for operation in range(len(OPERATIONS)):
-        for negative in (False, True):
-            result = apply_operations(
-                picture, torch.tensor([operation]), 20, torch.tensor([negative])
-            )
-            marks[result.byte().numpy().tobytes()] = operation
-    assert len(marks) == 23  # nine of them have two directions
-    drawn = rand_augment(picture.expand(count, -1, -1, -1), 1, 20, generator())
-    found = [marks[image.byte().numpy().tobytes()] for image in drawn]
-    assert stats.chisquare(np.bincount(found, minlength=len(OPERATIONS))).pvalue > 1e-3

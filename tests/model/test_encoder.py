@@ -22,7 +22,6 @@ from sparsejepa.model.encoder import (
     ViT,
     attend,
     sincos_position_embedding,
-    stem_sides,
 )
 
 
@@ -360,61 +359,3 @@ def test_one_pass_linear_layer_against_float64(gelu: bool, shape: tuple[int, ...
     for got, wanted in pairs:
         assert got is not None and wanted is not None
         assert (got.double() - wanted).norm() < 6e-3 * wanted.norm()
-
-
-@given(st.integers(2, 256))
-def test_stem_sides_multiply_to_the_patch(side: int) -> None:
-    sides = stem_sides(side)
-    assert math.prod(sides) == side and min(sides) >= 2
-    assert len(sides) <= 3 and sides == sorted(sides, reverse=True)
-
-
-def test_stem_sides_are_those_of_the_paper() -> None:
-    assert stem_sides(16) == [4, 2, 2]
-    assert [stem_sides(p) for p in (2, 4, 6, 7, 8)] == [[2], [2, 2], [3, 2], [7], [2, 2, 2]]
-
-
-def hierarchical(patch: int, seed: int = 0) -> Any:
-    return small(seed, img_size=(2 * patch, 3 * patch), patch_size=patch, stem="hierarchical")
-
-
-@pytest.mark.parametrize("patch", [2, 3, 4, 6, 7, 8, 12, 16])
-def test_the_hierarchical_stem_is_stacked_convolutions_of_the_image(patch: int) -> None:
-    model = hierarchical(patch)
-    x = images = torch.randn(2, 3, 2 * patch, 3 * patch, dtype=torch.float64)
-    stem = model.patch_embed
-    for i, (side, linear, norm) in enumerate(zip(stem.sides, stem.maps, stem.norms, strict=True)):
-        kernel = linear.weight.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
-        x = F.conv2d(F.gelu(x) if i else x, kernel, linear.bias, stride=side)
-        mean = x.mean(1, keepdim=True)
-        x = (x - mean) / (x.var(1, keepdim=True, correction=0) + norm.eps).sqrt()
-        x = x * norm.weight[:, None, None] + norm.bias[:, None, None]
-    assert x.shape[2:] == (2, 3)
-    tokens = x.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(stem(images, None), tokens, rtol=1e-9, atol=1e-9)
-    index = torch.tensor([[5, 0], [2, 3]])
-    torch.testing.assert_close(stem(images, index), tokens[torch.arange(2)[:, None], index])
-
-
-@pytest.mark.parametrize("patch", [2, 6, 8])
-def test_a_token_of_the_hierarchical_stem_depends_on_its_own_patch_alone(patch: int) -> None:
-    model = hierarchical(patch)
-    images = torch.randn(1, 3, 2 * patch, 3 * patch, dtype=torch.float64, requires_grad=True)
-    for n, token in enumerate(model.patch_embed(images, None)[0]):
-        (gradient,) = torch.autograd.grad(token.square().sum(), images, retain_graph=True)
-        touched = gradient.abs().sum((0, 1)) > 0
-        own = torch.zeros(2 * patch, 3 * patch, dtype=torch.bool)
-        top, left = n // 3 * patch, n % 3 * patch
-        own[top : top + patch, left : left + patch] = True
-        assert torch.equal(touched, own)
-    # So hidden pixels change nothing in the encoder's tokens of the others, to the bit.
-    index = torch.tensor([[4, 1, 2]])
-    other = images.detach().clone()
-    other[:, :, :patch, :patch] = torch.nan
-    assert torch.equal(model(images, index), model(other, index))
-
-
-def test_a_hierarchical_stem_needs_square_patches_of_some_pixels() -> None:
-    for patch in ((2, 4), (1, 1)):
-        with pytest.raises(UserError, match="--stem hierarchical: patches of"):
-            ViT((8, 8), patch, 16, 1, 2, stem="hierarchical")

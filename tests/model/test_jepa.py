@@ -55,31 +55,21 @@ def test_each_term_alone_reaches_the_parts_that_it_should() -> None:
     assert reached("penalty") == {"groups.W"}
 
 
-def test_detached_group_loss_leaves_the_encoder_alone() -> None:
-    model = model_of(small(group_detach=0.5, beta=0.0))
-    for step, expected in ((49, False), (50, True)):
-        model.zero_grad()
-        losses = model(images(), step=step)
-        losses.group.backward()
-        grads = [p.grad for p in model.context_encoder.parameters() if p.grad is not None]
-        assert any(g.abs().sum() > 0 for g in grads) == expected
-
-
 def test_total_is_the_weighted_sum_without_the_penalty() -> None:
-    model = model_of(small(group_weight=0.3, beta=0.2, kl_correlation=2.0))
+    model = model_of(small(group_weight=0.3, beta=0.2))
     got = model(images(), step=3)
-    kl = got.kl_marginal + 2.0 * got.kl_correlation
+    kl = got.kl_marginal + got.kl_correlation
     torch.testing.assert_close(got.kl, kl)
     expected = got.prediction + 0.3 * got.group + 0.2 * kl
     torch.testing.assert_close(got.total, expected)
 
 
 def test_total_of_the_paper_preset_has_posterior_kl_and_ridge() -> None:
-    model = model_of(small(w_form="plain", kl="posterior", beta=0.2, ridge=0.5, loss="l2"))
+    model = model_of(small(w_form="plain", kl="posterior", beta=0.2, loss="l2"))
     got = model(images(), step=3)
     assert model.groups is not None
     expected = got.prediction + 0.1 * got.group + 0.2 * got.kl
-    torch.testing.assert_close(got.total, expected + 0.5 * model.groups.ridge())
+    torch.testing.assert_close(got.total, expected + 1e-3 * model.groups.ridge())
     model.eval()  # BatchNorm rests, so that only the posterior's noise can differ
     masks = model.sampler.sample(6, seed=0, step=0)
     first, again, other = (model(images(), step=s, masks=masks).group.item() for s in (3, 3, 4))
@@ -159,7 +149,7 @@ def test_arms_with_one_seed_share_weights_and_masks() -> None:
             getattr(dense, part).parameters(), getattr(sparse, part).parameters(), strict=True
         )
         assert all(torch.equal(a, b) for a, b in pairs)
-    dense.objective = sparse.objective
+    dense.loss = sparse.loss
     a, b = dense(images(), step=7), sparse(images(), step=7)
     assert torch.equal(a.prediction, b.prediction)
     other = model_of(small(groups="none", seed=1))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsejepa.config import Config
+from sparsejepa.config import Config, LossConfig
 from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.model.groups import GroupMap, largest, partition_cells, prox_sphere
-from sparsejepa.model.jepa import Objective, SparseJEPA
+from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.training.schedule import Schedule
 
@@ -102,7 +102,7 @@ def learned(
         MaskSampler(GRID, merge=True),
         groups,
         rates=Schedule(config, steps),
-        objective=Objective(loss=loss, group_weight=weight, beta=0.0),  # type: ignore[arg-type]
+        loss=LossConfig(loss=loss, group_weight=weight, beta=0.0),  # type: ignore[arg-type]
         total_steps=steps,
         steer_density=density is not None,
     )

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsejepa.errors import UserError
 from sparsejepa.model.encoder import sincos_position_embedding
-from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor, packed_mask
+from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
 
 GRID, D = (4, 6), 20
 
@@ -205,58 +205,9 @@ def test_shapes_that_do_not_fit(make):
         model(context, context_index, targets[:1])
 
 
-def packed() -> Any:
-    return randomise(TransformerPredictor(D, GRID, dim=16, depth=2, num_heads=2, packed=True))
-
-
-def test_packed_blocks_see_the_context_and_themselves_only() -> None:
-    """One pass equals passes with one block each, and the context's way has no mask token in it."""
-    model = packed()
-    tokens, seen, hidden = batch()
-    together = model(tokens, seen, hidden)
-    for block in range(3):
-        alone = model(tokens, seen, hidden[:, block : block + 1])
-        torch.testing.assert_close(together[:, block], alone[:, 0], rtol=1e-10, atol=1e-12)
-    # Written out: the context by itself, layer by layer; then a block's tokens over both.
-    for image in range(2):
-        for block in range(3):
-            x = model.embed(tokens[image]) + model.positions[seen[image]]
-            y = model.mask_token + model.positions[hidden[image, block]]
-            for layer in model.blocks:
-                keys = torch.cat([x, y])
-                x, y = (part + _by_hand(layer, part, other) for part, other in ((x, x), (y, keys)))
-                x, y = (part + layer.mlp(layer.norm2(part)) for part in (x, y))
-            expected = model.proj(model.norm(y))
-            torch.testing.assert_close(together[image, block], expected, rtol=1e-10, atol=1e-12)
-
-
-def _by_hand(layer: Any, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Attention of tokens [T, d] over tokens [S, d], head by head and query by query."""
-    q = layer.attn.qkv(layer.norm1(queries)).chunk(3, -1)[0].chunk(2, -1)
-    k, v = (x.chunk(2, -1) for x in layer.attn.qkv(layer.norm1(keys)).chunk(3, -1)[1:])
-    heads = []
-    for head in range(2):
-        rows = [((k[head] @ one) / 8**0.5).softmax(0) @ v[head] for one in q[head]]
-        heads.append(torch.stack(rows))
-    return layer.attn.proj(torch.cat(heads, -1))
-
-
-def test_packed_mask_written_out() -> None:
-    expected = [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 1],
-        [1, 1, 0, 0, 1, 1],
-    ]
-    assert packed_mask(2, 2, 2).int().tolist() == expected
-
-
-@pytest.mark.parametrize("build", [transformer, packed])
-def test_explicit_attention_equals_the_fused_kernel(build: Any) -> None:
+def test_explicit_attention_equals_the_fused_kernel() -> None:
     """On the CPU bf16 takes the explicit form; in bf16 both agree within its rounding."""
-    model = build()
+    model = transformer()
     exact = model(*batch())
     rounded = model.bfloat16()(batch()[0].bfloat16(), *batch()[1:])
     assert torch.cosine_similarity(exact.flatten(), rounded.double().flatten(), dim=0) > 0.999

@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 
 from sparsejepa import cli
-from sparsejepa.config import preset
+from sparsejepa.config import REMOVED, preset
 from sparsejepa.errors import UserError
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.results import append_row, read_results, read_rows
@@ -84,7 +84,7 @@ def test_unknown_arms_are_named(arm: str) -> None:
 NUMBERS = st.floats(0, 1e6, allow_subnormal=False)
 ITEMS = st.fixed_dictionaries({}, optional={
     "beta": NUMBERS, "lr": NUMBERS, "num_groups": st.integers(1, 10**6), "flip": st.booleans(),
-    "encoder": st.sampled_from(["nano", "tiny"]), "vicreg": st.tuples(NUMBERS, NUMBERS),
+    "encoder": st.sampled_from(["nano", "tiny"]), "crop_scale": st.tuples(NUMBERS, NUMBERS),
     "img_size": st.tuples(st.integers(1, 999)), "steps": st.integers(1, 10**6),
 })  # fmt: skip
 
@@ -111,13 +111,12 @@ def test_an_arm_goes_on_with_settings(first: str, items: dict[str, Any]) -> None
     [
         ("dense+lr=fast", "--lr fast: must be a number"),
         ("dense+beta=true", "--beta True: must be a number"),
-        ("dense+vicreg=0.1", "--vicreg 0.1: must be 2 numbers"),
+        ("dense+crop_scale=0.1", "--crop-scale 0.1: must be 2 numbers"),
         ("dense+crop_scale=a,b", "--crop-scale a b: must be 2 numbers"),
         ("dense+epochs=1.5", "--epochs 1.5: must be a whole number"),
-        ("dense+randaugment=2", "--randaugment 2: must be 2 whole numbers"),
         ("dense+img_size=32.5", "--img-size 32.5: must be whole numbers"),
         ("dense+flip=1", "--flip 1: must be true or false"),
-        ("dense+stem=conv", "--stem conv: unknown"),
+        ("dense+loss=l1", "--loss l1: unknown"),
         ("lam=nan", "--lam nan: must be at least 0"),
     ],
 )
@@ -128,7 +127,7 @@ def test_settings_of_the_wrong_type_are_named(arm: str, message: str) -> None:
 
 def test_whole_numbers_stand_for_numbers() -> None:
     one, two = (
-        TINY.replace(**arm_settings(f"dense+beta={x}+vicreg={x},{x}")) for x in ("0", "0.0")
+        TINY.replace(**arm_settings(f"dense+beta={x}+crop_scale={x},{x}")) for x in ("0", "0.0")
     )
     assert one == two and json.dumps(one.to_dict()) == json.dumps(two.to_dict())
 
@@ -296,7 +295,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, fake: list[st
     assert read_results(results) == [good]
 
 
-@given(st.sampled_from(["dense", "lam=0.1", "density=0.25+vicreg=0.1,0.002"]), st.integers(0, 99))
+@given(st.sampled_from(["dense", "lam=0.1", "density=0.25+crop_scale=0.1,0.2"]), st.integers(0, 99))
 def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
     config = TINY.replace(**arm_settings(arm), seed=seed)
     task = Task(config, Path("x"), Probes(("scenes",), targets={"scenes": ("count",)}, limit=9))
@@ -307,23 +306,32 @@ def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
     row = json.loads(json.dumps(row))
     assert row_key(row) == task.key
     # As if these did not exist when the line was written; they have their defaults here.
-    for section, name in (("images", "corruption"), ("loss", "sigreg"), ("optim", "clip")):
+    for section, name in (("images", "corruption"), ("loss", "predict"), ("optim", "accumulate")):
         del row["settings"][section][name]
     del row["probed"]["measures"]
     assert row_key(row) == task.key
-    # A setting of earlier versions is still a part of the key, though nothing reads it.
-    keys = set()
-    for value in (0.03, 0.1):
-        row["settings"]["groups"]["balance"] = value
-        keys.add(row_key(row))
-    assert len(keys) == 2 and not keys & {task.key, "as written then"}
-    del row["settings"]["groups"]["balance"]
     # Another value is another run, and what cannot be read keeps its key.
-    row["settings"]["loss"]["sigreg"] = 0.5
+    row["settings"]["loss"]["beta"] = 0.6
     assert row_key(row) not in (task.key, "as written then")
     row["settings"]["loss"]["gone"] = 0.5
     assert row_key(row) == "as written then"
     assert row_key({"key": "old"}) == "old"
+
+
+def test_a_rows_key_outlives_removed_settings() -> None:
+    """A line from before they were removed names them all; its key is the one written then."""
+    config = preset("nano").replace(data="cifar100", lam=0.03, seed=4, limit=500)
+    task = Task(config, Path("x"), Probes(("scenes",), targets={"scenes": ("count",)}, limit=9))
+    settings = config.to_dict()
+    gone = {name: now for name, (now, _) in REMOVED.items() if now is not None}
+    settings["optim"] |= {name: list(v) if isinstance(v, tuple) else v for name, v in gone.items()}
+    row = {"key": "f38e803f9de04e67", "settings": settings, "train_version": 3,
+           "probed": dataclasses.asdict(task.probes)}  # fmt: skip
+    row = json.loads(json.dumps(row))
+    assert row_key(row) == row["key"]
+    assert row_key({**row, "train_version": TRAIN_VERSION}) == task.key
+    row["settings"]["optim"] |= {"vicreg": [0.1, 0.0], "key": "of a run that nothing repeats"}
+    assert row_key(row) == row["key"], "at another value it keeps the key that it has"
 
 
 def test_an_interruption_ends_the_sweep_and_keeps_the_lines(

@@ -15,9 +15,9 @@ from torch import Tensor
 import sparsejepa
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
-from sparsejepa.encoders.encoder import load_activations, load_groups
-from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
+from sparsejepa.interop import load, load_groups
+from sparsejepa.interop.module import load_activations
 from sparsejepa.training.build import build_model, build_sampler, load_images
 from sparsejepa.training.loop import plan, pretrain
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("corruption", ["noise", "shuffle"])
 def test_corruption_replaces_what_would_have_been_trained_on(folder: Path, corruption: str) -> None:
-    settings: dict[str, Any] = {"holdout": 6, "limit": 20, "subset_seed": 3}
+    settings: dict[str, Any] = {"holdout": 6, "limit": 20}
     true = load_images(config_of(folder, **settings))
     settings["corruption"] = corruption
     made, again = (load_images(config_of(folder, seed=s, **settings)) for s in (0, 1))
@@ -52,8 +52,6 @@ def test_corruption_replaces_what_would_have_been_trained_on(folder: Path, corru
     assert (made.images == again.images).all(), "the same images for every seed of a run"
     if corruption == "shuffle":
         assert (np.sort(made.images, axis=None) == np.sort(true.images, axis=None)).all()
-    settings["subset_seed"] = 4
-    assert load_images(config_of(folder, **settings)).fingerprint != made.fingerprint
 
 
 def test_corruption_leaves_the_data_set_itself_alone(folder: Path) -> None:

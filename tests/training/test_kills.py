@@ -145,7 +145,7 @@ def words_of(folder: Path, out: Path, steps: int) -> list[str]:
     """Return a command with all that draws: stochastic depth, groups, steering, augmentation."""
     given = f"""--preset nano --steps {steps} --batch-size 16 --predictor-dim 32
         --predictor-depth 1 --num-groups 4 --threads 1 --device cpu --groups concept --density 0.5
-        --drop-path 0.2 --augment randaugment --checkpoint-every 2 --log-every 3"""
+        --drop-path 0.2 --checkpoint-every 2 --log-every 3"""
     return ["pretrain", str(folder), "--out", str(out), "--resume", *given.split()]
 
 

@@ -24,6 +24,7 @@ from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.training import loop
+from sparsejepa.training import step as step_module
 from sparsejepa.training.checkpoint import train_version
 from sparsejepa.training.loop import EpochOrder, plan, pretrain
 from sparsejepa.training.monitor import OnlineEvaluation
@@ -46,7 +47,7 @@ def config_of(folder: Path, **settings: Any) -> Config:
         {"lam": 0.1},
         {"groups": "concept", "density": 0.5},
         {"groups": "feature", "kl": "posterior"},
-        {"w_form": "plain", "predictor": "mlp", "loss": "l2", "augment": "randaugment"},
+        {"w_form": "plain", "predictor": "mlp", "loss": "l2"},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
@@ -102,7 +103,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
 ) -> None:
     config = config_of(
         folder, steps=90, log_every=2, checkpoint_every=7, drop_path=0.2, density=0.5,
-        groups="concept", augment="randaugment",
+        groups="concept",
     )  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     first = launch(config, whole)
@@ -219,12 +220,6 @@ def test_a_restart_goes_on_with_its_own_run_only(
         attempt(1, "first")
 
 
-def test_what_only_bounds_unreadable_images_may_change(folder: Path, tmp_path: Path) -> None:
-    run = pretrain(config_of(folder, steps=4), out=tmp_path / "run")
-    again = pretrain(config_of(folder, steps=4, max_unreadable=0.9), out=run.path, resume=True)
-    assert again.summary == run.summary
-
-
 def test_a_run_of_another_train_version_is_refused_and_kept_as_it_is(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -265,9 +260,12 @@ def test_a_damaged_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
         pretrain(config_of(folder), out=out, resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_term(folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_step_and_term(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "CLIP", float("inf"))
     with pytest.raises(UserError, match=r"'(prediction|group|kl)' is not finite at step \d+"):
-        pretrain(config_of(folder, lr=1e8, clip=0.0, warmup=0.0, steps=40), out=tmp_path / "run")
+        pretrain(config_of(folder, lr=1e8, warmup=0.0, steps=40), out=tmp_path / "run")
 
 
 def test_the_term_at_fault_is_named_and_not_the_total_that_it_spoils(
@@ -351,7 +349,6 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         "--density": {"density": 0.1},
         "--device": {"device": "tpu"},
         "--device cuda:": {"device": "cuda:"},
-        "--adam-beta2": {"adam_beta2": 1.0},
         "--predictor-dim": {"predictor": "mlp", "predictor_dim": 30},
         "--loss l1: unknown": {"loss": "l1"},
         "did you mean 'nano'": {"encoder": "nanoo"},

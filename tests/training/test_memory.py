@@ -31,7 +31,7 @@ TrainStep.__call__ = measured
 config = preset("nano").replace(
     data=sys.argv[1], steps=2000, batch_size=8, predictor_dim=32, predictor_depth=1, num_groups=4,
     threads=1, device="cpu", log_every=10, checkpoint_every=100, eval_every=200, density=0.5,
-    augment="randaugment", drop_path=0.1,
+    drop_path=0.1,
 )
 pretrain(config, out=sys.argv[2])
 print(json.dumps(samples))

@@ -12,8 +12,8 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from sparsejepa.config import Config
-from sparsejepa.encoders.encoder import Encoder, save_encoder
 from sparsejepa.errors import UserError
+from sparsejepa.interop import Encoder, save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.training import loop
 from sparsejepa.training.build import build_model, find_start
@@ -37,7 +37,7 @@ def encoder_in(folder: Path, **changes: Any) -> ViT:
 OTHERS = {
     "ours": {},
     "learned": {"class_token": True, "pos_embed": "learned", "mlp_ratio": 2.5},
-    "stem": {"stem": "hierarchical", "norm_eps": 1e-5},
+    "eps": {"norm_eps": 1e-5},
 }
 
 
@@ -69,8 +69,8 @@ def test_a_run_goes_on_and_its_encoder_loads(folder: Path, tmp_path: Path, kind:
     before = Encoder(vit, name="a", mean=MEAN, std=STD)
     assert encoder.architecture == before.architecture
     assert encoder.fingerprint() != before.fingerprint()
-    assert run.config.model.encoder_dims == (24, 2, 3)
-    assert loop.read_config(run.path).model.encoder_dims == (24, 2, 3)
+    assert run.config.model.encoder == "24,2,3"
+    assert loop.read_config(run.path).model.encoder == "24,2,3"
     given = config_of(folder, init=str(tmp_path / "a"))
     again = pretrain(given, out=tmp_path / "run", resume=True)
     assert again.config == run.config, "a finished run is read, with the settings that it had"
@@ -158,11 +158,10 @@ def test_a_file_of_weights_is_gone_on_with(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"encoder_dims": (96, 6, 3)}, "--encoder-dims 96 6 3: --init .* has 24 2 3; leave"),
+        ({"encoder": "96,6,3"}, "--encoder 96,6,3: --init .* has 24,2,3; leave"),
         ({"num_groups": 30}, "--num-groups 30 is more than the 24 latents of --init"),
-        ({"target_layers": 3}, "--target-layers 3 is more than the 2 blocks of --init"),
         ({"init": "timm:vit_tny_patch16_224"}, "--init timm:.*did you mean"),
-        ({"init": "timm:vit_small_patch14_dinov2?untrained"}, r"--init timm:.*ls1\.gamma"),
+        ({"init": "timm:vit_small_patch14_dinov2?untrained"}, "--init timm:.*layer scale"),
         ({"init": "nowhere"}, "--init nowhere: no such run directory"),
     ],
 )
@@ -186,22 +185,24 @@ def test_patches_must_be_square_and_tile_the_images(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("dims", "words"),
+    ("sizes", "words"),
     [
-        ((24, 2), "width, depth and heads"),
-        ((24, 0, 3), "width, depth and heads"),
-        ((24, 2, 5), "a multiple of 4 and of the heads"),
+        ("24,2", "width, depth and heads"),
+        ("24,0,3", "width, depth and heads"),
+        ("24,2,x", "width, depth and heads"),
+        ("24,2,5", "a multiple of 4 and of the heads"),
         ((1 << 17, 2, 1), "width, depth and heads"),
+        ("tinny", "unknown .did you mean 'tiny'"),
     ],
 )
-def test_sizes_that_no_encoder_has(dims: tuple[int, ...], words: str) -> None:
+def test_sizes_that_no_encoder_has(sizes: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Config().replace(encoder_dims=dims).check()
+        Config().replace(encoder=sizes).check()
 
 
 def test_sizes_of_ones_own(folder: Path, tmp_path: Path) -> None:
-    run = pretrain(config_of(folder, encoder_dims=(36, 2, 3), steps=1), out=tmp_path / "run")
+    run = pretrain(config_of(folder, encoder=(36, 2, 3), steps=1), out=tmp_path / "run")
     architecture = run.encoder().architecture
     assert (architecture["embed_dim"], architecture["depth"]) == (36, 2)
-    with pytest.raises(UserError, match="40 is more than the 36 latents of --encoder-dims 36 2 3"):
-        config_of(folder, encoder_dims=(36, 2, 3), num_groups=40).check()
+    with pytest.raises(UserError, match="40 is more than the 36 latents of --encoder 36,2,3"):
+        config_of(folder, encoder=(36, 2, 3), num_groups=40).check()
