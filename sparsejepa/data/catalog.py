@@ -29,8 +29,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from sparsejepa.config import Config
 from sparsejepa.data import cache, scenes, shapes
 from sparsejepa.data.cache import Source
+from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.decode import EXTENSIONS, Block, size_pair
 from sparsejepa.data.factors import chosen
 from sparsejepa.data.facts import class_counts, measure, one_sided, size_problem
@@ -492,3 +494,37 @@ def _masks(name: str, index: np.ndarray, side: int, _: ImageSet) -> np.ndarray:
         else:
             masks[part] = scenes.SingleObjects().masks(index[part], side)
     return masks
+
+
+def load_images(config: Config) -> ImageSet | ImageStream:
+    """Load the training images of a run, or open their stream, as its settings say.
+
+    Raises UserError as `load_dataset`, and if the images do not suit the settings.
+    """
+    wanted = config.images
+    streamed = wanted.stream or only_streamed(config.data)
+    if streamed and wanted.corruption != "none":
+        raise UserError(
+            f"--corruption {wanted.corruption}: not for streamed images; leave out --stream"
+        )
+    image_set = (stream_dataset if streamed else load_dataset)(
+        config.data,
+        "train",
+        img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
+        data_root=wanted.data_root,
+        upscale=wanted.upscale,
+    )
+    if wanted.holdout:
+        image_set, _ = image_set.split_off(wanted.holdout)
+    if wanted.limit is not None and wanted.limit < len(image_set):
+        image_set = image_set.subset(wanted.limit, 0)
+    if wanted.corruption != "none" and isinstance(image_set, ImageSet):
+        config.check_image(image_set.img_size)
+        image_set = corrupt(
+            image_set,
+            wanted.corruption,
+            seed=0,
+            patch_size=config.model.patch_size,
+            cache_dir=cache_folder(None),
+        )
+    return image_set

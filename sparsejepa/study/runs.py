@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsejepa.config import check_pattern
+from sparsejepa.config import Config, check_pattern, preset
 from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
 from sparsejepa.results import append_row, read_results
@@ -27,6 +27,8 @@ from sparsejepa.study.workers import terminable, workers
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from sparsejepa.training.loop import Run
 
 _MOST = 16  # runs at a time, unless more are asked for
 Outcomes = Generator[tuple[Task, dict[str, Any] | UserError], None, None]
@@ -103,11 +105,11 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
     """
     import torch
 
-    from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.data.catalog import load_dataset, load_images
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.measured import check_measures
     from sparsejepa.evaluation.probe import check_protocols
-    from sparsejepa.training.build import find_start, load_images, total_steps
+    from sparsejepa.training.build import prepare, total_steps
     from sparsejepa.training.checkpoint import open_run
     from sparsejepa.training.monitor import check_trackers
 
@@ -121,8 +123,7 @@ def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], i
     for task in tasks:
         images = (task.config.data, task.config.images)
         if images not in counts:
-            start = find_start(task.config, task.run_dir)
-            counts[images] = len(load_images(task.config, start))
+            counts[images] = len(prepare(task.config, load_images, task.run_dir)[2])
         for name in set(task.probes.data) - set(counts):
             train = load_dataset(name, "train", **opening(task, name))
             if not any(len(target.names) > 1 for target in train.targets.values()):
@@ -219,3 +220,26 @@ def _from_jobs(
                 progress.finished(end[0].run_dir, end[1])
                 yield end
             progress.tick()
+
+
+def pretrain(
+    data: str | Path | Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> Run:
+    """Pretrain on a data set by name and return the finished run, see `training.loop.train`.
+
+    `data` names the images (see ``sparsejepa data list``) or is a whole `Config`; `settings` are
+    the flat names of `Config` (``lam=0.01, epochs=20, preset="nano"``).
+    """
+    from sparsejepa.data.catalog import load_images
+    from sparsejepa.training.loop import train
+
+    if isinstance(data, Config):
+        config = data.replace(**settings)
+    else:
+        config = preset(settings.pop("preset", "best")).replace(data=str(data), **settings)
+    return train(config, load_images, out=out, resume=resume, console=console)

@@ -311,15 +311,16 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     import numpy as np
     import torch
 
+    from sparsejepa.data.catalog import load_images
     from sparsejepa.data.stream import open_images
     from sparsejepa.study.page import samples_picture, sweep_pictures
-    from sparsejepa.training.build import build_sampler, find_start, load_images
+    from sparsejepa.training.build import build_sampler, prepare
     from sparsejepa.training.loop import read_config
 
     seed = config.run.seed
     runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
     config = read_config(runs[arms[-1]])  # with the patches of an encoder that runs began from
-    image_set = load_images(config, find_start(config, runs[arms[-1]]))
+    image_set = prepare(config, load_images, runs[arms[-1]])[2]
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
     masks = build_sampler(config, grid).sample(SAMPLES, seed=seed, step=0)

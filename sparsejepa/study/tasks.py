@@ -181,13 +181,15 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
 
     Where only probes have changed since `task.earlier`, its kept encoder is probed instead.
     """
+    from sparsejepa.data.catalog import load_images
     from sparsejepa.environment import resolve_device
-    from sparsejepa.training.loop import pretrain
+    from sparsejepa.training.loop import train
 
     if task.earlier and _kept(task) == task.earlier["encoder"] and task.encoders:
         row, task = {**task.earlier}, replace(task, run_dir=task.encoders / task.run_key)
     else:
-        row = _trained(task, pretrain(task.config, out=task.run_dir, resume=True, console=console))
+        run = train(task.config, load_images, out=task.run_dir, resume=True, console=console)
+        row = _trained(task, run)
     began = time.perf_counter()
     row |= {**_about(task), "probes": _probe(task), "measures": _measures(task)}
     spent = time.perf_counter() - began

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from sparsejepa.config import ENCODER_SIZES, Config, check_pattern
 from sparsejepa.data.augment import Augment
-from sparsejepa.data.catalog import cache_folder, load_dataset, only_streamed, stream_dataset
-from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
+from sparsejepa.distributed import World, first_here
 from sparsejepa.errors import TooFewImages, UserError
 from sparsejepa.files import load_tensors, read_json, write_text
 from sparsejepa.interop import RGB, load, vit_arguments
@@ -37,6 +37,8 @@ from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
 from sparsejepa.rng import derive_seed
 from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule
+
+Images = ImageSet | ImageStream
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Start:
         vit.load_state_dict(state)
         return vit
 
-    def scaled(self, images: ImageSet | ImageStream) -> ImageSet | ImageStream:
+    def scaled(self, images: Images) -> Images:
         """Return the images with the encoder's mean and standard deviation."""
         return dataclasses.replace(images, mean=self.mean, std=self.std)
 
@@ -180,52 +182,39 @@ def run_name(config: Config) -> str:
     return f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
 
 
-def load_images(config: Config, start: Start | None = None) -> ImageSet | ImageStream:
-    """Load the training images, or open their stream, or what a corruption puts in their place.
+def prepare(
+    config: Config,
+    images: Images | Callable[[Config], Images],
+    run_dir: Path | None = None,
+    world: World = World(),  # noqa: B008  (it is frozen)
+) -> tuple[Start | None, Config, Images]:
+    """Return what a run starts from, its settings and its images.
 
-    Mean and standard deviation are those of `start`; without --init those of the data. Raises
-    UserError if the images do not suit the settings.
+    With ``--init`` the settings have the encoder's sizes, and the images its mean and standard
+    deviation. `images` are loaded, or a function that loads them. Raises UserError for an encoder
+    or images that do not fit the settings.
     """
-    start = start or find_start(config)
+    start = first_here(world, lambda: find_start(config, run_dir))
     config = start.settings(config) if start else config
-    wanted = config.images
-    streamed = wanted.stream or only_streamed(config.data)
-    if streamed and wanted.corruption != "none":
-        raise UserError(
-            f"--corruption {wanted.corruption}: not for streamed images; leave out --stream"
-        )
-    image_set = (stream_dataset if streamed else load_dataset)(
-        config.data,
-        "train",
-        img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
-        data_root=wanted.data_root,
-        upscale=wanted.upscale,
-    )
-    if wanted.holdout:
-        image_set, _ = image_set.split_off(wanted.holdout)
-    if wanted.limit is not None and wanted.limit < len(image_set):
-        image_set = image_set.subset(wanted.limit, 0)
-    config.check_image(image_set.img_size)
-    if config.optim.batch_size > len(image_set):
-        raise TooFewImages(
-            f"--batch-size {config.optim.batch_size} is more than the {len(image_set)} training "
-            f"images of {config.data}; use at most {len(image_set)}",
-            len(image_set),
-        )
-    if wanted.corruption != "none" and isinstance(image_set, ImageSet):
-        image_set = corrupt(
-            image_set,
-            wanted.corruption,
-            seed=0,
-            patch_size=config.model.patch_size,
-            cache_dir=cache_folder(None),
-        )
-    return start.scaled(image_set) if start else image_set
+    if callable(images):
+        images = first_here(world, lambda: images(config))  # type: ignore[operator]
+    config.check_image(images.img_size)
+    return start, config, start.scaled(images) if start else images
 
 
 def total_steps(config: Config, num_images: int) -> int:
-    """Return the optimiser steps of a run; the last, incomplete batch of an epoch is dropped."""
-    return config.optim.steps or config.optim.epochs * (num_images // config.optim.batch_size)
+    """Return the optimiser steps of a run; the last, incomplete batch of an epoch is dropped.
+
+    Raises TooFewImages, a UserError, for fewer images than a batch has.
+    """
+    batch = config.optim.batch_size
+    if batch > num_images:
+        raise TooFewImages(
+            f"--batch-size {batch} is more than the {num_images} training images of "
+            f"{config.data}; use at most {num_images}",
+            num_images,
+        )
+    return config.optim.steps or config.optim.epochs * (num_images // batch)
 
 
 def build_sampler(config: Config, grid_size: tuple[int, int]) -> MaskSampler:
@@ -349,7 +338,7 @@ def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:
     )
 
 
-def build_augment(config: Config, image_set: ImageSet | ImageStream) -> Augment:
+def build_augment(config: Config, image_set: Images) -> Augment:
     """Return the augmentation of a run; a crop of all of the image keeps its proportions."""
     whole = config.images.crop_scale == (1.0, 1.0)
     return Augment(

@@ -21,20 +21,12 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from sparsejepa import __version__, version
 from sparsejepa.config import Config, load_toml
@@ -151,6 +143,8 @@ class Checkpoints:
         can hold. Raises UserError when the disk is full, read-only or the like: what was there
         before is untouched.
         """
+        import torch.distributed.checkpoint as engine  # slow to import: not before it is used
+
         final = self.folder / f"step-{progress['step']:09d}"
         beside = _hidden(final)
         tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -160,8 +154,8 @@ class Checkpoints:
         earlier = self._on_main(lambda: _steps(self.folder))
         try:
             self._on_main(lambda: self._make(beside))
-            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            self._engine(save, tensors, storage_writer=writer)
+            writer = engine.HuggingFaceStorageWriter(str(beside), save_distributed=True)
+            self._engine(engine.save, tensors, storage_writer=writer)
             written = self._everywhere(lambda: self._written(beside))
             files = {name: entry for part in written for name, entry in part.items()}
             self._on_main(lambda: self._publish(beside, final, files, progress))
@@ -241,16 +235,20 @@ class Checkpoints:
         _remove_leftovers(self.folder)
 
     def _load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        reader = HuggingFaceStorageReader(str(path))
+        import torch.distributed.checkpoint as engine
+
+        reader = engine.HuggingFaceStorageReader(str(path))
         room: list[tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]] = []
         self._everywhere(lambda: room.append(_room(reader, model, optimizer)))
         tensors, state = room[0]
-        self._engine(load, tensors, storage_reader=reader)
+        self._engine(engine.load, tensors, storage_reader=reader)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _engine(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Call torch.distributed.checkpoint; what went wrong is raised itself, not wrapped."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process only
             try:
@@ -298,14 +296,14 @@ def _examine(path: Path) -> dict[str, Any]:
 
 
 def _room(
-    reader: HuggingFaceStorageReader, model: nn.Module, optimizer: torch.optim.Optimizer
+    reader: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
     """Return the tensors to be filled from a checkpoint, and those among them of the optimiser.
 
     Those of the model are its own, by name; the optimiser's are new, by parameter number and key.
     Raises _Broken if names, shapes or types differ.
     """
-    stored = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     state: dict[int, dict[str, Tensor]] = {}
     for number, (owner, parameter) in enumerate(_optimized(model, optimizer).items()):

@@ -1,4 +1,4 @@
-"""A run from its first to its last step: `pretrain` prepares it, `_train` is the loop.
+"""A run from its first to its last step: `train` prepares it, `_train` is the loop.
 
 Several processes all run it, on their own rows of each batch; they see the same numbers and so
 decide alike. The main one prints and writes.
@@ -12,7 +12,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsejepa import version
-from sparsejepa.config import Config, check_pattern, preset
-from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.config import Config, check_pattern
+from sparsejepa.data.store import DeviceImages
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
 from sparsejepa.distributed import (
     Agreement,
     World,
-    first_here,
     gather_texts,
     joined,
     launch_name,
@@ -48,15 +47,15 @@ from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
+    Images,
     arm_name,
     build_augment,
     build_model,
     build_sampler,
     default_run_dir,
     describe_parameters,
-    find_start,
     license_of,
-    load_images,
+    prepare,
     total_steps,
 )
 from sparsejepa.training.checkpoint import START, Checkpoints, open_run, read_config
@@ -94,20 +93,18 @@ class Run:
         return load(self.path, device)
 
 
-def pretrain(
-    data: str | Config,
+def train(
+    config: Config,
+    images: Images | Callable[[Config], Images],
     *,
     out: str | Path | None = None,
     resume: bool = False,
     console: Console | None = None,
-    **settings: Any,
 ) -> Run:
-    """Pretrain on a data set and return the finished run.
+    """Pretrain on images, or on what a function of the settings loads; return the finished run.
 
-    `data` names the images (see ``sparsejepa data list``) or is a whole `Config`; `settings` are
-    the flat names of `Config` (``lam=0.01, epochs=20, preset="nano"``). The run is written to
-    `out`; with `resume` it goes on from the newest checkpoint there, if there is one. Ctrl-C and
-    SIGTERM write a checkpoint and raise Interrupted, a KeyboardInterrupt.
+    The run is written to `out`; with `resume` it goes on from the newest checkpoint there, if there
+    is one. Ctrl-C and SIGTERM write a checkpoint and raise Interrupted, a KeyboardInterrupt.
 
     Called by every process that torchrun or SLURM started, the processes train one model together;
     when torchrun starts them anew, they go on where they were.
@@ -115,12 +112,7 @@ def pretrain(
     Raises UserError for settings or data that cannot work and when a loss is not finite or
     explodes.
     """
-    if isinstance(data, Config):
-        config = data.replace(**settings)
-    else:
-        config = preset(settings.pop("preset", "best")).replace(data=data, **settings)
-    config.check()
-    check_trackers(config.run.log)
+    check_trackers(config.check().run.log)
     world = World.from_environment()
     check_shares(config, world)
     run_dir = Path(out) if out is not None else default_run_dir(config)
@@ -139,10 +131,8 @@ def pretrain(
         summary = on_main(world, look)
         if summary is None:
             check_pattern(config)
-            start = first_here(world, lambda: find_start(config, run_dir))
-            config = start.settings(config) if start else config
-            images = first_here(world, lambda: load_images(config, start))
-            model = build_model(config, images.img_size, total_steps(config, len(images)), start)
+            start, own, image_set = prepare(config, images, run_dir, world)
+            model = build_model(own, image_set.img_size, total_steps(own, len(image_set)), start)
             on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
             with run_lock(run_dir, world), _stop_on_signal() as stop:
                 # Another job may have begun or finished here while the images were loaded.
@@ -151,7 +141,7 @@ def pretrain(
                     if start is not None:
                         on_main(world, lambda: start.write(run_dir))
                     place = torch.device(device)
-                    summary = _train(run_dir, config, world, images, model, place, stop, console)
+                    summary = _train(run_dir, own, world, image_set, model, place, stop, console)
     return Run(run_dir, read_config(run_dir), summary)
 
 
@@ -159,7 +149,7 @@ def _train(
     run_dir: Path,
     config: Config,
     world: World,
-    image_set: ImageSet | ImageStream,
+    image_set: Images,
     model: SparseJEPA,
     device: torch.device,
     stop: list[int],
@@ -316,7 +306,7 @@ def _summary(
 def _finish(
     run_dir: Path,
     config: Config,
-    image_set: ImageSet | ImageStream,
+    image_set: Images,
     images: DeviceImages | StreamImages,
     encoder: ViT,
     groups: GroupMap | None,
@@ -378,7 +368,7 @@ def check_shares(config: Config, world: World) -> None:
 
 
 def epoch_order(
-    config: Config, image_set: ImageSet | ImageStream, images: DeviceImages | StreamImages
+    config: Config, image_set: Images, images: DeviceImages | StreamImages
 ) -> EpochOrder:
     """Return the order in which a run sees its images."""
     blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
@@ -441,26 +431,26 @@ def _stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def plan(config: Config, *, timed_steps: int = 3) -> dict[str, Any]:
-    """Return what a run would do, after timing a few steps of it."""
+def plan(
+    config: Config, images: Images | Callable[[Config], Images], *, timed_steps: int = 3
+) -> dict[str, Any]:
+    """Return what a run as `train` would do, after timing a few steps of it."""
     check_shares(config.check(), World())
     check_pattern(config)
     device = torch.device(resolve_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    start = find_start(config)
-    config = start.settings(config) if start else config
-    image_set = load_images(config, start)
+    start, config, image_set = prepare(config, images)
     total, batch = total_steps(config, len(image_set)), config.optim.batch_size
     model = build_model(config, image_set.img_size, total, start).to(device)
-    images = open_images(image_set, device, config.run.workers)
+    opened = open_images(image_set, device, config.run.workers)
     train_step = TrainStep(config, model, build_augment(config, image_set), total)
-    order = epoch_order(config, image_set, images)
+    order = epoch_order(config, image_set, opened)
     times = []
-    with contextlib.closing(images):
+    with contextlib.closing(opened):
         for step in range(timed_steps + 1):
             began = time.perf_counter()
-            train_step(images.take(order(0)), step).tolist()  # waits for the device
+            train_step(opened.take(order(0)), step).tolist()  # waits for the device
             times.append(time.perf_counter() - began)
     seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
     on_gpu = device.type == "cuda"

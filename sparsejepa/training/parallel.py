@@ -1,7 +1,8 @@
 """A model on several processes: whole on each (DDP), or shared out among them (FSDP2).
 
-torch's own engines do it. Under FSDP the group map stays whole on each process, since the proximal
-step on W couples its groups; its gradients are averaged here.
+torch's own engines do it; FSDP's is slow to import, so only its use imports it. Under FSDP the
+group map stays whole on each process, since the proximal step on W couples its groups; its
+gradients are averaged here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsejepa.model.collectives import local
@@ -41,6 +40,9 @@ def spread(
             return DistributedDataParallel(
                 model.to(device), broadcast_buffers=False, gradient_as_bucket_view=True
             )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # Said of every output that is a view; nothing here writes into one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (size,))
@@ -67,10 +69,10 @@ def backward(network: nn.Module, *, last: bool) -> Iterator[None]:
         with network.no_sync():
             yield
         return
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(last)
+    if _is_shared_out(network):
+        network.set_requires_gradient_sync(last)  # type: ignore[operator]
     yield
-    if isinstance(network, FSDPModule) and last:
+    if _is_shared_out(network) and last:
         _average([p.grad for p in network.parameters() if _whole(p) and p.grad is not None])
 
 
@@ -100,7 +102,7 @@ def whole_encoder(encoder: ViT, main: bool) -> ViT | None:
     An encoder that is whole is returned itself. Collective; one parameter at a time is put together
     on the other processes.
     """
-    if not isinstance(encoder, FSDPModule):
+    if not _is_shared_out(encoder):
         return encoder if main else None
     tensors = {}
     for name, tensor in encoder.state_dict().items():
@@ -115,6 +117,10 @@ def whole_encoder(encoder: ViT, main: bool) -> ViT | None:
         copy = ViT(**vit_arguments(encoder))
     copy.load_state_dict(tensors, assign=True)
     return copy
+
+
+def _is_shared_out(network: nn.Module) -> bool:
+    return hasattr(network, "set_requires_gradient_sync")  # an FSDPModule
 
 
 def _whole(parameter: Tensor) -> bool:

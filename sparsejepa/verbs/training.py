@@ -128,9 +128,9 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
         where = f"in {args.out}" if args.out else "to be found"
         raise UserError(f"--resume: there is no run {where}; name its folder with --out")
     config = args.settings(args.data)
+    from sparsejepa.data.catalog import load_images
     from sparsejepa.training.build import default_run_dir
-    from sparsejepa.training.loop import plan
-    from sparsejepa.training.loop import pretrain as train
+    from sparsejepa.training.loop import plan, train
 
     run_dir = args.out or default_run_dir(config)
     if args.dry_run:
@@ -140,14 +140,15 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
                 "srun"
             )
 
-        found = _with_batch_that_fits(config, plan, console) | {"would_write": str(run_dir)}
+        found = _with_batch_that_fits(config, lambda c: plan(c, load_images), console)
+        found["would_write"] = str(run_dir)
         show_facts(console, found, "dry run: nothing was written")
         return found
     if args.resume and not (run_dir / "config.toml").exists():
         console.print(f"--resume: no run in {run_dir} yet, a new one starts")
 
     def go(config: Config) -> Run:
-        return train(config, out=run_dir, resume=args.resume, console=console)
+        return train(config, load_images, out=run_dir, resume=args.resume, console=console)
 
     run = _with_batch_that_fits(config, go, console)
     last = run.summary["final"]

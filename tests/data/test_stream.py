@@ -19,12 +19,11 @@ from PIL import Image
 
 from sparsejepa.config import preset
 from sparsejepa.data import stream as module
-from sparsejepa.data.catalog import describe, load_dataset, stream_dataset
+from sparsejepa.data.catalog import describe, load_dataset, load_images, stream_dataset
 from sparsejepa.data.store import DeviceImages
 from sparsejepa.data.stream import StreamImages, block_order, mixed_blocks, open_images
 from sparsejepa.errors import UserError
-from sparsejepa.training.build import load_images
-from sparsejepa.training.loop import pretrain
+from sparsejepa.study.runs import pretrain
 
 Save = Callable[..., np.ndarray]
 
@@ -424,7 +423,7 @@ def test_settings_of_a_stream(tiny_images: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--stream: the images of scenes are drawn"):
         load_images(config.replace(data="scenes"))
     with pytest.raises(UserError, match=r"--batch-size 16 is more than the 10"):
-        load_images(config.replace(limit=10))
+        pretrain(config.replace(limit=10), out=tmp_path / "run")
 
 
 @given(

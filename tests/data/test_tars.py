@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsejepa.config import preset
-from sparsejepa.data.catalog import load_dataset, stream_dataset
+from sparsejepa.data.catalog import load_dataset, load_images, stream_dataset
 from sparsejepa.data.stream import ImageStream, open_images
 from sparsejepa.data.tars import _expand, list_tars
 from sparsejepa.errors import UserError
-from sparsejepa.training.build import load_images
 
 RNG = np.random.default_rng(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from sparsejepa.errors import UserError
 from sparsejepa.interop.runs import save_groups
 from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
-from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.runs import pretrain, run_tasks
 from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training.build import build_model
-from sparsejepa.training.loop import plan, pretrain
+from sparsejepa.training.loop import plan
 
 
 def model_of(**settings: object) -> SparseJEPA:
@@ -108,17 +109,16 @@ def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:
 def test_a_pattern_that_there_is_not_is_refused_before_any_data_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loaded(*_: object) -> None:
+    def loaded(*_: object) -> Any:
         raise AssertionError("images are loaded")
 
-    monkeypatch.setattr("sparsejepa.training.loop.load_images", loaded)
-    monkeypatch.setattr("sparsejepa.training.build.load_images", loaded)
+    monkeypatch.setattr("sparsejepa.data.catalog.load_images", loaded)
     run = tmp_path / "run"
 
     def check(message: str, pattern: str = str(run)) -> None:
         config = preset("nano").replace(density=0.5, pattern=pattern, device="cpu")
         task = Task(config, tmp_path / "new", Probes(("scenes",)))
-        for work in (lambda: pretrain(config, out=tmp_path / "new"), lambda: plan(config),
+        for work in (lambda: pretrain(config, out=tmp_path / "new"), lambda: plan(config, loaded),
                      lambda: run_tasks([task], tmp_path / "rows.jsonl")):  # fmt: skip
             with pytest.raises(UserError, match=f"^--pattern {pattern}: {message}"):
                 work()

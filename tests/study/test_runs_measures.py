@@ -140,8 +140,8 @@ def test_a_line_has_the_fields_that_are_documented_and_its_encoder_is_kept(
     # Only probes changed: the kept encoder is read, without the run directory.
     shutil.rmtree(task.run_dir)
     trained: list[Any] = []
-    real = loop.pretrain
-    monkeypatch.setattr(loop, "pretrain", lambda *a, **k: trained.append(a) or real(*a, **k))
+    real = loop.train
+    monkeypatch.setattr(loop, "train", lambda *a, **k: trained.append(a) or real(*a, **k))
     monkeypatch.setattr(version, "EVAL_VERSION", 2)
     (again,) = run_tasks([replace(task)], results, jobs=1)
     assert not trained and not (task.run_dir / "config.toml").exists()

@@ -20,8 +20,8 @@ from sparsejepa.data.augment import Augment
 from sparsejepa.distributed import World, joined
 from sparsejepa.errors import UserError
 from sparsejepa.model.collectives import gather
+from sparsejepa.study.runs import pretrain
 from sparsejepa.training.build import build_model
-from sparsejepa.training.loop import pretrain
 from sparsejepa.training.step import TrainStep
 
 SIDE, BATCH, STEPS = 16, 8, 20

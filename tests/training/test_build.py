@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sparsejepa
-from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.catalog import load_dataset, load_images
 from sparsejepa.data.store import ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.interop import load, load_groups
 from sparsejepa.interop.module import load_activations
-from sparsejepa.training.build import build_model, build_sampler, load_images
-from sparsejepa.training.loop import plan, pretrain
+from sparsejepa.study.runs import pretrain
+from sparsejepa.training.build import build_model, build_sampler
+from sparsejepa.training.loop import plan, train
 
 from .tiny import config_of
 
@@ -66,7 +67,8 @@ def test_masks_are_those_of_training_wherever_they_are_drawn(folder: Path) -> No
     ours = build_sampler(config, (8, 8)).sample(5, seed=0, step=1)
     assert all(map(torch.equal, ours, trained.sample(5, seed=0, step=1)))
     assert trained.union is not None and ours.targets.shape[1] == 1
-    assert plan(config, timed_steps=1)["merged_targets"] == sorted(set(trained.union.values()))
+    planned = plan(config, load_images, timed_steps=1)
+    assert planned["merged_targets"] == sorted(set(trained.union.values()))
     root = Path(sparsejepa.__file__).parent
     made = {p.relative_to(root).as_posix() for p in root.rglob("*.py")
             if "MaskSampler(" in p.read_text().replace("class MaskSampler", "")}  # fmt: skip
@@ -125,15 +127,12 @@ def test_shuffled_patches_must_fit_the_image(folder: Path) -> None:
         load_images(config_of(folder, corruption="shuffle", patch_size=5))
 
 
-def test_a_run_is_not_resumed_on_other_images(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_not_resumed_on_other_images(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(config_of(folder), out=out)
     with pytest.raises(UserError, match="--corruption noise"):
         pretrain(config_of(folder, corruption="noise"), out=out, resume=True)
     (out / "summary.json").unlink()
     corrupted = load_images(config_of(folder, corruption="noise"))
-    monkeypatch.setattr("sparsejepa.training.loop.load_images", lambda *_: corrupted)
     with pytest.raises(UserError, match="the images or labels are not those"):
-        pretrain(config_of(folder), out=out, resume=True)
+        train(config_of(folder), corrupted, out=out, resume=True)

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 
 from sparsejepa import cli, version
 from sparsejepa.config import Config, preset
+from sparsejepa.data.catalog import load_images
 from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.study.runs import pretrain
 from sparsejepa.training import loop
 from sparsejepa.training import step as step_module
 from sparsejepa.training.checkpoint import train_version
-from sparsejepa.training.loop import EpochOrder, plan, pretrain
+from sparsejepa.training.loop import EpochOrder, plan, train
 from sparsejepa.training.monitor import OnlineEvaluation
 
 TINY: dict[str, Any] = {
@@ -74,7 +76,7 @@ def test_every_arm_trains_and_leaves_a_whole_run_directory(
 SCRIPT = """
 import sys, json
 from sparsejepa.config import Config
-from sparsejepa.training.loop import pretrain
+from sparsejepa.study.runs import pretrain
 config = Config.from_dict(json.loads(sys.argv[1]))
 pretrain(config, out=sys.argv[2], resume=True)
 """
@@ -173,27 +175,24 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(folder: Path, tmp_path
 
 
 def test_a_run_that_another_job_began_or_ended_meanwhile_is_left_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path
 ) -> None:
     """It does so while this one loads its images, before it has the lock."""
     out, config = tmp_path / "run", config_of(folder, steps=4)
-    slow = loop.load_images
 
-    def overtaken(given: Config, start: None) -> Any:
-        monkeypatch.setattr(loop, "load_images", slow)
+    def overtaken(given: Config) -> Any:
         theirs = pretrain(config, out=out)
         theirs.path.joinpath("environment.json").write_text("theirs")
-        return slow(given, start)
+        return load_images(given)
 
     for resume in (False, True):
         shutil.rmtree(out, ignore_errors=True)
-        monkeypatch.setattr(loop, "load_images", overtaken)
         if resume:
-            found = pretrain(config, out=out, resume=True).summary
+            found = train(config, overtaken, out=out, resume=True).summary
             assert found == json.loads((out / "summary.json").read_text())
         else:
             with pytest.raises(UserError, match="already holds a run"):
-                pretrain(config, out=out)
+                train(config, overtaken, out=out)
         assert (out / "environment.json").read_text() == "theirs"
 
 
@@ -363,7 +362,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
 
 
 def test_plan_agrees_with_the_run(folder: Path) -> None:
-    got = plan(config_of(folder, steps=None, epochs=3, lam=0.1))
+    got = plan(config_of(folder, steps=None, epochs=3, lam=0.1), load_images)
     assert got["steps"] == 3 * (got["train_images"] // 16)
     assert got["patches"] == 16 and got["arm"] == "lam=0.1"
     assert got["images_per_second"] > 0 and got["parameters"]["encoder"] > 600_000
@@ -376,10 +375,10 @@ def test_a_plan_is_made_as_the_run_would_be(folder: Path, monkeypatch: pytest.Mo
     seen: list[Any] = []
     order = loop.EpochOrder
     monkeypatch.setattr(loop, "EpochOrder", lambda *a: seen.extend(a) or order(*a))
-    plan(config_of(folder, stream=True, workers=0), timed_steps=1)
+    plan(config_of(folder, stream=True, workers=0), load_images, timed_steps=1)
     assert len(closed) == 1 and seen[4] is ImageStream.blocks
     with pytest.raises(UserError, match="--accumulate 3"):
-        plan(config_of(folder, accumulate=3))
+        plan(config_of(folder, accumulate=3), load_images)
 
 
 def test_order_visits_every_image_once_an_epoch() -> None:

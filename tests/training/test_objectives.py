@@ -12,7 +12,7 @@ import torch
 from sparsejepa.config import Config, preset
 from sparsejepa.errors import UserError
 from sparsejepa.interop import load, load_groups
-from sparsejepa.training.loop import pretrain
+from sparsejepa.study.runs import pretrain
 
 TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 6, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,

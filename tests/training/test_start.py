@@ -12,12 +12,14 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from sparsejepa.config import Config
+from sparsejepa.data.catalog import load_images
 from sparsejepa.errors import UserError
 from sparsejepa.interop import Encoder, save_encoder
 from sparsejepa.model.encoder import ViT
+from sparsejepa.study.runs import pretrain
 from sparsejepa.training import loop
 from sparsejepa.training.build import build_model, find_start
-from sparsejepa.training.loop import plan, pretrain
+from sparsejepa.training.loop import plan
 
 from .tiny import config_of
 
@@ -151,7 +153,7 @@ def test_a_file_of_weights_is_gone_on_with(folder: Path, tmp_path: Path) -> None
         {"teacher": {f"backbone.{k}": t for k, t in vit.state_dict().items()}}, tmp_path / "x.pth"
     )
     config = config_of(folder, init=str(tmp_path / "x.pth"), img_size=32, upscale=True, steps=1)
-    assert plan(config)["files"][2] == "init.json"
+    assert plan(config, load_images)["files"][2] == "init.json"
     assert pretrain(config, out=tmp_path / "run").encoder().architecture["embed_dim"] == 192
 
 
