@@ -4,64 +4,49 @@
 
 Runs with a line in --results, or in another *.jsonl beside it, are skipped; one that the budget,
 Ctrl-C, SIGTERM or a kill ended goes on from its checkpoint next time. Runs that fit the minutes
-left are done, in the queue's order; with --partial others are begun then, to go on next time. A run
-whose loss is not finite gets a line that says so and is not tried again, unless --retry-failed is
-given. The encoder behind a line is kept in runs/encoders/, beside the run directories: when only
-EVAL_VERSION has been raised since, it is probed again and not trained. Several small runs may
-share a GPU: --jobs says how many.
+left, by the queue's estimate, are done in the queue's order. A run whose loss is not finite gets a
+line that says so and is not tried again, unless --retry-failed is given. The encoder behind a line
+is kept in runs/encoders/: when only EVAL_VERSION has been raised since, it is probed again and not
+trained.
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from common import (
-    HERE,
-    SMOKE,
-    add_arguments,
-    check_entries,
-    guarded,
-    here,
-    place,
-    read_recipe,
-    smoke_probes,
-    stop_after,
-)
 from rich.console import Console
+from study import Row, check_entries, read_recipe
 
-from sparsejepa.config import load_toml
+from sparsejepa.config import Config, load_toml
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.results import is_current, read_beside, read_results
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Task, row_key
+from sparsejepa.study.workers import terminable
 
-Row = Mapping[str, Any]
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A [[run]] of the queue: its runs, what one of them takes by estimate, and the tables."""
+    """A [[run]] of the queue: its runs, and what one of them takes by estimate."""
 
     tasks: list[Task]
-    minutes: float | None
+    minutes: float
     hardware: str
-    tables: Sequence[int]
-
-    @property
-    def on_gpu(self) -> bool:
-        """Return whether the runs are meant for a GPU."""
-        return "gpu" in self.hardware.lower()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,47 +57,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace) -> int:
     """Run what has no line of results yet, as long as the budget lasts; say what is left."""
-    if not (args.hardware or args.dry_run or args.scale == "smoke"):
-        args.hardware = "gpu" if resolve_device(args.device).startswith("cuda") else "cpu"
-    entries, ledger = read_queue(args), Ledger(args)
-    if args.dry_run:
-        ledger.show(entries, each=True)
-        return 0
-    ledger.check_budget(entries)
-    console, status, tried = Console(highlight=False), 0, set[str]()
-    end = time.monotonic() + 60 * args.budget_minutes
-
-    def proceed(entry: Entry, partial: bool) -> bool:
-        """Do those of an entry's runs that fit, or all; return whether there were any."""
-        nonlocal status, ledger
-        tasks = [task for task in ledger.left(entry) if task.key not in tried]
-        try:
-            jobs = args.jobs
-            if not partial:
-                tasks, jobs = ledger.choose(entry, tasks, (end - time.monotonic()) / 60)
-            before, again = ledger.elsewhere, ledger.again
-            if tasks:
-                run_tasks(
-                    tasks, args.results, jobs=jobs, before=before, again=again, console=console
-                )
-        except UserError as error:
-            print(f"failed: {error}", flush=True)
-            status = 1
-        if tasks:
-            tried.update(task.key for task in tasks)
-            ledger = Ledger(args)
-        return bool(tasks)
-
+    on = args.hardware
+    if on is None and not args.dry_run:
+        on = "gpu" if resolve_device(args.device).startswith("cuda") else "cpu"
+    entries = [e for e in read_queue(args) if on in (None, "all") or on in e.hardware.lower()]
+    if not entries:
+        raise UserError(f"{args.queue}: no run called {' or '.join(args.only)} for --hardware {on}")
+    status, end = 0, time.monotonic() + 60 * args.budget_minutes
     with stop_after(args.budget_minutes):
-        for partial in (False, True) if args.partial else (False,):
-            while any(proceed(entry, partial) for entry in entries):
-                pass  # from the top again: what was left may fit, now that more is measured
-    Ledger(args).show(entries, each=False)  # read anew: the budget's end is anywhere
+        for entry in entries if not args.dry_run else ():
+            ledger, minutes = Ledger(args), (end - time.monotonic()) / 60
+            count = int(minutes // entry.minutes) * (args.jobs or 1)
+            try:
+                run_tasks(
+                    ledger.left(entry)[:count], args.results, jobs=args.jobs,
+                    before=ledger.elsewhere, again=ledger.again, console=Console(highlight=False),
+                )  # fmt: skip
+            except UserError as error:
+                print(f"failed: {error}", flush=True)
+                status = 1
+    Ledger(args).show(entries)  # read anew: the budget's end is anywhere
     return status
 
 
 class Ledger:
-    """What results say: which runs are done, how they ended and how long they took.
+    """What results say: which runs are done, and how they ended.
 
     `elsewhere` are the lines of the files beside --results.
     """
@@ -132,119 +101,25 @@ class Ledger:
         rows = [(task, self._last.get(task.key)) for task in entry.tasks]
         return [task for task, row in rows if row is None or self.again(row)]
 
-    def minutes(self, entry: Entry, task: Task, jobs: int = 1) -> float | None:
-        """Return what a run takes, `jobs` at a time: as measured on a run like it, or estimated.
-
-        Like it are runs of its recipe on its kind of hardware, of its arm or, where arms change
-        neither network nor length, of any such arm. Runs that share a GPU are taken to share its
-        speed, which is the worst case; on the CPU each has cores of its own.
-        """
-
-        def slower(measured: int) -> float:
-            return max(1.0, jobs / measured) if entry.on_gpu else 1.0
-
-        like = [
-            row
-            for row in self._rows
-            if row.get("recipe") == task.recipe
-            and not row.get("failed")
-            and bool(row.get("gpu_seconds")) == entry.on_gpu
-        ]
-        same = [row for row in like if row["arm"] == task.arm]
-        if not same and "+" not in task.arm:
-            same = [row for row in like if "+" not in row["arm"]]
-        if same:
-            taken = ((row, row["seconds"] + row["probe_seconds"]) for row in same)
-            return median(s * slower(row.get("jobs", 1)) for row, s in taken) / 60
-        return entry.minutes and entry.minutes * slower(1)
-
-    def choose(
-        self, entry: Entry, tasks: Sequence[Task], minutes: float
-    ) -> tuple[list[Task], int | None]:
-        """Return the tasks that should end within `minutes`, and how many to do at a time.
-
-        That is --jobs or, if none would end then, one.
-        """
-        packed = self._fitting(entry, tasks, minutes, self._args.jobs or 1)
-        return (packed, self._args.jobs) if packed else (self._fitting(entry, tasks, minutes, 1), 1)
-
-    def _fitting(
-        self, entry: Entry, tasks: Sequence[Task], minutes: float, jobs: int
-    ) -> list[Task]:
-        """Return the tasks that should end within `minutes`, begun in order, `jobs` at a time."""
-        chosen, taken = [], [0.0] * jobs
-        for task in tasks:
-            first = taken.index(min(taken))
-            over = taken[first] + self._cost(entry, task, jobs)
-            if over <= minutes:
-                chosen.append(task)
-                taken[first] = over
-        return chosen
-
-    def check_budget(self, entries: Sequence[Entry]) -> None:
-        """Raise UserError if no run left fits the budget; with --partial, if it is no minute."""
-        pairs = [(entry, task) for entry in entries for task in self.left(entry)]
-        costs = [(self._cost(entry, task), _name(task)) for entry, task in pairs]
-        shortest, name = min(costs, default=(0.0, ""))
-        budget = self._args.budget_minutes
-        if budget < (min(shortest, 1.0) if self._args.partial else shortest):
-            way = "" if self._args.partial else ", or --partial to begin it"
-            raise UserError(
-                f"--budget-minutes {budget:g}: the shortest run left, {name}, "
-                f"takes {_about(shortest)}; give it at least that{way}"
-            )
-
-    def show(self, entries: Sequence[Entry], *, each: bool) -> None:
-        """Print what is left, run by run or entry by entry, and what --results keeps apart."""
-        word, total = ("to do" if each else "left"), dict[str, float]()
+    def show(self, entries: Sequence[Entry]) -> None:
+        """Print what is left, entry by entry, and what --results keeps apart."""
+        count, total = 0, 0.0
         for entry in entries:
             tasks = self.left(entry)
-            costs = [self.minutes(entry, task) for task in tasks]
-            known = sum(cost for cost in costs if cost)
-            total[entry.hardware] = total.get(entry.hardware, 0.0) + known
-            if each:
-                tables = f", tables {', '.join(map(str, entry.tables))}" if entry.tables else ""
-                for task, cost in zip(tasks, costs, strict=True):
-                    where = f"{_about(cost)} on {entry.hardware}{tables}"
-                    print(f"{word}: {_name(task)}, {where}")
-            elif tasks:
+            minutes = len(tasks) * entry.minutes
+            count, total = count + len(tasks), total + minutes
+            if tasks:
                 arms = ", ".join(dict.fromkeys(task.arm for task in tasks))
-                count = f"{len(tasks)} of {_runs(len(entry.tasks))} of {tasks[0].recipe} ({arms})"
-                cost = _about(None if None in costs else known)
-                print(f"{word}: {count}, {cost} on {entry.hardware}")
-        count = sum(len(self.left(entry)) for entry in entries)
-        parts = [f"{minutes:.0f} on {name}" for name, minutes in total.items() if minutes]
-        sums = f", about {sum(total.values()):.0f} minutes ({', '.join(parts)})" if parts else ""
-        print(f"{_runs(count)} {word}{sums}; results in {self._args.results}")
-        self._show_apart(entries)
-
-    def _show_apart(self, entries: Sequence[Entry]) -> None:
+                what = f"{len(tasks)} of {_runs(len(entry.tasks))} of {tasks[0].recipe} ({arms})"
+                print(f"left: {what}, about {minutes:.3g} minutes on {entry.hardware}")
+        print(f"{_runs(count)} left, about {total:.3g} minutes; results in {self._args.results}")
         keys = {task.key for entry in entries for task in entry.tasks}
-        rows = [row for key, row in self._last.items() if key in keys]
-        failed = sum(bool(row.get("failed")) for row in rows)
+        failed = sum(bool(row.get("failed")) for key, row in self._last.items() if key in keys)
         if failed:
             print(f"{_runs(failed)} failed and recorded so; --retry-failed runs them again")
         other = sum(not is_current(row) for row in self._rows)
         if other:
             print(f"{_runs(other)} of other train or eval versions are kept and count for nothing")
-
-    def _cost(self, entry: Entry, task: Task, jobs: int = 1) -> float:
-        """Return the minutes to plan with: 0 if not known, or if a run was begun before.
-
-        For that one may be nearly done.
-        """
-        begun = task.key not in self._last and (task.run_dir / "config.toml").exists()
-        return 0.0 if begun else self.minutes(entry, task, jobs) or 0.0
-
-
-def _name(task: Task) -> str:
-    return f"{task.recipe}/{task.arm}-s{task.config.run.seed}"
-
-
-def _about(minutes: float | None) -> str:
-    if minutes is None:
-        return "minutes not known"
-    return f"about {minutes:.2g} minutes" if minutes < 10 else f"about {minutes:.0f} minutes"
 
 
 def _runs(count: int) -> str:
@@ -252,29 +127,21 @@ def _runs(count: int) -> str:
 
 
 def read_queue(args: argparse.Namespace) -> list[Entry]:
-    """Return the entries of the queue that are asked for.
+    """Return the entries of the queue with the runs that --only names.
 
     Raises UserError for what is not known: recipes, arms, presets, settings; and for no run at all.
     """
     queue = load_toml(args.queue)
-    check_entries(str(args.queue), queue, {"run": list})
-    entries, folders = [], {}
+    check_entries(str(args.queue), queue, {"run"})
+    entries, folders = [], dict[str, str]()
     for number, run in enumerate(queue["run"], 1):
         try:
             entries.append(_entry(run, args, folders))
         except UserError as error:
             raise UserError(f"{args.queue}, run {number}: {error}") from None
-    named = [entry for entry in entries if entry.tasks]
-    if not named:
+    if not any(entry.tasks for entry in entries):
         raise UserError(f"{args.queue}: no run is called {' or '.join(args.only)}")
-    wanted = args.hardware if args.hardware in ("cpu", "gpu") else ""
-    meant = [entry for entry in named if wanted in entry.hardware.lower()]
-    if not meant:
-        raise UserError(
-            f"{args.queue}: no run called {' or '.join(args.only)} is meant for the {wanted} here; "
-            f"they are for {named[0].hardware}; --hardware all takes them all the same"
-        )
-    return meant
+    return [entry for entry in entries if entry.tasks]
 
 
 def _entry(run: Row, args: argparse.Namespace, folders: dict[str, str]) -> Entry:
@@ -283,17 +150,9 @@ def _entry(run: Row, args: argparse.Namespace, folders: dict[str, str]) -> Entry
     `folders` gets the folder of every run by its name. "pattern=RUN" is replaced by that of the
     plain arm of the same seed, which has to come in an entry before, as it must be finished first.
     """
-    needed, free = (
-        {"recipe": str, "arms": list, "seeds": list},
-        {"minutes": float, "hardware": str, "tables": list},
-    )
-    check_entries("the run", run, needed, free)
+    check_entries("the run", run, {"recipe", "arms", "seeds", "minutes", "hardware"}, {"tables"})
     config, probes = read_recipe(args.queue.parent, run["recipe"])
-    if args.scale == "smoke":
-        config = config.replace(**SMOKE)
-        probes = smoke_probes(probes)
-    config = here(args, config)
-    tasks, before = [], dict(folders)
+    config, tasks, before = here(args, config), [], dict(folders)
     for seed in run["seeds"]:
         for arm in run["arms"]:
             name = f"{run['recipe']}/{arm}-s{seed}"
@@ -311,32 +170,84 @@ def _entry(run: Row, args: argparse.Namespace, folders: dict[str, str]) -> Entry
             folders[name] = folder.as_posix()
             if any(fnmatch(name, glob) or fnmatch(name, f"{glob}/*") for glob in args.only):
                 tasks.append(replace(task, run_dir=folder, encoders=args.runs.parent / "encoders"))
-    hardware = run.get("hardware", "CPU or GPU")
-    minutes = None if args.scale == "smoke" else run.get("minutes")
-    return Entry(tasks, minutes, hardware, run.get("tables", ()))
+    return Entry(tasks, run["minutes"], run["hardware"])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--queue", type=Path, default=HERE / "queue.toml")
+    parser.add_argument("--only", action="append", help="glob over RECIPE/ARM-sSEED, repeatable")
     parser.add_argument(
-        "--only", action="append", help="glob over RECIPE/ARM-sSEED; may be repeated"
-    )
-    parser.add_argument(
-        "--hardware",
-        choices=("cpu", "gpu", "all"),
+        "--hardware", choices=("cpu", "gpu", "all"),
         help="only runs meant for it; default: that of --device (all for --dry-run)",
-    )
-    parser.add_argument(
-        "--partial", action="store_true", help="then begin runs that will not end in time"
-    )
+    )  # fmt: skip
     parser.add_argument("--retry-failed", action="store_true", help="also runs that failed before")
-    add_arguments(parser, "results/queue.jsonl", "runs/queue")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     args.only = args.only or ["*"]
-    place(args, "queue", "queue.jsonl")
+    args.runs = args.runs or Path("runs/queue")
+    args.results = args.results or HERE.parent / "results" / "queue.jsonl"
     return args
+
+
+# --- shared with search.py
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that the runners share."""
+    parser.add_argument("--budget-minutes", type=float, default=6e4, help="stop then")
+    parser.add_argument("--results", type=Path, help="JSON lines; default: a file in results/")
+    parser.add_argument("--runs", type=Path, help="run directories; default: a folder in runs/")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one per GPU or core")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument("--data-root", type=Path, help="local copies of data sets")
+    parser.add_argument("--dry-run", action="store_true", help="only say what there is to do")
+
+
+def here(args: argparse.Namespace, config: Config) -> Config:
+    """Return settings as the command line wants them on this machine; they change no number."""
+    config = config.replace(device=args.device, data_root=args.data_root)
+    return config.replace(compile=True) if args.compile else config
+
+
+@contextlib.contextmanager
+def stop_after(minutes: float) -> Iterator[None]:
+    """End the block as Ctrl-C would when the minutes are over, and say so."""
+    over = threading.Event()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A script's background job ignores interrupts, and the budget's end is one.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stop() -> None:
+        over.set()
+        _thread.interrupt_main()  # like Ctrl-C: the run at work writes a checkpoint
+
+    timer = threading.Timer(60 * minutes, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not over.is_set():
+            raise
+        print(f"the budget of {minutes:g} minutes is used up")
+    finally:
+        timer.cancel()
+
+
+def guarded(program: str, work: Callable[[], int]) -> int:
+    """Return the status of `work`; 2 and one line for a mistake, 130 for Ctrl-C and SIGTERM."""
+    try:
+        with terminable():
+            return work()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

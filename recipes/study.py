@@ -1,29 +1,76 @@
-"""The study: what is planned, what was found, and what may be averaged together.
+"""The study: its recipes and queue, the rows of results/, and which of them may be averaged.
 
-Rows are averaged and paired only within a batch: rows of one recipe, computed on the same kind of
-device, with one torch version (major.minor), and with the same settings but for those that the arm
-and the seed set. Rows of other train or eval versions than the current ones are counted, no more.
+Rows are averaged and paired only within a batch: rows of one recipe, made on the same kind of
+device, with one torch version (major.minor), and with the same settings but for those that arm and
+seed set. Rows of other train or eval versions than the present ones are counted and not shown.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sparsejepa import version
 from sparsejepa.config import Config, load_toml, preset
-from sparsejepa.errors import UserError
-from sparsejepa.results import is_current, read_checked, versions
+from sparsejepa.errors import UserError, nearest
+from sparsejepa.results import is_current, read_checked
 from sparsejepa.study.sweep import arm_settings
-from sparsejepa.study.tasks import row_key
-from sparsejepa.study.verdict import LEVEL, BySeed, Interval, compare, mean_sd
+from sparsejepa.study.tasks import Probes, row_key
+from sparsejepa.study.verdict import LEVEL, BySeed, Interval, choose, compare, mean_sd
 
 Row = Mapping[str, Any]
+
+# --- recipes
+
+_ABOUT = {"about", "command", "hardware", "minutes", "expected", "settings"}
+_PROBES = {"probe": "data", "probe_limit": "limit"}  # others have the names that Probes gives them
+
+
+def read_recipe(folder: Path, name: str) -> tuple[Config, Probes]:
+    """Return a recipe's settings and probes. Raises UserError naming what is not known."""
+    names = sorted(path.stem for path in recipe_files(folder))
+    if name not in names:
+        raise UserError(f"unknown recipe '{name}'{nearest(name, names)}; there are {names}")
+    path = folder / f"{name}.toml"
+    recipe = load_toml(path)
+    known = {*_PROBES, *Probes.__dataclass_fields__} - {*_PROBES.values()}
+    check_entries(str(path), recipe, {"settings"}, _ABOUT | known)
+    config, probed = recipe_config(recipe), dict[str, Any]()
+    for key in known & set(recipe):
+        value = recipe[key]
+        probed[_PROBES.get(key, key)] = tuple(value) if isinstance(value, list) else value
+    probed["targets"] = {data: tuple(names) for data, names in recipe.get("targets", {}).items()}
+    return config, Probes(**{"data": (config.data,), **probed})
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """Return the recipes of a folder: not the queue, the claims or a search."""
+    others = ("queue", "claims", "search-")
+    return [p for p in folder.glob("*.toml") if not p.stem.startswith(others)]
+
+
+def recipe_config(recipe: Row) -> Config:
+    """Return the settings of a recipe's TOML file."""
+    settings = dict(recipe["settings"])
+    return preset(settings.pop("preset", "best")).replace(**settings)
+
+
+def check_entries(where: str, values: Any, needed: set[str], free: Iterable[str] = ()) -> None:
+    """Raise UserError unless `values` is a table with the entries that are expected."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must be a table")
+    known = needed | {*free}
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}: unknown entry '{name}'{nearest(name, known)}")
+    if missing := sorted(needed - set(values)):
+        raise UserError(f"{where}: '{missing[0]}' is missing")
+
+
+# --- measures
 
 
 @dataclass(frozen=True)
@@ -31,32 +78,33 @@ class Measure:
     """A number that a run may have, and its floors.
 
     `read` takes a row and which number is wanted (value, untrained or pixels) and returns None
-    where it is not there. `asked` says whether a recipe (its TOML file) asks for it. Shown times
-    `factor`: accuracies, shares in the rows, are shown in percent and their differences in points.
+    where it is not there. Shown times `factor`: accuracies, which are shares in the rows, are shown
+    in percent, and their differences in points.
     """
 
     title: str
     read: Callable[[Row, str], float | None]
-    asked: Callable[[Row], bool] = lambda _: True
     factor: float = 1
     digits: int = 1
+    of_failed: bool = False
+    """Whether runs that failed have it as well."""
 
     def text(self, values: BySeed) -> str:
-        """Return mean ± sample standard deviation, no spread for one seed."""
+        """Return mean ± sample standard deviation, no spread for one seed, "" for none."""
+        if not values:
+            return ""
         mean, sd = (self.factor * x for x in mean_sd(values))
         text = f"{mean:,.{self.digits}f}"
         return f"{text} ± {sd:,.{self.digits}f}" if len(values) > 1 else text
 
     def difference(self, interval: Interval) -> str:
-        """Return the mean difference with its t interval [ ] and its bootstrap interval ( )."""
-        text = self.signed(interval.mean)
-        if interval.low is None or interval.high is None or interval.bootstrap is None:
+        """Return a mean difference with its 95 % t interval in brackets."""
+        text = self._signed(interval.mean)
+        if interval.low is None or interval.high is None:
             return text
-        ends = (interval.low, interval.high, *interval.bootstrap)
-        a, b, c, d = (self.signed(x) for x in ends)
-        return f"{text} [{a}, {b}] ({c}, {d})"
+        return f"{text} [{self._signed(interval.low)}, {self._signed(interval.high)}]"
 
-    def signed(self, value: float) -> str:
+    def _signed(self, value: float) -> str:
         """Return a difference with its sign; what rounds to nothing is +0."""
         return f"{round(self.factor * value, self.digits) + 0.0:+,.{self.digits}f}"
 
@@ -71,13 +119,7 @@ def accuracy(title: str, data: str, target: str = "", protocol: str = "logistic"
                 return probe["accuracy" if which == "value" else which]
         return None
 
-    def asked(recipe: Row) -> bool:
-        names = [Path(name).name for name in recipe.get("probe", ())]
-        how = ["logistic", *recipe.get("protocols", ()), *recipe.get("extra_protocols", ())]
-        targets = recipe.get("targets", {}).get(data, [target])
-        return data in names and protocol in how and (not target or target in targets)
-
-    return Measure(title, read, asked, factor=100)
+    return Measure(title, read, factor=100)
 
 
 def number(title: str, path: str, untrained: str = "", digits: int = 2) -> Measure:
@@ -89,11 +131,84 @@ def number(title: str, path: str, untrained: str = "", digits: int = 2) -> Measu
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
 
-    parts = path.split(".")
-    group = parts[1] if parts[0] == "measures" else ""
-    return Measure(
-        title, read, lambda recipe: group in ("", *recipe.get("measures", ())), digits=digits
-    )
+    return Measure(title, read, digits=digits)
+
+
+def minus(title: str, a: Measure, b: Measure) -> Measure:
+    """Return the difference of two accuracies of the same run."""
+
+    def read(row: Row, which: str) -> float | None:
+        one, other = a.read(row, which), b.read(row, which)
+        return None if one is None or other is None else one - other
+
+    return Measure(title, read, factor=100)
+
+
+def kept(title: str, name: str, share: float) -> Measure:
+    """Return the accuracy that is left with a share of the groups, or of what stands for them."""
+
+    def read(row: Row, which: str) -> float | None:
+        points = ((row.get("measures") or {}).get("kept") or {}).get("curve") or ()
+        levels = {point.get("groups") or point["latents"]: point for point in points}
+        if not levels or which != "value":
+            return None
+        near = min(levels, key=lambda level: abs(level - share * max(levels)))
+        return levels[near].get(name)
+
+    return Measure(title, read, factor=100)
+
+
+def _went_wrong(row: Row, which: str) -> float | None:
+    """Return 1 for a run that failed or raised the alarm of instability or collapse, else 0."""
+    told = {text.split(":")[0] for text in row.get("alarms") or ()}
+    bad = bool(row.get("failed")) or bool(told & {"unstable", "collapse"})
+    return float(bad) if which == "value" else None
+
+
+SPARSE = "density=0.25"  # the sparse arm of every pair, fixed before any run
+
+CIFAR100 = accuracy("CIFAR-100", "cifar100", "fine_label")
+CIFAR10 = accuracy("CIFAR-10", "cifar10")
+FAR = accuracy("GTSRB (43 traffic signs)", "gtsrb32")
+NEARER = minus("CIFAR-10 less GTSRB", CIFAR10, FAR)
+GROUPS = number("groups per latent", "groups_per_latent", digits=1)
+DEAD = number("dead groups", "dead_groups", digits=1)
+CORRELATION = number(
+    "total correlation (nats)", "measures.information.total_correlation",
+    "measures.information.untrained_total_correlation", 1,
+)  # fmt: skip
+DCI = number(
+    "DCI disentanglement", "measures.factors.dci_disentanglement",
+    "measures.factors.untrained_dci_disentanglement", 3,
+)  # fmt: skip
+WRONG = Measure("went wrong", _went_wrong, of_failed=True)
+SHARES = (
+    accuracy("linear probe, all labels", "cifar100", "fine_label"),
+    accuracy("linear probe, 10 % of the labels", "cifar100", "fine_label", "logistic:10%"),
+    accuracy("linear probe, 1 % of the labels", "cifar100", "fine_label", "logistic:1%"),
+    accuracy("fine-tuning", "cifar100", "fine_label", "finetune"),
+)
+ALL, HALF = kept("all groups", "accuracy", 1), kept("half of the groups", "accuracy", 0.5)
+RANDOM = kept("as many random latents", "random_latents", 0.5)
+KEPT = (
+    ALL, HALF, RANDOM, kept("as many principal components", "pca", 0.5),
+    kept("a quarter of the groups", "accuracy", 0.25),
+    minus("half less all groups", HALF, ALL), minus("half less random latents", HALF, RANDOM),
+)  # fmt: skip
+TASKS = {
+    CIFAR100: (40.01, 45.4),
+    accuracy("MiniPlaces, for Places205", "miniplaces32"): (21.24, 23.36),
+    accuracy("CLEVR/Count, generated scenes", "scenes", "count"): (59.13, 62.33),
+    accuracy("CLEVR/Count, 267 genuine images", "clevr267", "count"): (59.13, 62.33),
+    accuracy("iNaturalist 2018", "inaturalist2018"): (16.52, 19.63),
+    CIFAR10: (),
+    FAR: (),
+}
+"""Table I of the paper: our measure, and JEPA and SparseJEPA there (top-1 in percent, one run)."""
+MEASURES = {m.title: m for m in (*TASKS, *KEPT, NEARER, GROUPS, DEAD, CORRELATION, DCI, WRONG)}
+
+
+# --- what was planned and found
 
 
 @dataclass(frozen=True)
@@ -104,8 +219,6 @@ class Block:
     about: Row
     """The recipe's TOML file."""
     hardware: str
-    minutes: float
-    """Estimate for all planned runs."""
     planned: Mapping[str, frozenset[int]]
     """Seeds by arm."""
     rows: Mapping[str, Mapping[int, Row]]
@@ -123,11 +236,6 @@ class Block:
         """Whether it is planned for a GPU: the full scale."""
         return "GPU" in self.hardware
 
-    @property
-    def made_on(self) -> str:
-        """Device of the rows, see `batch`; empty without rows."""
-        return next((device_of(row) for row in self.all_rows), "")
-
     @cached_property
     def all_rows(self) -> list[Row]:
         """Every row, arm by arm."""
@@ -138,16 +246,19 @@ class Block:
         found = {
             seed: measure.read(row, which)
             for seed, row in self.rows.get(arm, {}).items()
-            if not row.get("failed")
+            if measure.of_failed or not row.get("failed")
         }
         return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
     def floor(self, measure: Measure, which: str) -> dict[int, float]:
-        """Return the untrained or the raw-pixel floor by seed; arms share it."""
+        """Return the untrained or the raw-pixel floor by seed, which all arms share.
+
+        Raw pixels do not depend on the seed: only one value is returned.
+        """
         found: dict[int, float] = {}
         for arm in self.planned:
             found = {**self.values(arm, measure, which), **found}
-        return found
+        return found if which == "untrained" else dict([*found.items()][:1])
 
     def difference(
         self, arm: str, control: str, measure: Measure, level: float = LEVEL
@@ -155,71 +266,49 @@ class Block:
         """Return the interval of arm - control, paired by seed; None without a pair."""
         return compare(self.values(arm, measure), self.values(control, measure), level)
 
-    def failed(self, arm: str) -> int:
-        """Return how many runs of an arm ended in numbers that are not finite."""
-        return sum(bool(row.get("failed")) for row in self.rows.get(arm, {}).values())
-
-    def done(self, arm: str, measure: Measure | None = None) -> str:
+    def done(self, arm: str) -> str:
         """Return "seeds done / planned", and how many failed."""
-        seeds, failed = self.planned[arm], self.failed(arm)
-        count = len(self.values(arm, measure)) if measure else len(self.rows.get(arm, {})) - failed
-        text = f"{count} / {len(seeds)}"
-        return f"{text}, {failed} of {len(seeds)} failed" if failed else text
+        rows = self.rows.get(arm, {}).values()
+        failed = sum(bool(row.get("failed")) for row in rows)
+        text = f"{len(rows) - failed} / {len(self.planned[arm])}"
+        return f"{text}, {failed} failed" if failed else text
 
-    def cell(self, arm: str, measure: Measure, *, count: bool = False) -> str:
-        """Return mean ± sd, or queued, failed or not run; with `count` the seeds behind it."""
-        values = self.values(arm, measure)
+    def cell(self, arm: str, measure: Measure) -> str:
+        """Return mean ± sd, or in a word why there is none."""
+        values, rows = self.values(arm, measure), self.rows.get(arm, {})
         if values:
-            text = measure.text(values)
-            short = len(values) < len(self.rows[arm]) - self.failed(arm)
-            return f"{text} ({self.done(arm, measure)})" if count or short else text
-        if not measure.asked(self.about):
-            return "not run"
-        if len(self.rows.get(arm, {})) > self.failed(arm):
-            return "–"
-        if self.failed(arm) == len(self.planned[arm]):
-            return "failed"
-        return "queued"
+            return measure.text(values)
+        if not rows:
+            return "queued"
+        return "failed" if all(row.get("failed") for row in rows.values()) else "–"
 
     def versus(self, arm: str, control: str, measure: Measure) -> str:
-        """Return arm - control with its intervals; empty for the control and without a pair."""
+        """Return arm - control with its interval; empty for the control and without a pair."""
         twin = self.twin(arm, control)
         interval = self.difference(arm, twin, measure) if twin else None
         if interval is None:
             return ""
-        named = "" if twin == control else f" vs {twin}"
-        return measure.difference(interval) + named
+        return measure.difference(interval) + f" vs {twin}" * (twin != control)
 
     def twin(self, arm: str, control: str) -> str:
         """Return the arm that differs in the first part only, or plain `control`; "" if neither.
 
-        So density=0.25+beta=0 is compared with lam=0+beta=0, and dense+vicreg=... with dense.
+        So density=0.25+beta=0 is compared with lam=0+beta=0, and dense+beta=0 with dense.
         """
         more = arm.partition("+")[2]
         names = [f"{control}+{more}", control] if more else [control]
         return next((n for n in names if n in self.planned and n != arm), "")
 
-    def matching(self, pattern: str) -> list[str]:
-        """Return the planned arms that a pattern stands for, see `matches`."""
-        return [arm for arm in self.planned if matches(arm, pattern)]
+    def pick(self) -> tuple[str, int]:
+        """Return the penalised arm with the best CIFAR-100 accuracy, and among how many.
 
-
-def matches(arm: str, pattern: str) -> bool:
-    """Return whether an arm is one of a pattern's alternatives (``|``), each with wildcards.
-
-    ``dense`` is dense without additions, ``lam=*+beta=0`` any lambda with that addition alone, and
-    ``dense+vicreg=*+*`` dense with VICReg and whatever else.
-    """
-    first, *more = arm.split("+")
-    for option in pattern.split("|"):
-        start, *wanted = option.split("+")
-        if (
-            fnmatchcase(first, start)
-            and all(any(fnmatchcase(item, want) for want in wanted) for item in more)
-            and all(want == "*" or any(fnmatchcase(item, want) for item in more) for want in wanted)
-        ):
-            return True
-    return False
+        Only arms with the most seeds compete. The first is "" if there is none.
+        """
+        plain = [arm for arm in self.planned if "+" not in arm and arm not in ("dense", "lam=0")]
+        found = {arm: self.values(arm, CIFAR100) for arm in plain}
+        found = {arm: values for arm, values in found.items() if values}
+        arm, rivals = choose(found) if found else ("", [])
+        return arm, len(rivals)
 
 
 @dataclass(frozen=True)
@@ -233,20 +322,17 @@ class Study:
     trials: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     """Rows of a search, by file."""
     explain: Sequence[Row] = ()
-    bench: Sequence[Row] = ()
     others: Sequence[Row] = ()
     """Lines of other versions, which are in none of the above."""
 
     @property
     def left_out(self) -> str:
         """Say how many lines are of other versions; empty if none is."""
-        counts = Counter(map(versions, self.others))
-        now = f"the present ones are {version.TRAIN_VERSION} and {version.EVAL_VERSION}"
-        return " ".join(
-            f"{count} lines of train version {train} and eval version {probe} are kept in "
-            f"`results/` and shown nowhere: {now}."
-            for (train, probe), count in counts.items()
-        )
+        now = f"{version.TRAIN_VERSION} and {version.EVAL_VERSION}"
+        return (
+            f"{len(self.others)} lines of `results/` are of other train and eval versions than the "
+            f"present ones ({now}); no table counts them."
+        ) * bool(self.others)
 
     def blocks(self, table: int) -> list[Block]:
         """Return the blocks of a table: the CPU's first, CIFAR-100 first, then as queued."""
@@ -271,48 +357,43 @@ class Study:
         named = {arm for run in entries for arm in run["arms"]}
         plain = {arm.split("+")[0] for arm in named}
         planned: dict[str, set[int]] = {}
-        minutes = 0.0
         for run in (run for run in self.queue if run["recipe"] == recipe):
             for arm in run["arms"]:
                 if run in entries or arm in plain - named:
                     planned.setdefault(arm, set()).update(run["seeds"])
-                    minutes += run.get("minutes", 0) * len(run["seeds"])
         about = self.recipes[recipe]
         mine = [
             row
             for row in self.rows
             if row["recipe"] == recipe and row["seed"] in planned.get(row["arm"], ())
         ]
-        rows, apart = choose(mine, about)
+        rows, apart = one_batch(mine, about)
         seeds = {arm: frozenset(found) for arm, found in planned.items()}
-        return Block(recipe, about, entries[0].get("hardware", "?"), minutes, seeds, rows, apart)
+        return Block(recipe, about, entries[0]["hardware"], seeds, rows, apart)
 
 
-def choose(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]], str]:
+def one_batch(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row]], str]:
     """Return one batch by arm and seed, and what was kept apart in words.
 
     The batch is the one that covers most (arm, seed) pairs, of equals the newest; of two rows of
     one pair the newer counts.
     """
     batches: dict[tuple[str, str], dict[tuple[str, int], Row]] = {}
-    rows = sorted(rows, key=lambda row: row.get("finished", ""))
-    for row in rows:
-        batches.setdefault(batch(row, recipe), {})[row["arm"], row["seed"]] = row
+    for row in sorted(rows, key=lambda row: row.get("finished", "")):
+        # A batch moves to the end with each row: of equals the last one is the newest.
+        found = batches.pop(key := _batch(row, recipe), {})
+        batches[key] = {**found, (row["arm"], row["seed"]): row}
     if not batches:
         return {}, ""
-    best = max(batches, key=lambda key: (len(batches[key]), _newest(batches[key].values())))
+    best = max(reversed(batches), key=lambda key: len(batches[key]))
     chosen: dict[str, dict[int, Row]] = {}
     for (arm, seed), row in sorted(batches[best].items()):
         chosen.setdefault(arm, {})[seed] = row
     parts = []
     for key, found in batches.items():
         if key != best:
-            named = (f"on {key[0]}", "with other settings")
-            reason = ", ".join(n for n, a, b in zip(named, key, best, strict=True) if a != b)
-            commits = ", ".join(sorted({str(r["environment"]["commit"]) for r in found.values()}))
-            parts.append(f"{len(found)} run{'s'[: len(found) > 1]} {reason} (commit {commits})")
-    repeats = len(rows) - sum(len(found) for found in batches.values())
-    parts += [f"{repeats} earlier repeat{'s'[: repeats > 1]}"] * (repeats > 0)
+            reason = f"on {key[0]}" if key[0] != best[0] else "with other settings"
+            parts.append(f"{len(found)} run{'s'[: len(found) > 1]} {reason}")
     return chosen, f"Kept apart, never averaged with these: {'; '.join(parts)}." if parts else ""
 
 
@@ -321,11 +402,11 @@ def device_of(row: Row) -> str:
     about = row["environment"]
     asked = row["settings"].get("run", {}).get("device", "auto")
     kind = "cuda" if about.get("gpus") and asked != "cpu" else "cpu"
-    version = ".".join(about.get("torch", "?").partition("+")[0].split(".")[:2])
-    return f"{kind} with torch {version}"
+    torch = ".".join(about.get("torch", "?").partition("+")[0].split(".")[:2])
+    return f"{kind} with torch {torch}"
 
 
-def batch(row: Row, recipe: Row) -> tuple[str, str]:
+def _batch(row: Row, recipe: Row) -> tuple[str, str]:
     """Return device and settings (all but arm and seed) that a row must share with others."""
     try:
         base = recipe_config(recipe).flat()
@@ -337,23 +418,9 @@ def batch(row: Row, recipe: Row) -> tuple[str, str]:
     return device_of(row), row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
 
 
-def recipe_config(recipe: Row) -> Config:
-    """Return the settings of a recipe's TOML file."""
-    settings = dict(recipe["settings"])
-    return preset(settings.pop("preset", "best")).replace(**settings)
-
-
-def _newest(rows: Iterable[Row]) -> str:
-    return max(row.get("finished", "") for row in rows)
-
-
 def read_study(root: Path) -> Study:
     """Read queue, recipes and results. Raises UserError naming a missing or damaged file."""
-    recipes = {
-        path.stem: load_toml(path)
-        for path in sorted((root / "recipes").glob("*.toml"))
-        if "settings" in load_toml(path)
-    }
+    recipes = {path.stem: load_toml(path) for path in sorted(recipe_files(root / "recipes"))}
     queue = load_toml(root / "recipes" / "queue.toml").get("run", [])
     for run in queue:
         if run.get("recipe") not in recipes:
@@ -372,7 +439,6 @@ def read_study(root: Path) -> Study:
             trials |= {path.name: kept} if (kept := current(found)) else {}
         else:
             rows += [{**row, "recipe": row.get("recipe") or path.stem} for row in current(found)]
-    more = [root / "results" / f"{name}.jsonl" for name in ("explain", "bench")]
-    explain, bench = (read_checked(path) if path.exists() else [] for path in more)
-    explain = current(explain)
-    return Study(root, queue, recipes, rows, trials, explain, bench, others)
+    explained = root / "results" / "explain.jsonl"
+    explain = current(read_checked(explained) if explained.exists() else [])
+    return Study(root, queue, recipes, rows, trials, explain, others)

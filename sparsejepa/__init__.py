@@ -20,8 +20,8 @@ _EXPORTS = {
     "GroupMap": "sparsejepa.model.groups",
     "SparseJEPA": "sparsejepa.model.jepa",
     "load_dataset": "sparsejepa.data.catalog",
-    "load": "sparsejepa.interop",
-    "SparseJEPAEncoder": "sparsejepa.interop.module",
+    "load": "sparsejepa.encoders.load",
+    "Encoder": "sparsejepa.encoders.encoder",
     "embed": "sparsejepa.evaluation.features",
     "LogisticProbe": "sparsejepa.evaluation.probe",
     "RidgeProbe": "sparsejepa.evaluation.probe",
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from sparsejepa.config import Config as Config
     from sparsejepa.config import preset as preset
     from sparsejepa.data.catalog import load_dataset as load_dataset
+    from sparsejepa.encoders.encoder import Encoder as Encoder
+    from sparsejepa.encoders.load import load as load
     from sparsejepa.errors import UserError as UserError
     from sparsejepa.evaluation.features import embed as embed
     from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from sparsejepa.evaluation.probe import LogisticProbe as LogisticProbe
     from sparsejepa.evaluation.probe import RidgeProbe as RidgeProbe
     from sparsejepa.explain.run import run_explain as run_explain
-    from sparsejepa.interop import load as load
-    from sparsejepa.interop.module import SparseJEPAEncoder as SparseJEPAEncoder
     from sparsejepa.model.encoder import ViT as ViT
     from sparsejepa.model.groups import GroupMap as GroupMap
     from sparsejepa.model.jepa import SparseJEPA as SparseJEPA

@@ -25,12 +25,13 @@ from PIL import Image
 from sparsejepa.cli import main
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.data.folders import read_folder
+from sparsejepa.encoders.encoder import save_encoder
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.explain.compare import compare_runs
 from sparsejepa.explain.run import ACTIVATIONS, METRICS
 from sparsejepa.explain.subject import read_names
 from sparsejepa.files import save_tensors
-from sparsejepa.interop import load, save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.results import read_checked, read_results, read_rows
 from sparsejepa.study.figures import points

@@ -29,11 +29,11 @@ from torch import Tensor
 from sparsejepa.config import Config
 from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.data.stream import block_order
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
 from sparsejepa.evaluation.features import embed, pixel_features
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import labelled_share
-from sparsejepa.interop import Encoder
 from sparsejepa.model import jepa
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.jepa import Losses, SparseJEPA

@@ -31,7 +31,7 @@ FLOORS = [
     ],
     ["model"],
     ["data"],
-    ["interop"],
+    ["encoders"],
     ["training"],
     ["evaluation"],
     ["study"],

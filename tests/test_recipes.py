@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import common
 import pytest
 import run as runner
+import study
 
 from sparsejepa import cli
 from sparsejepa.config import load_toml, preset
@@ -16,14 +16,14 @@ from sparsejepa.study.sweep import sweep_arms
 from sparsejepa.study.tasks import Probes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NAMES = sorted(path.stem for path in common.recipe_files(RECIPES))
+NAMES = sorted(path.stem for path in study.recipe_files(RECIPES))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipes_command_is_its_settings(name: str) -> None:
     recipe = load_toml(RECIPES / f"{name}.toml")
     assert {"about", "command", "hardware", "minutes", "expected", "settings"} <= set(recipe)
-    config, probes = runner.read_recipe(RECIPES, name)
+    config, probes = study.read_recipe(RECIPES, name)
     words = shlex.split(recipe["command"])
     if words == ["sparsejepa", "demo"]:
         assert config == preset("demo") and config.data == "scenes"

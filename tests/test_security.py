@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import json
 import pickle
@@ -26,10 +27,11 @@ from sparsejepa.config import Config, preset
 from sparsejepa.data import cache, hub
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.distributed import World
+from sparsejepa.encoders.encoder import load_groups, save_encoder
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.explain.subject import run_folder
 from sparsejepa.files import write_text
-from sparsejepa.interop import load, load_groups, save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.report.explain import _json
 from sparsejepa.study.figures import STYLE, inline_svg
@@ -165,7 +167,7 @@ def test_a_pickle_in_the_cache_is_not_unpickled(
     assert len(images) == 96 and not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["x.pth.tar", "x.pth", "x.pt", "x.bin"])
+@pytest.mark.parametrize("name", ["x.pth.tar", "x.pth", "x.pt"])
 def test_a_foreign_checkpoint_runs_no_code(name: str, tmp_path: Path, mark: Path) -> None:
     state = ViT(16, 4, embed_dim=192, depth=1, num_heads=3).state_dict()
     path = tmp_path / name
@@ -174,7 +176,7 @@ def test_a_foreign_checkpoint_runs_no_code(name: str, tmp_path: Path, mark: Path
         with pytest.raises(UserError, match="holds more than weights"):
             load(path)
     path.write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(UserError, match="not a checkpoint of weights"):
+    with pytest.raises(UserError, match="not a file of weights"):
         load(path)
     assert not mark.exists()
 
@@ -182,11 +184,14 @@ def test_a_foreign_checkpoint_runs_no_code(name: str, tmp_path: Path, mark: Path
 def test_timms_cached_weights_run_no_code(
     tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("timm")
+    timm = pytest.importorskip("timm")
     path = tmp_path / "pytorch_model.bin"
     torch.save({"norm.weight": torch.ones(192), "more": Bomb(mark)}, path)
-    monkeypatch.setattr("sparsejepa.interop.hub.cached_weights", lambda about: str(path))
-    with pytest.raises(UserError, match="UnpicklingError"):
+    about = timm.models.get_pretrained_cfg("vit_tiny_patch16_224")
+    about = dataclasses.replace(about, hf_hub_filename=path.name)
+    monkeypatch.setattr("timm.models.get_pretrained_cfg", lambda name: about)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match="holds more than weights"):
         load("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     assert not mark.exists()
 

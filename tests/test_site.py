@@ -114,14 +114,6 @@ def test_all_that_is_public_is_in_the_reference() -> None:
     assert set(sparsejepa._EXPORTS) <= named
 
 
-def test_the_pictures_of_the_method_can_be_drawn(tmp_path: Path) -> None:
-    script = [sys.executable, "recipes/pictures.py", "--out", str(tmp_path)]
-    subprocess.run(script, cwd=ROOT, check=True)
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    text = (ROOT / "docs/method.md").read_text()
-    assert drawn == {Path(name).name for name in re.findall(r"\((images/\S+\.png)\)", text)}
-
-
 def test_each_notebook_is_tested() -> None:
     assert {path.stem for path in (ROOT / "docs/tutorials").glob("*.ipynb")} == set(NOTEBOOKS)
 

@@ -25,11 +25,16 @@ from sparsejepa.data.decode import shown
 from sparsejepa.data.store import DeviceImages, ImageSet, Target
 from sparsejepa.data.stream import ImageStream, open_images
 from sparsejepa.distributed import current, gather_rows, own_rows
+from sparsejepa.encoders.encoder import (
+    GROUPS,
+    Encoder,
+    GroupActivations,
+    groups_folder,
+    load_activations,
+)
+from sparsejepa.encoders.load import folder_of
 from sparsejepa.errors import SizesDiffer, UserError, nearest
 from sparsejepa.files import atomic_path
-from sparsejepa.interop import Encoder, folder_of
-from sparsejepa.interop.module import GroupActivations, load_activations
-from sparsejepa.interop.runs import GROUPS, groups_folder
 
 Pool = Literal["mean", "concat4"]
 POOLS = ("mean", "concat4")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from sparsejepa.data.augment import Augment
 from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.environment import has_bf16
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import embed
-from sparsejepa.interop import Encoder
 from sparsejepa.rng import derive_seed, generator
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsejepa.encoders.encoder import GROUPS, load_groups, save_groups
 from sparsejepa.errors import UserError
 from sparsejepa.files import load_tensors, read_json, save_tensors, write_text
-from sparsejepa.interop.runs import GROUPS, load_groups, save_groups
 from sparsejepa.model.groups import GroupMap
 
 ABOUT, STATE = "posthoc.json", "posthoc.safetensors"

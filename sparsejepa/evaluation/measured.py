@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsejepa.data.store import ImageSet
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.disentangle import dci, mig
 from sparsejepa.evaluation.estimate import Estimate
@@ -19,7 +20,6 @@ from sparsejepa.evaluation.features import Features, embed
 from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.kept import Labelled, kept_curve
 from sparsejepa.evaluation.probe import choose_targets, load_splits
-from sparsejepa.interop import Encoder
 from sparsejepa.training.quality import moments, rankme
 
 FACTORS = "scenes:single"

@@ -21,6 +21,8 @@ from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.decode import shown
 from sparsejepa.data.store import ImageSet
 from sparsejepa.distributed import current, first_here, on_main
+from sparsejepa.encoders.encoder import Encoder
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.classifiers import (
     KNNProbe,
@@ -40,7 +42,6 @@ from sparsejepa.evaluation.features import (
 from sparsejepa.evaluation.finetune import FineTune
 from sparsejepa.evaluation.linear import Standardized
 from sparsejepa.files import write_text
-from sparsejepa.interop import Encoder, load
 
 __all__ = [
     "PROTOCOLS",
@@ -128,7 +129,7 @@ def evaluate(
     once for each architecture (untrained) and once in all (pixels).
 
     Args:
-        refs: encoders, or what `interop.load` takes.
+        refs: encoders, or what `load` takes.
         data: names for `load_dataset`.
         protocols: logistic, ridge, knn (on the frozen features) and finetune (see `FineTune`), each
             also as NAME:PERCENT%, logistic:1% for instance: on that share of the training images

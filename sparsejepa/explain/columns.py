@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from sparsejepa.data.store import ImageSet
+from sparsejepa.encoders.encoder import Encoder, load_groups
+from sparsejepa.encoders.load import folder_of, load
 from sparsejepa.explain.readout import Readout, Scale, read, read_train
 from sparsejepa.explain.subject import PostHoc, Subject, fit_groups
-from sparsejepa.interop import Encoder, folder_of, load, load_groups
 
 RUN, UNTRAINED, PCA = "this run", "untrained", "PCA"
 RANDOM, DIRECTIONS = "random zeros", "random directions"

@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from sparsejepa.data.store import ImageSet
+from sparsejepa.encoders.encoder import Encoder, load_groups
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import concepts
 from sparsejepa.evaluation.classifiers import LogisticProbe
@@ -19,7 +21,6 @@ from sparsejepa.evaluation.objects import patch_labels
 from sparsejepa.explain.columns import DIRECTIONS, RUN, SHUFFLED, Column
 from sparsejepa.explain.readout import evenly, read, read_train
 from sparsejepa.explain.subject import Subject
-from sparsejepa.interop import Encoder, load, load_groups
 from sparsejepa.report.explain import GroupView, MeasureRow
 from sparsejepa.training.loop import read_config
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import MAX_TOKENS
-from sparsejepa.interop import Encoder
 
 FLAT = 1e-6
 """Latents with a smaller spread than this share of the largest are constant: they stay 0."""

@@ -19,6 +19,8 @@ import torch
 from sparsejepa import __version__, version
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
+from sparsejepa.encoders.encoder import FITTED, Precision
+from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import read_fitting, target
@@ -39,8 +41,6 @@ from sparsejepa.explain.subject import (
 )
 from sparsejepa.explain.verdict import verdict
 from sparsejepa.files import save_tensors, write_text
-from sparsejepa.interop import Precision, load
-from sparsejepa.interop.runs import FITTED
 from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
 from sparsejepa.results import read_rows
 from sparsejepa.study.page import Picture, sweep_pictures

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sparsejepa.config import Config
 from sparsejepa.data.store import ImageSet
+from sparsejepa.encoders.encoder import Encoder, Precision, load_groups
+from sparsejepa.encoders.load import folder_of, load
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.explain.readout import token_batches
 from sparsejepa.files import read_json, write_text
-from sparsejepa.interop import Encoder, Precision, folder_of, load, load_groups
 from sparsejepa.model.groups import GroupMap, Kind
 from sparsejepa.training.loop import read_config
 

@@ -24,7 +24,7 @@ from sparsejepa.results import versions
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsejepa.interop import Encoder
+    from sparsejepa.encoders.encoder import Encoder
     from sparsejepa.training.loop import Run
 
 # Settings that change no number.
@@ -237,7 +237,7 @@ def _trained(task: Task, run: Run) -> dict[str, Any]:
 
 def _keep(task: Task) -> str:
     """Copy a run's encoder and groups to ENCODERS/RUN_KEY; return the sha256 of the encoder."""
-    from sparsejepa.interop.runs import CONFIG, GROUPS, WEIGHTS
+    from sparsejepa.encoders.encoder import CONFIG, GROUPS, WEIGHTS
 
     found = hashlib.sha256((task.run_dir / WEIGHTS).read_bytes()).hexdigest()
     if task.encoders and _kept(task) != found:
@@ -255,7 +255,7 @@ def _keep(task: Task) -> str:
 
 def _kept(task: Task) -> str | None:
     """Return the sha256 of the encoder that is kept of a run, None if there is none."""
-    from sparsejepa.interop.runs import WEIGHTS
+    from sparsejepa.encoders.encoder import WEIGHTS
 
     path = task.encoders / task.run_key / WEIGHTS if task.encoders else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.exists() else None
@@ -268,9 +268,9 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
     run directories.
     """
+    from sparsejepa.encoders.load import load
     from sparsejepa.environment import resolve_device
     from sparsejepa.files import write_text
-    from sparsejepa.interop import load
 
     encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
@@ -338,9 +338,10 @@ def _fingerprints(task: Task) -> list[str]:
 
 def _measures(task: Task) -> dict[str, Any]:
     """Return the measures that are asked for, on the first data set."""
+    from sparsejepa.encoders.encoder import load_groups
+    from sparsejepa.encoders.load import load
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.measured import measure
-    from sparsejepa.interop import load, load_groups
 
     encoder, data = load(task.run_dir, resolve_device(task.config.run.device)), task.probes.data[0]
     groups = load_groups(task.run_dir, encoder.grid_size)

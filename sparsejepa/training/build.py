@@ -23,11 +23,10 @@ from sparsejepa.data.augment import Augment
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
 from sparsejepa.distributed import World, first_here
+from sparsejepa.encoders.encoder import GROUPS, RGB, vit_arguments
+from sparsejepa.encoders.load import load, plain
 from sparsejepa.errors import TooFewImages, UserError
 from sparsejepa.files import load_tensors, read_json, write_text
-from sparsejepa.interop import RGB, load, vit_arguments
-from sparsejepa.interop.runs import GROUPS
-from sparsejepa.interop.timm import TimmViT, plain_vit
 from sparsejepa.model.collectives import local
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, random_pattern
@@ -46,7 +45,7 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        ref: its name, as `interop.load` takes it.
+        ref: its name, as `load` takes it.
         arch: arguments of `ViT`, without drop path.
         mean, std: of the pixels, in units of [0, 1].
         license, fingerprint: of the encoder.
@@ -126,8 +125,7 @@ def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
         return start
     try:
         encoder = load(ref)
-        fingerprint, model = encoder.fingerprint(), encoder.model
-        vit = plain_vit(model) if isinstance(model, TimmViT) else model
+        fingerprint, vit = encoder.fingerprint(), plain(encoder).model
     except UserError as error:
         raise UserError(f"--init {error}") from None
     return Start(

@@ -36,11 +36,17 @@ from sparsejepa.distributed import (
     mean_of,
     on_main,
 )
+from sparsejepa.encoders.encoder import (
+    Encoder,
+    measure_rms,
+    measure_seen,
+    save_encoder,
+    save_groups,
+)
+from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.files import partial_files, read_json, write_text
-from sparsejepa.interop import Encoder, load, save_encoder, save_groups
-from sparsejepa.interop.module import measure_rms, measure_seen
 from sparsejepa.lock import run_lock
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap

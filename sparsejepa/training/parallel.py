@@ -111,7 +111,7 @@ def whole_encoder(encoder: ViT, main: bool) -> ViT | None:
             tensors[name] = full.cpu()
     if not main:
         return None
-    from sparsejepa.interop import vit_arguments
+    from sparsejepa.encoders.encoder import vit_arguments
 
     with torch.device("meta"):
         copy = ViT(**vit_arguments(encoder))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sparsejepa.data.store import ImageSet
     from sparsejepa.data.stream import ImageStream
-    from sparsejepa.interop import Encoder
+    from sparsejepa.encoders.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
     if not 0 <= args.max_unreadable <= 1:
         raise UserError(f"--max-unreadable {args.max_unreadable}: a share, 0 to 1")
     from sparsejepa.distributed import current, first_here
+    from sparsejepa.encoders.load import load
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.features import check_path, embed_to, find_groups, say_enlarged
-    from sparsejepa.interop import load
 
     check_path(args.out)
     encoder = load(args.run, resolve_device(args.device))

@@ -83,9 +83,9 @@ def explain(args: Explain, console: Console) -> dict[str, Any]:
     if not 0 < args.density <= 1:
         raise UserError(f"--density {args.density:g}: must be above 0 and at most 1")
     names = _names(args.name)
+    from sparsejepa.encoders.encoder import FITTED
     from sparsejepa.explain.run import METRICS, REPORT, Options, run_explain
     from sparsejepa.explain.subject import PostHoc, run_folder
-    from sparsejepa.interop.runs import FITTED
 
     out = args.out or run_folder(args.run)
     found = run_explain(

@@ -264,8 +264,9 @@ def info(args: Info, console: Console) -> dict[str, Any]:
 
 
 def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
-    """Show what an encoder is, its groups, and what became of the tensors of a foreign file."""
-    from sparsejepa.interop import folder_of, load, load_groups
+    """Show what an encoder is, and its groups."""
+    from sparsejepa.encoders.encoder import load_groups
+    from sparsejepa.encoders.load import folder_of, load
 
     encoder, folder = load(ref), folder_of(ref)
     groups = None if folder is None else load_groups(folder, encoder.grid_size)
@@ -283,10 +284,7 @@ def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
             "density": float((norms > 0).float().mean()),
         }
     show_facts(console, found, f"{ref}: encoder")
-    if encoder.report is None:
-        return {"architecture": found}
-    show_facts(console, encoder.report.facts(), f"{ref}: tensors of the file")
-    return {"architecture": found, "tensors": dataclasses.asdict(encoder.report)}
+    return {"architecture": found}
 
 
 def _last(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsejepa
-from sparsejepa.interop import Encoder, save_encoder, save_groups
+from sparsejepa.encoders.encoder import Encoder, save_encoder, save_groups
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 

@@ -19,6 +19,7 @@ import sparsejepa
 from sparsejepa import cli
 from sparsejepa.data.catalog import load_dataset, stream_dataset
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.encoders.encoder import FITTED, Encoder, save_groups
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import features
 from sparsejepa.evaluation.features import (
@@ -30,8 +31,6 @@ from sparsejepa.evaluation.features import (
     pixel_features,
     target,
 )
-from sparsejepa.interop import Encoder, save_groups
-from sparsejepa.interop.runs import FITTED
 from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.finetune import FineTune, Recipe, layer_groups
-from sparsejepa.interop import Encoder
 from sparsejepa.model.encoder import ViT
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)

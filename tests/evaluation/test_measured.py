@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsejepa.data.catalog import load_dataset
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import measured as module
 from sparsejepa.evaluation.classifiers import LogisticProbe
@@ -15,7 +16,6 @@ from sparsejepa.evaluation.disentangle import dci
 from sparsejepa.evaluation.features import embed
 from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.measured import MEASURES, check_measures, encoder_flops, measure
-from sparsejepa.interop import Encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.training.quality import rankme
 

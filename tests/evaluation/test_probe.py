@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import probe as module
 from sparsejepa.evaluation.linear import LogisticDescent, Standardized, validation_part
@@ -24,7 +25,6 @@ from sparsejepa.evaluation.probe import (
     evaluate,
     wilson_interval,
 )
-from sparsejepa.interop import Encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.training.quality import knn_accuracy
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import probe as module
 from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
@@ -25,7 +26,6 @@ from sparsejepa.evaluation.probe import (
     load_splits,
     split_protocol,
 )
-from sparsejepa.interop import Encoder
 from sparsejepa.model.encoder import ViT
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)

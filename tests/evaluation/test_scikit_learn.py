@@ -15,11 +15,11 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from sparsejepa.encoders.encoder import load_activations
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import posthoc
 from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.evaluation.probe import KNNProbe, LogisticProbe, RidgeProbe
-from sparsejepa.interop.module import load_activations
 
 
 @parametrize_with_checks([LogisticProbe(), LogisticProbe(C=1.0), RidgeProbe(), KNNProbe()])

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from sparsejepa import cli
+from sparsejepa.encoders.encoder import FITTED
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import find_groups
 from sparsejepa.evaluation.posthoc import PostHocGroups
@@ -20,8 +22,6 @@ from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFL
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, _independent, run_explain
 from sparsejepa.explain.subject import PostHoc, run_folder
 from sparsejepa.files import load_tensors, save_tensors
-from sparsejepa.interop import load
-from sparsejepa.interop.runs import FITTED
 
 
 def rows_of(metrics: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

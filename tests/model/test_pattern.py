@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejepa.config import preset
+from sparsejepa.encoders.encoder import save_groups
 from sparsejepa.errors import UserError
-from sparsejepa.interop.runs import save_groups
 from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.study.runs import pretrain, run_tasks

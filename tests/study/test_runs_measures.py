@@ -13,10 +13,10 @@ import pytest
 from sparsejepa import version
 from sparsejepa.config import Config
 from sparsejepa.data import catalog
+from sparsejepa.encoders.load import load
 from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
-from sparsejepa.interop import load
 from sparsejepa.results import DONE, ROW
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task, attempt, row_key, run_and_probe

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparsejepa.config import preset
+from sparsejepa.encoders.encoder import save_encoder
 from sparsejepa.errors import UserError
-from sparsejepa.interop import save_encoder
 from sparsejepa.model.encoder import ViT
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import SweepResult, run_sweep

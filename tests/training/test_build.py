@@ -15,9 +15,9 @@ from torch import Tensor
 import sparsejepa
 from sparsejepa.data.catalog import load_dataset, load_images
 from sparsejepa.data.store import ImageSet
+from sparsejepa.encoders.encoder import load_activations, load_groups
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.interop import load, load_groups
-from sparsejepa.interop.module import load_activations
 from sparsejepa.study.runs import pretrain
 from sparsejepa.training.build import build_model, build_sampler
 from sparsejepa.training.loop import plan, train

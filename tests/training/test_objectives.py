@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sparsejepa.config import Config, preset
+from sparsejepa.encoders.encoder import load_groups
+from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.interop import load, load_groups
 from sparsejepa.study.runs import pretrain
 
 TINY: dict[str, Any] = {

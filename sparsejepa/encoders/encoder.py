@@ -1,0 +1,434 @@
+"""A frozen encoder, its groups, and the run directory that keeps both.
+
+Letters: B images, H x W pixels, N patches, D latents, G groups, P group width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsejepa import __version__
+from sparsejepa.data.augment import normalize
+from sparsejepa.environment import has_bf16
+from sparsejepa.errors import UserError
+from sparsejepa.files import load_tensors, read_json, save_tensors, write_text
+from sparsejepa.model.encoder import ViT
+from sparsejepa.model.groups import GroupMap, Kind, group_norms
+from sparsejepa.model.losses import full
+from sparsejepa.model.masks import MaskSampler
+from sparsejepa.rng import derive_seed
+
+RGB = tuple[float, float, float]
+Precision = Literal["fp32", "bf16"]
+IMAGENET: tuple[RGB, RGB] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of the pixels that foreign checkpoints were trained on."""
+FORMAT = 1
+WEIGHTS, CONFIG, GROUPS = "encoder.safetensors", "config.json", "groups.safetensors"
+FITTED = "fitted-groups"
+"""Where in its folder ``explain`` keeps the groups that it fits. A folder of their own: beside the
+encoder of a dense run they would pass for those that it was trained with."""
+LARGEST_SIDE = 4096
+"""Of an image, in pixels; a file that says more would only exhaust memory."""
+
+
+class Encoder:
+    """A frozen encoder together with what its pixels must look like.
+
+    Args:
+        model: a `ViT`, or a module with the same interface such as `load.TimmViT`; put into
+            evaluation mode, its weights are not copied.
+        name: what tables call it.
+        mean, std: of the pixels that it was trained on, in units of [0, 1].
+        precision: bf16 runs matrix products in bf16 where the hardware has it.
+        license: of foreign weights, where their publisher states one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        mean: RGB,
+        std: RGB,
+        precision: Precision = "fp32",
+        license: str | None = None,
+    ) -> None:
+        self.model: Any = model.eval()
+        self.name = name
+        self.mean, self.std = mean, std
+        self.precision: Precision = precision
+        self.img_size: tuple[int, int] = self.model.img_size
+        self.grid_size: tuple[int, int] = self.model.grid_size
+        self.embed_dim: int = self.model.embed_dim
+        self.depth: int = self.model.depth
+        self.license = license
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Everything but the weights; equal for encoders that share an untrained floor."""
+        model = self.model
+        own = {"kind": "vit", **vit_arguments(model)} if isinstance(model, ViT) else model.about()
+        return {**own, "mean": list(self.mean), "std": list(self.std)}
+
+    def to(self, device: torch.device | str) -> Encoder:
+        """Move the weights and return the encoder itself."""
+        self.model.to(device)
+        return self
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Map uint8 images [B, H, W, 3] of any size to float32 patch tokens [B, N, D].
+
+        Images of another size are resized (bilinear with antialiasing, the aspect ratio gives way)
+        to the encoder's; the tokens are those after the final norm, without class token.
+        """
+        return self._run(images, lambda pixels: [self.model(pixels)])[0]
+
+    def layers(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the tokens [B, N, D] of the last `n` blocks, each through the final norm.
+
+        Raises UserError if the encoder has fewer blocks.
+        """
+        if not 1 <= n <= self.depth:
+            raise UserError(f"{self.name}: has {self.depth} blocks, so not the last {n} of them")
+        return self._run(images, lambda pixels: self.model.forward_intermediates(pixels, n))
+
+    def untrained(self, seed: int = 0) -> Encoder:
+        """Return the same architecture with fresh weights, a fixed function of `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            # Only the CPU's generator: weights are drawn there, and a GPU's keeps its state.
+            torch.default_generator.manual_seed(derive_seed(seed, 0, "untrained"))
+            ours = isinstance(self.model, ViT)
+            model = ViT(**vit_arguments(self.model)) if ours else self.model.fresh()
+        name = f"{self.name} (untrained)"
+        fresh = Encoder(model, name=name, mean=self.mean, std=self.std, precision=self.precision)
+        return fresh.to(self.device)
+
+    def fingerprint(self) -> str:
+        """Return a hash of architecture, weights and precision, the same on every machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([self.architecture, self.precision], sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            data = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {data.dtype} {list(data.shape)}".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return uint8 images [B, H, W, 3] as the model sees them: resized and normalised."""
+        images = images.to(self.device)
+        if tuple(images.shape[1:3]) != self.img_size:
+            # The whole image, not a crop of it: a count must still be the count of what is seen.
+            planes = images.permute(0, 3, 1, 2).float()
+            planes = F.interpolate(planes, self.img_size, mode="bilinear", antialias=True)
+            images = planes.permute(0, 2, 3, 1)
+        return normalize(images, self.mean, self.std)
+
+    # Not inference_mode: its tensors can never enter autograd, and maps are trained on tokens.
+    @torch.no_grad()
+    def _run(self, images: Tensor, forward: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        device, pixels = self.device, self.pixels(images)
+        bf16 = self.precision == "bf16" and has_bf16(str(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = forward(pixels)
+        return [x.float() for x in outputs]
+
+
+def vit_arguments(vit: ViT) -> dict[str, Any]:
+    """Return the arguments that build `vit` again, JSON-able and without drop path.
+
+    Norms with 1e-6 are not named: files and fingerprints stay those of versions that knew no other.
+    """
+    block: Any = vit.blocks[0]
+    hidden: int = block.mlp.fc1.out_features
+    ratio = hidden / vit.embed_dim
+    if int(vit.embed_dim * ratio) < hidden:  # the division was rounded down
+        ratio = math.nextafter(ratio, math.inf)
+    return {
+        "img_size": tuple(vit.img_size),
+        "patch_size": tuple(vit.patch_size),
+        "embed_dim": vit.embed_dim,
+        "depth": vit.depth,
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": ratio,
+        "in_chans": vit.in_chans,
+        "class_token": vit.cls_token is not None,
+        "pos_embed": vit.positions,
+        **({} if vit.norm.eps == 1e-6 else {"norm_eps": vit.norm.eps}),
+    }
+
+
+def save_encoder(
+    run_dir: Path, vit: ViT, *, mean: RGB, std: RGB, extra: dict[str, Any] | None = None
+) -> None:
+    """Write encoder.safetensors, then config.json, to `run_dir`, each whole or not at all."""
+    save_tensors(run_dir / WEIGHTS, dict(vit.state_dict()), {})
+    config = {
+        "format": FORMAT,
+        "sparsejepa": __version__,
+        "kind": "vit",
+        "arch": vit_arguments(vit),
+        "mean": list(mean),
+        "std": list(std),
+        "img_size": list(vit.img_size),
+        **(extra or {}),
+    }
+    write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def load_run(path: Path) -> Encoder:
+    """Load what `save_encoder` wrote; UserError says what is wrong with the folder."""
+    remedy = "give a directory that `sparsejepa pretrain` wrote, or timm:NAME"
+    if not path.is_dir():
+        what = "is a file, not a run directory" if path.exists() else "no such run directory"
+        raise UserError(f"{path}: {what}; {remedy}")
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            if (path / "checkpoints").is_dir():
+                raise UserError(f"{path}: {file} is missing, the run is unfinished; --resume it")
+            raise UserError(f"{path}: not a run directory ({file} is missing); {remedy}")
+    config, (tensors, _) = read_json(path / CONFIG), load_tensors(path / WEIGHTS)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path / CONFIG}: not an encoder's, or of another version; {remedy}")
+    try:
+        sizes = {"img_size", "patch_size"}
+        arch: Any = {k: tuple(v) if k in sizes else v for k, v in config["arch"].items()}
+        if not (0 < arch["depth"] <= len(tensors) and max(arch["img_size"]) <= LARGEST_SIDE):
+            raise ValueError("sizes that no encoder has")
+        with torch.device("meta"):  # takes no memory before the sizes are known to fit
+            vit = ViT(**arch)
+        mean, std = check_scale(config["mean"], config["std"])
+        vit.load_state_dict(tensors, assign=True)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
+        reason = str(e).splitlines()[-1].strip()
+        raise UserError(
+            f"{path / CONFIG}: damaged, or does not fit {WEIGHTS} ({reason}); copy the run again"
+        ) from None
+    return Encoder(vit.float(), name=str(path), mean=mean, std=std, license=config.get("license"))
+
+
+def check_scale(mean: Any, std: Any) -> tuple[RGB, RGB]:
+    """Return mean and standard deviation of pixels; ValueError or TypeError if they are none."""
+    found = rgb(mean), rgb(std)
+    if not all(math.isfinite(x) for x in (*found[0], *found[1])) or min(found[1]) <= 0:
+        raise ValueError("the standard deviation must be above 0, and all of them finite")
+    return found
+
+
+def rgb(values: Any) -> RGB:
+    """Return three numbers as a tuple; ValueError or TypeError if they are something else."""
+    red, green, blue = (float(v) for v in values)
+    return red, green, blue
+
+
+def save_groups(
+    run_dir: Path, groups: GroupMap, rms: Tensor | None = None, seen: Tensor | None = None
+) -> None:
+    """Write groups.safetensors to `run_dir`, whole or not at all.
+
+    `rms` [G] are the units of the groups' activations, as `module.measure_rms` gives them, and
+    `seen` [2, D] what `module.measure_seen` gives of whole images.
+    """
+    about = {
+        "kind": groups.kind,
+        "num_groups": len(groups.W),
+        "sphere": groups.sphere,
+        "eps": groups.norm.eps,
+    }
+    units = {k: v for k, v in (("rms", rms), ("seen", seen)) if v is not None}
+    tensors = {
+        k: v for k, v in groups.state_dict().items() if k != "mean_gradient"
+    }  # for training only
+    save_tensors(run_dir / GROUPS, tensors | units, about)
+
+
+def groups_folder(folder: Path) -> Path:
+    """Return where in `folder` groups lie: there, or else where ``explain`` puts fitted ones."""
+    fitted = folder / FITTED
+    return fitted if (fitted / GROUPS).exists() and not (folder / GROUPS).exists() else folder
+
+
+def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
+    """Return the group map of a run in evaluation mode, None for a dense run.
+
+    Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
+    """
+    path = run_dir / GROUPS
+    if not path.exists():
+        return None
+    tensors, about = load_tensors(path)
+    try:
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise ValueError("an empty tensor")  # whose other sides could be of any length
+        num_groups, group_dim, embed_dim = tensors["W"].shape
+        _, own, hidden = tensors["networks.B"].shape
+        groups = GroupMap(
+            about["kind"],
+            embed_dim,
+            grid_size,
+            num_groups=num_groups,
+            group_dim=group_dim,
+            sphere=about.get("sphere", True),
+            hidden=hidden,
+            out_dim=own * num_groups if about["kind"] == "feature" else own,
+        )
+        groups.norm.eps = float(about.get("eps", groups.norm.eps))
+        units = tensors.pop("rms", torch.ones(num_groups))
+        seen = tensors.pop("seen", torch.ones(2, embed_dim))
+        if units.shape != (num_groups,) or seen.shape != (2, embed_dim):
+            shapes = f"rms {list(units.shape)}, seen {list(seen.shape)}"
+            raise ValueError(f"{shapes} for {num_groups} groups of {embed_dim} latents")
+        groups.load_state_dict(tensors | {"mean_gradient": groups.mean_gradient})
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit {CONFIG} ({detail}); copy the run again") from None
+    return groups.eval()
+
+
+class GroupActivations(nn.Module):
+    """Activations of groups from tokens: what of a `GroupMap` is used after training.
+
+    A group's activation is ||W^(g) z|| / rms_g: how strongly the group is excited, in units of its
+    own root mean square over training images, so that groups compare. z is what enters W: the mean
+    token of an image for region groups, each patch's token for concept and feature groups,
+    normalised per latent with the statistics of whole images (`measure_seen`).
+
+    Args:
+        kind: what a group is, see `GroupMap`.
+        W: [G, P, D].
+        mean, scale: [D]; the normalised latent is (z - mean) * scale.
+        rms: [G], root mean square of ||W^(g) z|| over training images, from `measure_rms`; a group
+            whose rms is 0 is dead, and so is its activation. Without it activations keep the units
+            that they have.
+    """
+
+    def __init__(
+        self, kind: Kind, W: Tensor, mean: Tensor, scale: Tensor, rms: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.kind: Kind = kind
+        self.W: Tensor
+        self.mean: Tensor
+        self.scale: Tensor
+        self.rms: Tensor
+        units = torch.ones(len(W)) if rms is None else rms
+        for name, tensor in {"W": W, "mean": mean, "scale": scale, "rms": units}.items():
+            self.register_buffer(name, tensor.detach().clone())
+
+    @classmethod
+    def from_map(
+        cls, groups: GroupMap, rms: Tensor | None = None, seen: Tensor | None = None
+    ) -> GroupActivations:
+        """Return the activations of a map; nothing is shared with it.
+
+        `seen` [2, D], mean and variance from `measure_seen`, normalise z; without them the map's
+        own do, which for groups that were trained are of contexts, not of whole images.
+        """
+        norm = groups.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, variance = (norm.running_mean, norm.running_var) if seen is None else seen
+        mean, variance = mean.to(groups.W.device), variance.to(groups.W.device)
+        return cls(groups.kind, groups.W, mean, (variance + norm.eps).rsqrt(), rms)
+
+    @property
+    def unit(self) -> Tensor:
+        """1 / rms_g, [G]; 0 for a dead group."""
+        alive = self.rms > 0
+        return torch.where(alive, 1 / torch.where(alive, self.rms, 1.0), 0.0)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map tokens [B, N, D] to activations of images [B, G] and of patches [B, N, G].
+
+        Region groups read the mean token and have no patches' activations (None). For concept and
+        feature groups an image's activation is the mean of its patches', as on the page of
+        ``explain``.
+        """
+        if self.kind == "region":
+            return self._activate(full(tokens).mean(1)), None
+        group_map = self._activate(full(tokens))
+        return group_map.mean(1), group_map
+
+    def _activate(self, z: Tensor) -> Tensor:
+        """Map what enters W, [..., D], to activations [..., G]."""
+        z = (z - self.mean) * self.scale
+        return group_norms(self.W, z) * self.unit
+
+
+@torch.no_grad()
+def measure_seen(
+    encoder: Encoder, kind: Kind, batches: Iterable[Tensor], sampler: MaskSampler | None = None
+) -> Tensor:
+    """Return mean and variance, [2, D], of what groups see of a frozen encoder.
+
+    That is its tokens, for region groups their mean over an image. Training collects them of the
+    context encoder; the EMA encoder, which is read afterwards, gives others.
+
+    Args:
+        batches: uint8 images [B, H, W, 3].
+        sampler: of the masks whose context the encoder sees; whole images if not given.
+
+    Raises ValueError if there is no image.
+    """
+    moments, count = torch.zeros(2, encoder.embed_dim, dtype=torch.float64), 0
+    model: Any = encoder.model
+    for step, images in enumerate(batches):
+        if sampler is None:
+            z = full(encoder.tokens(images))
+        else:
+            masks = sampler.sample(len(images), seed=0, step=step, device=encoder.device)
+            z = full(model(encoder.pixels(images), masks.context))
+        z = z.mean(1) if kind == "region" else z.flatten(0, 1)
+        variance, mean = (x.cpu().double() for x in torch.var_mean(z, 0, correction=0))
+        moments += len(z) * torch.stack([mean, variance + mean.square()])
+        count += len(z)
+    if count == 0:
+        raise ValueError("no images to measure groups on")
+    mean, power = moments / count
+    return torch.stack([mean, power - mean.square()]).float()
+
+
+def measure_rms(
+    encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor], seen: Tensor | None = None
+) -> Tensor:
+    """Return the root mean square of ||W^(g) z|| over images (region) or all patches, [G] float32.
+
+    Args:
+        batches: uint8 images [B, H, W, 3].
+        seen: what normalises z, see `GroupActivations.from_map`.
+
+    Raises ValueError if there is no image.
+    """
+    activations = GroupActivations.from_map(groups, seen=seen).to(encoder.device).float()
+    squares, count = torch.zeros(len(groups.W), dtype=torch.float64, device=encoder.device), 0
+    for images in batches:
+        pooled, patches = activations(encoder.tokens(images))
+        found = (pooled if patches is None else patches.flatten(0, 1)).double()
+        squares, count = squares + found.square().sum(0), count + len(found)
+    if count == 0:
+        raise ValueError("no images to measure groups on")
+    return (squares / count).sqrt().float().cpu()
+
+
+def load_activations(run_dir: Path, grid_size: tuple[int, int]) -> GroupActivations | None:
+    """Return the group activations of a folder with a groups.safetensors, None without one.
+
+    Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
+    """
+    groups = load_groups(run_dir, grid_size)
+    if groups is None:
+        return None
+    tensors, _ = load_tensors(run_dir / GROUPS)
+    return GroupActivations.from_map(groups, tensors.get("rms"), tensors.get("seen"))

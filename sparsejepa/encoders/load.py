@@ -1,0 +1,505 @@
+"""From a name to a frozen encoder: run directories, timm, the hub, folders and files of weights.
+
+Nothing that is loaded can run code: weights are safetensors, or files of torch that are read with
+``weights_only=True`` (torch then rebuilds tensors and plain values and refuses everything else).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparsejepa.config import ENCODER_SIZES
+from sparsejepa.encoders.encoder import (
+    CONFIG,
+    GROUPS,
+    IMAGENET,
+    LARGEST_SIDE,
+    RGB,
+    WEIGHTS,
+    Encoder,
+    Precision,
+    check_scale,
+    load_run,
+    rgb,
+)
+from sparsejepa.errors import UserError, nearest
+from sparsejepa.model.encoder import ViT, sincos_position_embedding
+from sparsejepa.rng import derive_seed
+
+ENDINGS = (".pth.tar", ".pth", ".pt", ".safetensors")
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+PROCESSOR, CARD = "preprocessor_config.json", "README.md"
+TRANSFORMERS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm1": "layernorm_before",
+    "attn.query": "attention.attention.query",
+    "attn.key": "attention.attention.key",
+    "attn.value": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm": "layernorm",
+}
+"""Our names, which are timm's, and those of transformers' files, which have q, k and v apart."""
+QKV = ("attn.query", "attn.key", "attn.value")
+NAME = re.compile(r"((?:blocks|encoder\.layer)\.\d+\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
+"""Of a tensor: its block, what it is there, and which of the two."""
+TIMEOUT = 10
+"""Seconds to wait for the hub's answer; the copy in its cache is taken if there is none."""
+_FETCHED = [CONFIG, PROCESSOR, CARD, WEIGHTS, GROUPS, MODEL, INDEX, "model-*.safetensors"]
+# A state dict does not tell the heads; widths of the standard ViTs and of I-JEPA's giant do.
+_HEADS = {width: heads for width, _, heads in ENCODER_SIZES.values()} | {1408: 16}
+# What may lie beside an encoder's tensors and is left out: heads and what only pretraining needs.
+_BESIDE = re.compile(
+    r"(head|heads|classifier|fc|fc_norm|pre_logits|projector|pooler)\.|"
+    r"(embeddings\.)?mask_token$|decoder[_.]"
+)
+_IJEPA = "CC BY-NC 4.0 (if these are the published weights of I-JEPA)"
+
+
+def load(
+    ref: str | Path, device: torch.device | str = "cpu", precision: Precision = "fp32"
+) -> Encoder:
+    """Load a frozen encoder.
+
+    Args:
+        ref: a run directory; ``timm:NAME`` for a public model with its pretrained weights;
+            ``timm:NAME?untrained`` for the same model with random ones;
+            ``hub:OWNER/NAME[@REVISION]``; a folder in our format or that of transformers; or a file
+            of weights of a plain ViT (.pth.tar, .pth, .pt, .safetensors).
+
+    Raises UserError, one line with the path and the remedy, if there is no encoder to be had.
+    """
+    text, path = str(ref), Path(ref)
+    if text.startswith("timm:"):
+        encoder = _load_timm(text)
+    elif text.startswith("hub:"):
+        folder = fetch(text)
+        try:
+            encoder = _load_folder(folder)
+        except UserError as error:
+            raise UserError(f"{text}: {error}; to fetch it anew, remove {folder}") from None
+    elif path.is_file() and path.name == WEIGHTS:
+        encoder = _load_folder(path.parent)
+    elif text.endswith(ENDINGS) and not path.is_dir():
+        encoder = _load_file(path)
+    else:
+        encoder = _load_folder(path)
+    encoder.name, encoder.precision = text, precision
+    if encoder.license and "nc" in re.split(r"[^a-z0-9]+", encoder.license.lower()):
+        _say_license(text, encoder.license)
+    return encoder.to(device)
+
+
+@functools.cache
+def _say_license(ref: str, license: str) -> None:
+    logging.getLogger(__name__).warning("%s: weights under %s: no commercial use", ref, license)
+
+
+def folder_of(ref: str | Path) -> Path | None:
+    """Return the folder that an encoder of this name lies in, None for timm's and for a file."""
+    if str(ref).startswith("hub:"):
+        return fetch(str(ref))
+    return Path(ref) if Path(ref).is_dir() else None
+
+
+def fetch(ref: str) -> Path:
+    """Return the folder of ``hub:OWNER/NAME[@REVISION]`` in the hub's cache; fetch it if need be.
+
+    Only configuration, safetensors and the model card are fetched. Raises UserError, one line, for
+    a name that does not exist, one that needs a login, a hub out of reach, and a repository without
+    an encoder.
+    """
+    name = ref.removeprefix("hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        raise UserError(f"{ref}: not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
+    folder = _download(ref, name, _FETCHED)
+    if not any((folder / file).is_file() for file in (WEIGHTS, MODEL, INDEX)):
+        raise UserError(
+            f"{ref}: holds no encoder that is known here: {CONFIG} and {WEIGHTS} or {MODEL}"
+        )
+    return folder
+
+
+def _download(ref: str, name: str, patterns: list[str]) -> Path:
+    """Return the folder in the hub's cache with some files of OWNER/NAME[@REVISION].
+
+    The newest version; without a network the one that lies there. `ref` is what an error names.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": TIMEOUT}
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, **options))
+    except Exception as error:  # whatever hub client and network raise
+        kind, line = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+        login = "log in with `hf auth login` or set HF_TOKEN"
+        remedies = {
+            "GatedRepoError": f"accept the terms on its page on the hub, then {login}",
+            "RepositoryNotFoundError": f"check the name, or {login} if it is private",
+            "RevisionNotFoundError": "leave out @REVISION, or name one that the hub has",
+            "LocalEntryNotFoundError": "connect to the internet once, or copy the hub's cache "
+            "folder (HF_HUB_CACHE) from a machine that has it",
+        }
+        remedy = remedies.get(kind, f"try again, or {login}")
+        raise UserError(f"{ref}: not fetched ({kind}: {line}); {remedy}") from None
+
+
+# timm
+
+
+class TimmViT(nn.Module):
+    """A timm vision transformer behind the interface of `ViT`: patch tokens only, final norm on.
+
+    Args:
+        name: of the model in timm, with or without the tag of its weights.
+        pretrained: with those weights, from the hub or its cache, instead of random ones.
+
+    Raises UserError if the name is unknown, the model is no vision transformer with a fixed grid of
+    patches, or its weights are neither at hand nor reachable.
+    """
+
+    def __init__(self, name: str, *, pretrained: bool) -> None:
+        super().__init__()
+        import timm
+
+        base = name.partition(".")[0]
+        known = timm.list_models()
+        if base not in known:
+            alike = [other for other in known if other.startswith(f"{base.partition('_')[0]}_")]
+            raise UserError(f"timm:{name}: no such model{nearest(base, alike or known)}")
+        if name not in (base, *timm.list_pretrained(f"{base}.*")):
+            tagged = timm.list_pretrained(f"{base}.*")
+            raise UserError(f"timm:{name}: no such weights{nearest(name, tagged)}")
+        self.timm_name = name
+        self.vit: Any = _create_timm(name) if pretrained else timm.create_model(name, num_classes=0)
+        patches: Any = getattr(self.vit, "patch_embed", None)
+        if not hasattr(self.vit, "num_prefix_tokens") or not hasattr(patches, "grid_size"):
+            raise UserError(f"timm:{name}: not a vision transformer with a fixed grid of patches")
+        self.img_size: tuple[int, int] = tuple(patches.img_size)
+        self.grid_size: tuple[int, int] = tuple(patches.grid_size)
+        self.embed_dim: int = self.vit.num_features
+        self.depth = len(self.vit.blocks)
+
+    def about(self) -> dict[str, Any]:
+        """Return everything but the weights, JSON-able."""
+        return {"kind": "timm", "name": self.timm_name}
+
+    def fresh(self) -> TimmViT:
+        """Return the same model with random weights."""
+        return TimmViT(self.timm_name, pretrained=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to patch tokens [B, N, D]."""
+        return self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+
+    def forward_intermediates(self, images: Tensor, n: int) -> list[Tensor]:
+        """Return the patch tokens [B, N, D] of the last `n` blocks, each through the final norm."""
+        return self.vit.forward_intermediates(
+            images, indices=n, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+
+
+def _load_timm(ref: str) -> Encoder:
+    from timm.data.config import resolve_model_data_config
+
+    name, _, query = ref.removeprefix("timm:").partition("?")
+    if query not in ("", "untrained"):
+        raise UserError(f"{ref}: '?{query}' is not known; only '?untrained' is")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(0, 0, "untrained"))
+        model = TimmViT(name, pretrained=not query)
+    about, license = resolve_model_data_config(model.vit), model.vit.pretrained_cfg.get("license")
+    return Encoder(model, name=ref, mean=rgb(about["mean"]), std=rgb(about["std"]), license=license)
+
+
+def _create_timm(name: str) -> nn.Module:
+    """Build a timm model without a head, with weights from the hub's cache or the network."""
+    import timm
+
+    overlay: dict[str, Any] = {}
+    try:
+        about: Any = timm.models.get_pretrained_cfg(name)
+        if about.hf_hub_id and about.custom_load != "hf":
+            # By ourselves, because timm's way asks an unreachable hub for a minute.
+            file = about.hf_hub_filename or MODEL
+            path = _download(f"timm:{name}", about.hf_hub_id, [file]) / file
+            # The hub's files need none of the converters that some original files do.
+            overlay["custom_load"] = False
+            overlay["state_dict"] = read_weights(path)
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay or None, num_classes=0
+        )
+    except Exception as error:  # whatever network and file readers raise
+        line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = str(error) if isinstance(error, UserError) else f"timm:{name}: no weights ({line})"
+        raise UserError(f"{reason}; timm:{name}?untrained has random ones") from None
+
+
+def plain(encoder: Encoder) -> Encoder:
+    """Return the encoder with timm's model, if it is one, as our `ViT` with the same tokens.
+
+    Raises UserError if it computes something else: tensors that ours has not are named, another
+    activation too, and what else no tensor tells shows in the tokens of two random images.
+    """
+    model = encoder.model
+    if not isinstance(model, TimmViT):
+        return encoder
+    state = {k.removeprefix("vit."): t.detach().cpu() for k, t in model.state_dict().items()}
+    heads = getattr(model.vit.blocks[0].attn, "num_heads", None)
+    eps = getattr(model.vit.norm, "eps", 1e-6)
+    vit = build_vit(state, encoder.name, num_heads=heads, img_size=model.img_size, norm_eps=eps)
+    images = torch.randn(2, 3, *model.img_size, generator=torch.Generator().manual_seed(0))
+    x = torch.linspace(-4, 4, 99)
+    with torch.no_grad():
+        tokens = model(images.to(encoder.device)).cpu()
+        same = torch.allclose(vit.eval()(images), tokens, rtol=1e-3, atol=1e-3)
+        # The tanh GELU is too near the exact one to show in small tokens.
+        same &= all(torch.allclose(b.mlp.act(x), F.gelu(x), atol=1e-5) for b in model.vit.blocks)
+    if not same:
+        raise UserError(
+            f"{encoder.name}: its tensors are those of a plain ViT, its tokens are not (another "
+            "activation or order of its parts); take a plain one"
+        )
+    about = {"name": encoder.name, "mean": encoder.mean, "std": encoder.std}
+    return Encoder(vit, **about, license=encoder.license)
+
+
+# Folders and files
+
+
+def _load_folder(path: Path) -> Encoder:
+    """Load a folder by what its config.json says; what is unknown is read as a run directory."""
+    config = _read_object(path / CONFIG)
+    encoder = _transformers_folder(path, config) if "model_type" in config else load_run(path)
+    if encoder.license is None and (path / CARD).is_file():
+        card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+        found = re.match(r"---\n(?:.*\n)*?license:\s*['\"]?([\w.-]+)(?=.*\n(?:.*\n)*?---\n)", card)
+        encoder.license = found and found[1]
+    return encoder
+
+
+def _transformers_folder(folder: Path, config: Mapping[str, Any]) -> Encoder:
+    """Load an ``IJepaModel`` or ``ViTModel`` of transformers, or a model on top of one."""
+    try:
+        if config["model_type"] not in ("ijepa", "vit") or config["hidden_act"] != "gelu":
+            raise ValueError(f"model_type {config['model_type']!r} is not read, only ijepa and vit")
+        heads, size = int(config["num_attention_heads"]), config["image_size"]
+        size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        if not 0 < max(size) <= LARGEST_SIDE:
+            raise ValueError(f"images of {size} pixels")
+        eps = float(config["layer_norm_eps"])
+        mean, std = _normalisation(_read_object(folder / PROCESSOR))
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: cannot be used ({error}); fetch it again") from None
+    names = [MODEL]
+    if not (folder / MODEL).is_file():
+        shards = _read_object(folder / INDEX).get("weight_map", {})
+        names = sorted({Path(str(name)).name for name in dict(shards).values()}) or names
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_weights(folder / name)
+    vit = build_vit(tensors, str(folder), num_heads=heads, img_size=size, norm_eps=eps)
+    return Encoder(vit, name="", mean=mean, std=std)
+
+
+def _normalisation(about: Mapping[str, Any]) -> tuple[RGB, RGB]:
+    """Return mean and std of transformers' image processor; ImageNet's if there is none."""
+    factor = about.get("rescale_factor", 1 / 255) if about.get("do_rescale", True) else 1
+    if abs(factor * 255 - 1) > 1e-3:
+        raise ValueError(f"{PROCESSOR} multiplies pixels by {factor:g} instead of 1/255")
+    if not about.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = about.get("image_mean", IMAGENET[0]), about.get("image_std", IMAGENET[1])
+    return check_scale(mean, std)
+
+
+def _load_file(path: Path) -> Encoder:
+    """Load a file of weights alone; its pixels are taken to be ImageNet's."""
+    tensors = read_weights(path)
+    # Nobody else keeps a predictor beside a target encoder.
+    parts = {name.partition(".")[0] for name in tensors}
+    license = _IJEPA if {"target_encoder", "predictor"} <= parts else None
+    vit = build_vit(tensors, str(path))
+    return Encoder(vit, name="", mean=IMAGENET[0], std=IMAGENET[1], license=license)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a file by dotted name.
+
+    Raises UserError: no such file, a damaged one, or one with more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Of a mapped file what is not used, such as the optimiser's state, is never read. The flags
+        # of a training script (argparse's Namespace) are a bare holder of values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mapped = zipfile.is_zipfile(path)
+            return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except Exception as error:  # damaged archives and the refusals raise almost anything
+        reason = "damaged, or no weights); get another copy"
+        if type(error).__name__ == "UnpicklingError":
+            reason = "it holds more than weights, or is damaged); save its state_dict alone"
+        raise UserError(f"{path}: not a file of weights ({reason}") from None
+
+
+def _flat(value: Any, before: str = "", depth: int = 4) -> dict[str, Tensor]:
+    """Return the tensors in dictionaries within dictionaries by dotted name."""
+    if isinstance(value, Tensor):
+        return {before: value.detach()}
+    if not isinstance(value, Mapping) or not depth:
+        return {}
+    parts = ((f"{before}.{key}" if before else str(key), inner) for key, inner in value.items())
+    return {k: v for name, inner in parts for k, v in _flat(inner, name, depth - 1).items()}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one if there is none, which others complain of."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+# From tensors to our ViT
+
+
+def build_vit(
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    *,
+    num_heads: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    norm_eps: float = 1e-6,
+) -> ViT:
+    """Return the plain ViT that a file's tensors are, in float32.
+
+    Args:
+        tensors: by the names of timm or of transformers' files, after any prefix; the encoder's
+            are chosen by that prefix and copied. Biases that are not there are zero.
+        origin: what an error names.
+        num_heads: from the width of the standard sizes if not given.
+        img_size: height and width in pixels; a square if not given.
+        norm_eps: see `ViT`.
+
+    Raises UserError that names the tensors and shapes which do not fit.
+    """
+    part, what = choose_part(list(tensors)), "not the encoder of a plain ViT"
+    if part is None:
+        some = ", ".join(list(tensors)[:3]) or "no tensors at all"
+        raise UserError(f"{origin}: {what}, it lacks patch_embed.proj.weight and has {some}")
+    own = {k.removeprefix(part): t for k, t in tensors.items() if k.startswith(part)}
+    own = {k: t for k, t in own.items() if not _BESIDE.match(k)}
+    for name, tensor in own.items():  # strides of zero may pretend any size
+        if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise UserError(f"{origin}: {name} is sparse, or larger than what the file holds of it")
+    weights = _timm_names(own)
+    try:
+        arch = _arguments(weights, num_heads, img_size)
+        with torch.device("meta"):  # takes no memory before the shapes are known to fit
+            vit = ViT(**arch, norm_eps=norm_eps)
+        wanted = vit.state_dict()
+        for name, like in wanted.items():
+            if name not in weights and name.endswith(("qkv.bias", "proj.bias")):
+                weights[name] = torch.zeros(like.shape)
+        shapes, likes = ({k: list(t.shape) for k, t in x.items()} for x in (weights, wanted))
+        wrong = [
+            f"{k} is {shapes.get(k, 'missing')}, not {likes.get(k, 'there')}"
+            for k in sorted({*shapes, *likes})
+            if shapes.get(k) != likes.get(k)
+        ]
+        if wrong:
+            raise ValueError(
+                "; ".join(wrong[:3]) + f" and {len(wrong) - 3} more" * (len(wrong) > 3)
+            )
+    except (KeyError, ValueError, RuntimeError, ArithmeticError) as error:
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = lacks.splitlines()[-1].strip()
+        raise UserError(
+            f"{origin}: {what} ({reason}); only such a one is read or exported"
+        ) from None
+    vit.load_state_dict({name: weights[name].clone() for name in wanted}, assign=True)
+    return vit.float()
+
+
+def choose_part(names: list[str]) -> str | None:
+    """Return what the names of the encoder's tensors begin with; None if there is no ViT.
+
+    Of several models in a file the EMA teacher is the one that is probed.
+    """
+    firsts = [f"{x}.weight" for x in ("patch_embed.proj", TRANSFORMERS["patch_embed.proj"])]
+    found = [n.removesuffix(first) for n in names for first in firsts if n.endswith(first)]
+    found = [part for part in found if part == "" or part.endswith(".")]
+    teachers = [part for part in found if re.search("target|teacher|ema", part)]
+    return min(teachers or found, key=len, default=None)
+
+
+def _timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under timm's names; those of transformers are renamed, and joined to qkv."""
+    ours = {theirs: own for own, theirs in TRANSFORMERS.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        before, stem, kind = NAME.fullmatch(name).groups("")  # type: ignore[union-attr]
+        found[before.replace("encoder.layer", "blocks") + ours.get(stem, stem) + kind] = tensor
+    for query in [name for name in found if ".attn.query." in name]:
+        three = [query.replace(QKV[0], which) for which in QKV]
+        if all(name in found for name in three):
+            joined = torch.cat([found.pop(name) for name in three])
+            found[query.replace(QKV[0], "attn.qkv")] = joined
+    return found
+
+
+def _arguments(
+    weights: Mapping[str, Tensor], num_heads: int | None, img_size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Return the arguments of `ViT` that give these shapes. Raises KeyError for what is missing."""
+    width, _, *patch = weights["patch_embed.proj.weight"].shape
+    prefix, positions = int("cls_token" in weights), weights["pos_embed"]
+    patches, hidden = positions.shape[1] - prefix, len(weights["blocks.0.mlp.fc1.weight"])
+    num_heads = num_heads or _HEADS.get(width)
+    if num_heads is None:
+        known = ", ".join(map(str, sorted(_HEADS)))
+        raise ValueError(f"how many heads at width {width}; known widths are {known}")
+    if img_size is None:
+        side = math.isqrt(patches)
+        img_size = (side * patch[0], side * patch[1])
+    grid = (img_size[0] // patch[0], img_size[1] // patch[1])
+    if grid[0] * grid[1] != patches or len(patch) != 2:
+        raise ValueError(f"pos_embed has {patches} patches, images of {img_size} {grid} of them")
+    fixed = False
+    if positions.shape == (1, prefix + patches, width) and width % 4 == 0:
+        rounding = 1e-2 if positions.element_size() == 2 else 1e-4
+        own, wanted = positions[0].float(), sincos_position_embedding(grid, width)
+        fixed = torch.allclose(own[prefix:], wanted, atol=rounding) and not own[:prefix].any()
+    return {
+        "img_size": img_size,
+        "patch_size": tuple(patch),
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "num_heads": num_heads,
+        "mlp_ratio": math.nextafter(hidden / width, math.inf),
+        "class_token": bool(prefix),
+        "pos_embed": "sincos" if fixed else "learned",
+    }
