@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 import sparsejepa as sj
-from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws
 
 
 def best_d_prime(x, y, resamples=200):

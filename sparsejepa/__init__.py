@@ -23,9 +23,9 @@ _EXPORTS = {
     "load": "sparsejepa.encoders.load",
     "Encoder": "sparsejepa.encoders.encoder",
     "embed": "sparsejepa.evaluation.features",
-    "LogisticProbe": "sparsejepa.evaluation.probe",
-    "RidgeProbe": "sparsejepa.evaluation.probe",
-    "KNNProbe": "sparsejepa.evaluation.probe",
+    "LogisticProbe": "sparsejepa.evaluation.classifiers",
+    "RidgeProbe": "sparsejepa.evaluation.classifiers",
+    "KNNProbe": "sparsejepa.evaluation.classifiers",
     "PostHocGroups": "sparsejepa.evaluation.posthoc",
     "pretrain": "sparsejepa.study.runs",
     "build_model": "sparsejepa.training.build",
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from sparsejepa.encoders.encoder import Encoder as Encoder
     from sparsejepa.encoders.load import load as load
     from sparsejepa.errors import UserError as UserError
+    from sparsejepa.evaluation.classifiers import KNNProbe as KNNProbe
+    from sparsejepa.evaluation.classifiers import LogisticProbe as LogisticProbe
+    from sparsejepa.evaluation.classifiers import RidgeProbe as RidgeProbe
     from sparsejepa.evaluation.features import embed as embed
     from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
-    from sparsejepa.evaluation.probe import KNNProbe as KNNProbe
-    from sparsejepa.evaluation.probe import LogisticProbe as LogisticProbe
-    from sparsejepa.evaluation.probe import RidgeProbe as RidgeProbe
     from sparsejepa.explain.run import run_explain as run_explain
     from sparsejepa.model.encoder import ViT as ViT
     from sparsejepa.model.groups import GroupMap as GroupMap

@@ -174,7 +174,7 @@ from sparsejepa.data import catalog
 from sparsejepa.evaluation.disentangle import disentanglement
 
 catalog.SCENE_COUNTS = json.loads(sys.argv[1])
-disentanglement.__kwdefaults__["resamples"] = 2  # intervals take most of the time of `explain`
+disentanglement.__kwdefaults__["folds"] = 2  # intervals take most of the time of `explain`
 for line in sys.stdin:
     words, folder, log = json.loads(line)
     pid = os.fork()

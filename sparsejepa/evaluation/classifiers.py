@@ -6,6 +6,7 @@ Letters: n images, D features, r principal axes, K classes.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
@@ -16,16 +17,17 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
+from sparsejepa.data.store import stratified
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.linear import (
-    BLOCK,
-    LogisticDescent,
-    Standardized,
-    as_matrix,
-    leave_one_out,
-    validation_part,
-)
 from sparsejepa.training.quality import TEMPERATURE, moments, unit_rows, vote
+
+VALIDATION_SHARE = 0.2
+BLOCK = 2**23
+"""Numbers in one block of scores: bounds memory."""
+HISTORY = 30
+"""Steps that L-BFGS remembers."""
+SAMPLE = 4096
+"""Rows that the curvature is measured on."""
 
 
 class Probe(ClassifierMixin, BaseEstimator, ABC):
@@ -152,8 +154,7 @@ class LogisticProbe(LinearProbe):
 
     Minimises 1/2 ||W||^2 + C * sum of cross entropies, the intercepts free: scikit-learn's
     `LogisticRegression` at the same C (for two classes at 2 C, as scikit-learn keeps one row then).
-    Full-batch L-BFGS on the principal axes of the features, each axis scaled by the inverse root of
-    its curvature, which changes the path but not the minimum.
+    Full-batch L-BFGS, see `minimise_logistic`.
 
     Args:
         C: inverse strength of the penalty; several to choose from; or, if None, 1 / (n lambda) for
@@ -191,15 +192,15 @@ class LogisticProbe(LinearProbe):
         rows = space.rotated
         labels = self._labels(y, len(rows))
         theta = self._start(rows, labels)
-        descent = LogisticDescent(space.variance)
         self.validation_score_: float | None = None
         if isinstance(self.C, int | float):
             self.C_ = float(self.C)
         else:
-            self.C_, theta = self._choose(descent, rows, labels, theta)
-        descent.place(rows, labels, theta)
-        self.n_iter_ = descent.minimise(self.C_, tol=self.tol, max_iter=self.max_iter)
-        self._keep(space, descent.theta[:-1], descent.theta[-1])
+            self.C_, theta = self._choose(space, labels, theta)
+        theta, self.n_iter_ = minimise_logistic(
+            rows, labels, space.variance, theta, self.C_, tol=self.tol, max_iter=self.max_iter
+        )
+        self._keep(space, theta[:-1], theta[-1])
         self.settings_ = {"C": self.C_}
         return self
 
@@ -217,21 +218,21 @@ class LogisticProbe(LinearProbe):
         theta[-1] = (labels.bincount() / len(labels)).log()
         return theta
 
-    def _choose(
-        self, descent: LogisticDescent, rows: Tensor, labels: Tensor, theta: Tensor
-    ) -> tuple[float, Tensor]:
+    def _choose(self, space: Standardized, labels: Tensor, theta: Tensor) -> tuple[float, Tensor]:
         """Return the best C on the validation part, and the weights found there."""
+        rows = space.rotated
         default = [10.0**power / len(rows) for power in range(8)]
         grid = sorted(default if self.C is None else self.C)  # type: ignore[arg-type]
         chosen = validation_part(labels.cpu().numpy(), self.random_state)
         held = torch.from_numpy(chosen).to(rows.device)
-        held_rows, held_labels = rows[held], labels[held]
-        descent.place(rows[~held], labels[~held], theta)
+        fitted, held_rows, held_labels = rows[~held], rows[held], labels[held]
         best, best_score, behind = (grid[0], theta), -1.0, 0
         for C in grid:
             # What is left at ten times the tolerance is far below the noise of the accuracy.
-            descent.minimise(C, tol=10 * self.tol, max_iter=self.max_iter)
-            theta = descent.theta
+            theta, _ = minimise_logistic(
+                fitted, labels[~held], space.variance, theta, C,
+                tol=10 * self.tol, max_iter=self.max_iter,
+            )  # fmt: skip
             predicted = torch.addmm(theta[-1], held_rows, theta[:-1]).argmax(1)
             score = float((predicted == held_labels).double().mean())
             if score > best_score:
@@ -323,3 +324,170 @@ class KNNProbe(Probe):
     def _predict(self, x: Tensor) -> Tensor:
         queries = unit_rows(x, self.mean_, self.scale_)
         return vote(self._bank, self._bank_labels, queries, self.k, len(self.classes_))
+
+
+# --- the mathematics -----------------------------------------------------------------------------
+
+
+class Standardized:
+    """Features x [n, D], standardised and turned onto their principal axes, once for many fits.
+
+    Each feature gets mean 0 and standard deviation 1 (a constant one is only centred), then the
+    rows are rotated: ``rotated`` [n, r], r = min(n, D) at most, with ``variance`` [r], the mean
+    squares of its columns. An L2 penalty does not see rotations and rows never leave the span of
+    the data, so fits in these r axes equal fits in all D features.
+
+    Raises UserError unless x is a matrix of finite numbers.
+    """
+
+    def __init__(self, x: Any, device: torch.device | str = "cpu") -> None:
+        z = as_matrix(x, device)
+        self.mean, self.scale = moments(z)
+        z = (z - self.mean).div_(self.scale)
+        n, width = z.shape
+        if n < width:
+            # Rotated rows from the eigenvectors of z z^T, which is the smaller matrix.
+            wide = z.double()
+            scatter, left = torch.linalg.eigh(wide @ wide.T)
+            kept = scatter > 1e-12 * scatter[-1].clamp_min(1e-300)
+            kept[-1] = True  # at least one axis, even if all features are constant
+            scatter, left = scatter[kept].clamp_min(0), left[:, kept]
+            root = scatter.sqrt()
+            basis = wide.T @ (left / root.clamp_min(1e-150))
+            self.rotated = (left * root).to(z.dtype)
+        else:
+            gram = torch.zeros(width, width, dtype=torch.float64, device=z.device)
+            for part in z.split(max(1, BLOCK // width)):
+                wide = part.double()
+                gram.addmm_(wide.T, wide)
+            scatter, basis = torch.linalg.eigh(gram)
+            rotation = basis.to(z.dtype)
+            for part in z.split(max(1, BLOCK // width)):
+                part.copy_(part @ rotation)
+            self.rotated = z
+        self.variance, self.basis = scatter.clamp_min(0) / n, basis
+
+
+def as_matrix(x: Any, device: torch.device | str = "cpu") -> Tensor:
+    """Return x [n, D] as a float32 tensor (float64 stays); UserError unless it is finite."""
+    with warnings.catch_warnings():
+        # Of arrays that are read-only, and so is everything that is done with them here.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        x = torch.as_tensor(x)
+    x = x.detach().to(device, x.dtype if x.dtype == torch.float64 else torch.float32)
+    if x.ndim != 2 or not x.numel():
+        shape = tuple(x.shape)
+        raise UserError(
+            f"features must be a matrix, got shape {shape}. Reshape your data to [n, D]"
+        )
+    if not x.isfinite().all():
+        raise UserError("features hold NaN or infinity; check the encoder that gave them")
+    return x
+
+
+def minimise_logistic(
+    rows: Tensor,
+    labels: Tensor,
+    variance: Tensor,
+    theta: Tensor,
+    C: float,
+    *,
+    tol: float,
+    max_iter: int,
+) -> tuple[Tensor, int]:
+    """Minimise 1/2 ||W||^2 + C * sum of cross entropies by L-BFGS.
+
+    In coordinates in which all principal axes are about equally steep: the Hessian is about
+    curvature * variance + 1 / (n C) along them, the curvature the mean of p (1 - p). This changes
+    the path but not the minimum. Ends when the largest entry of the gradient of the mean loss in
+    these coordinates is at most tol, the curvature measured anew, or when nothing is left to gain.
+
+    Args:
+        rows: [n, r], all or a part of `Standardized.rotated`; labels: [n], of classes 0..K-1.
+        variance: [r], see `Standardized`.
+        theta: [r + 1, K], the start: weights W and, last, the intercepts.
+
+    Returns (the minimum [r + 1, K], number of iterations).
+    """
+    n, lam = len(rows), 1 / (C * len(rows))
+    size = max(1, BLOCK // (2 * theta.shape[1]))
+    parts = list(zip(rows.split(size), labels.unsqueeze(1).split(size), strict=True))
+    sample, iterations = rows[:: max(1, n // SAMPLE)], 0
+    for _ in range(3):
+        p = torch.addmm(theta[-1], sample, theta[:-1]).softmax(1)
+        curvature = max(float((p * (1 - p)).mean(dtype=torch.float64)), 1e-6)
+        steepness = torch.cat([curvature * variance + lam, variance.new_tensor([curvature])])
+        scale = steepness.rsqrt().unsqueeze(1).to(theta.dtype)
+        scaled = torch.nn.Parameter(theta / scale)
+        optimizer = torch.optim.LBFGS(
+            [scaled],
+            max_iter=max_iter - iterations,
+            tolerance_grad=tol,
+            tolerance_change=1e-15,
+            history_size=HISTORY,
+            line_search_fn="strong_wolfe",
+        )
+
+        def loss(scaled: Tensor = scaled, scale: Tensor = scale) -> Tensor:
+            theta = scale * scaled.detach()
+            total = 0.5 * lam * theta[:-1].double().square().sum()
+            gradient = torch.zeros_like(theta)
+            for part, label in parts:
+                logp = torch.addmm(theta[-1], part, theta[:-1]).log_softmax(1)
+                total -= logp.gather(1, label).sum(dtype=torch.float64) / n
+                residual = logp.exp_()
+                residual.scatter_add_(1, label, residual.new_full(label.shape, -1.0))
+                gradient[:-1].addmm_(part.T, residual)
+                gradient[-1] += residual.sum(0)
+            gradient /= n
+            gradient[:-1] += lam * theta[:-1]
+            scaled.grad = scale * gradient
+            return total
+
+        with torch.no_grad():
+            optimizer.step(loss)  # type: ignore[arg-type]
+            theta = scale * scaled.detach()
+        made = optimizer.state[scaled]["n_iter"]
+        iterations += made
+        if made == 0 or iterations >= max_iter:
+            break
+    return theta, iterations
+
+
+def leave_one_out(
+    rows: Tensor, labels: Tensor, weights: Tensor, share: Tensor, inverse: Tensor
+) -> float:
+    """Return the leave-one-out accuracy of ridge scores z W + share.
+
+    Without row i its score is (score_i - h_i * onehot_i) / (1 - h_i), with the leverage
+    h_i = 1/n + z_i^T (Z^T Z + alpha)^-1 z_i < 1; dividing by a positive number changes no argmax.
+    """
+    hits = 0
+    weights, inverse = weights.to(rows.dtype), inverse.to(rows.dtype)
+    size = max(1, BLOCK // max(weights.shape))
+    for z, label in zip(rows.split(size), labels.split(size), strict=True):
+        leverage = 1 / len(rows) + z.square() @ inverse
+        scores = torch.addmm(share, z, weights)
+        scores.scatter_add_(1, label.unsqueeze(1), -leverage.unsqueeze(1))
+        hits += int((scores.argmax(1) == label).sum())
+    return hits / len(rows)
+
+
+def validation_part(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return a mask [n] of a fifth of the rows, each class in proportion and none of them whole.
+
+    Raises UserError if that leaves no row to validate on.
+    """
+    rng = np.random.default_rng(seed % 2**64)
+    order = rng.permutation(len(labels))
+    # One row of every class, a random one, always stays in the part that is fitted.
+    spare = np.delete(order, np.unique(labels[order], return_index=True)[1])
+    count = min(round(VALIDATION_SHARE * len(labels)), len(spare))
+    if count == 0:
+        raise UserError(
+            f"{len(labels)} training images of {len(np.unique(labels))} classes leave none to "
+            "choose the regularisation on; use more images per class"
+        )
+    mask = np.zeros(len(labels), bool)
+    mask[spare[stratified(labels[spare], count, rng)]] = True
+    return mask

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws
 
 BLOCK = 2**22
 """Numbers worked on at once: bounds memory."""
@@ -81,6 +82,47 @@ class SilenceEffect:
     images: np.ndarray
     changed: float
     draws: np.ndarray
+
+
+def sparsity(norms: Any) -> dict[str, float | int]:
+    """Return how sparse a latent-to-group map is, from its block norms ||W_gj|| [G, D].
+
+    * ``density``: the share of blocks that are not zero; ``groups_per_latent``: the mean number of
+      groups that a latent feeds, SparseJEPA's ||W_.j||_0.
+    * ``latents_per_group_min`` and ``_max``; ``dead_groups``, which no latent feeds.
+    * ``max_usage``: the largest share of the total squared norm that one group has;
+      ``usage_entropy``: the entropy of these shares over log G, 1 if all groups are used alike.
+    * ``hoyer``: (sqrt G - l1 / l2) / (sqrt G - 1) of a latent's G norms, averaged over the latents
+      in use: 1 where each feeds one group, 0 where it feeds all equally (Hoyer 2004, section 3.1);
+      0 for a single group.
+
+    Raises ValueError unless the norms are a finite matrix without negative numbers.
+    """
+    norms = torch.as_tensor(norms).detach().double().cpu()
+    if norms.ndim != 2 or not norms.numel():
+        raise ValueError(f"block norms must be [G, D], got shape {tuple(norms.shape)}")
+    if not norms.isfinite().all() or norms.min() < 0:
+        raise ValueError("block norms must be finite and not negative")
+    feeds = norms > 0
+    # The largest entry is divided out so that squares neither overflow nor vanish.
+    energy = (norms / norms.max().clamp_min(1e-300)).square().sum(1)
+    share = energy / energy.sum().clamp_min(1e-300)
+    per_group = feeds.sum(1)
+    entropy = -torch.special.xlogy(share, share).sum() / math.log(max(2, len(norms)))
+    used = norms[:, feeds.any(0)]
+    used = used / used.amax(0, keepdim=True)
+    root = math.sqrt(len(norms))
+    hoyer = (root - used.sum(0) / used.norm(dim=0)) / max(root - 1, 1e-300)
+    return {
+        "density": float(feeds.double().mean()),
+        "groups_per_latent": float(feeds.sum(0).double().mean()),
+        "latents_per_group_min": int(per_group.min()),
+        "latents_per_group_max": int(per_group.max()),
+        "dead_groups": int((per_group == 0).sum()),
+        "max_usage": float(share.max()),
+        "usage_entropy": float(entropy) + 0.0,  # never -0.0
+        "hoyer": float(hoyer.mean()) if len(norms) > 1 and used.numel() else 0.0,
+    }
 
 
 def group_statistics(activations: Any) -> GroupStatistics:

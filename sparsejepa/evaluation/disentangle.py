@@ -1,8 +1,8 @@
 """Measures of disentanglement: does each code unit stand for one factor, and each factor for one?
 
 Definitions as in Locatello et al. 2019 and its `disentanglement_lib` ("the reference"); where one
-differs, its docstring says how. Letters: n points, L code columns, F factors, U code units, R
-resamples. Codes are real [n, L], factors whole numbers [n, F]: classes, not measured quantities.
+differs, its docstring says how. Letters: n points, L code columns, F factors, U code units. Codes
+are real [n, L], factors whole numbers [n, F]: classes, not measured quantities.
 
 Code units. By default each column is a unit. `units` [L] names the unit 0..U-1 of each column, for
 instance the group of each of the P outputs of a group map: redundant codes score near 0 column by
@@ -10,98 +10,151 @@ column by construction, and the question about groups is whether *groups* are di
 counts as its best column where the measure looks at single columns (MIG, SAP, modularity), as the
 sum of its importances in DCI, and as a vector, whatever its rotation, in IRS and FactorVAE.
 
-Intervals resample points and refit nothing. A resample holds points twice, which by itself changes
-what histograms, quantiles and forests say, so draws of those measures are shifted to the value.
-
+Intervals are those of a jackknife over points (`folds` parts, 0 for none); nothing is refitted. In
+a simulation they were as wide as the values scatter, or up to 1.7 times as wide (modularity).
 A factor with a single value says nothing and is left out, with a note. Codes that are all constant
 score 0, but for explicitness 0.5 (chance) and for informativeness the share of the largest class.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from sparsejepa.evaluation.estimate import Estimate, from_draws, undefined
-from sparsejepa.evaluation.resampled import (
-    Points,
-    best_per_unit,
-    binned,
-    check_factors,
-    checked_points,
-    checked_split,
-    finite_mean,
-    mutual_informations,
-    roc_area,
-    shifted,
-    standardised,
-    sum_per_unit,
-    upper_quantile,
-    weights_with_value,
-)
-
-__all__ = [
-    "check_factors",
-    "dci",
-    "disentanglement",
-    "explicitness",
-    "factor_vae_score",
-    "irs",
-    "mig",
-    "modularity",
-    "sap",
-]
+from sparsejepa.errors import UserError
+from sparsejepa.evaluation.classifiers import LogisticProbe, Standardized
+from sparsejepa.evaluation.stats import FOLDS, Estimate, jackknife, undefined
 
 BINS = 20
 """Bins of equal width per code column, from its least to its largest value."""
+VOTES = 10_000, 5_000
+"""Of the FactorVAE score: those that make the majority table, and those that are scored."""
+BATCH = 64
+"""Points of one such vote."""
 
 
-def mig(
-    codes: Any,
-    factors: Any,
-    *,
-    units: Any = None,
-    bins: int = BINS,
-    resamples: int = 200,
-    random_state: int = 0,
-) -> Estimate:
+# --- codes and factors, checked -------------------------------------------------------------------
+
+
+def check_factors(factors: Any, n: int) -> np.ndarray:
+    """Return `factors` as int64 [n, F]; UserError with the remedy unless they are classes.
+
+    Whole numbers >= 0 of any dtype are classes. NaN, fractions, and (from 100 points on) columns
+    with more values than half the points are not.
+    """
+    try:
+        values = np.asarray(factors, float)
+    except (TypeError, ValueError):
+        raise UserError("factors must be numbers; give each level of a factor a number") from None
+    if values.ndim != 2 or not values.shape[1]:
+        raise UserError(f"factors must be [points, factors], got shape {values.shape}")
+    if len(values) != n:
+        raise UserError(f"factors have {len(values)} rows for {n} codes; give one row per point")
+    for j, column in enumerate(values.T):
+        if not np.isfinite(column).all():
+            raise UserError(f"factor {j} holds NaN or infinity; leave those points out")
+        if (column < 0).any():
+            raise UserError(f"factor {j} has negative values; number its levels from 0")
+        if (column % 1).any() or (n >= 100 and len(np.unique(column)) > n / 2):
+            raise UserError(f"factor {j} is continuous; cut it into bins first")
+    return values.astype(np.int64)
+
+
+class Points:
+    """Codes [n, L] and factors [n, F] of points, and the code unit of each column (see above).
+
+    Constant columns are set to exactly 0, and factors with one value are left out; `note` says so.
+
+    Raises UserError for factors that are no classes (`check_factors`), ValueError for codes that
+    are no finite matrix and for units that are not 0..U-1, each with a column.
+    """
+
+    def __init__(self, codes: Any, factors: Any, units: Any = None) -> None:
+        self.codes, precision = _matrix(codes)
+        factors = check_factors(factors, len(self.codes))
+        width = self.codes.shape[1]
+        self.units = np.arange(width) if units is None else np.asarray(units)
+        if self.units.shape != (width,) or self.units.dtype.kind not in "iu":
+            raise ValueError("units must be one whole number per code column")
+        if not np.array_equal(np.unique(self.units), np.arange(self.units.max() + 1)):
+            raise ValueError("units must be 0..U-1, each with a column")
+        # What rounding leaves of a constant is not a signal.
+        self.dead = np.ptp(self.codes, 0) <= 100 * precision * np.abs(self.codes).max(0)
+        self.codes[:, self.dead] = 0
+        self.given = factors.shape[1]
+        single = np.ptp(factors, 0) == 0
+        self.kept = np.flatnonzero(~single)
+        self.factors = factors[:, self.kept]
+        names = ", ".join(map(str, np.flatnonzero(single)))
+        left_out = f"left out, one value only: factor {names}" if names else ""
+        constant = "all codes are constant" if self.dead.all() else ""
+        self.note = "; ".join(filter(None, [left_out, constant]))
+
+    def test(self, codes: Any, factors: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return test codes [m, L] and factors [m, F'] without what the training points leave out.
+
+        Raises as the constructor, and ValueError for another number of columns or factors.
+        """
+        codes, _ = _matrix(codes)
+        factors = check_factors(factors, len(codes))
+        if codes.shape[1] != len(self.dead) or factors.shape[1] != self.given:
+            raise ValueError("training and test points differ in the number of columns or factors")
+        codes[:, self.dead] = 0
+        return codes, factors[:, self.kept]
+
+    def standardised(self, codes: np.ndarray) -> np.ndarray:
+        """Return codes as float32, with the mean and deviation of these points 0 and 1.
+
+        Before they are rounded: what a column says may be small beside its mean.
+        """
+        scale = np.where(self.dead, 1, self.codes.std(0))
+        return ((codes - self.codes.mean(0)) / scale).astype(np.float32)
+
+    def lack(self, *, factors: int = 1, units: int = 1) -> str:
+        """Return why a measure that needs so many factors and units is not defined, or ''."""
+        if not len(self.kept):
+            return "every factor has one value only"
+        if len(self.kept) < factors:
+            return "needs two factors with several values"
+        return "needs two code units" if self.units.max() + 1 < units else ""
+
+
+def _matrix(codes: Any) -> tuple[np.ndarray, float]:
+    """Return codes as float64 [n, L], a copy, and the precision that they came in."""
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or not codes.size:
+        raise ValueError(f"codes must be a matrix [points, columns], got shape {codes.shape}")
+    precision = np.finfo(codes.dtype if codes.dtype.kind == "f" else float).eps
+    codes = codes.astype(float)
+    if not np.isfinite(codes).all():
+        raise ValueError("codes hold NaN or infinity")
+    return codes, float(precision)
+
+
+# --- the measures ---------------------------------------------------------------------------------
+
+
+def mig(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
     """Return the mutual information gap (Chen et al. 2018), 0 to 1: 1 is best.
 
     Per factor, mutual information with the best unit minus that with the second best, over the
     factor's entropy; averaged over factors. Not defined for a single unit.
     """
-    points = checked_points(codes, factors, units)
-    return _mig(points, *mutual_informations(points, bins, resamples, random_state))
+    return _information_measures(points, folds, random_state)["mig"]
 
 
-def modularity(
-    codes: Any,
-    factors: Any,
-    *,
-    units: Any = None,
-    bins: int = BINS,
-    resamples: int = 200,
-    random_state: int = 0,
-) -> Estimate:
+def modularity(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
     """Return the modularity (Ridgeway and Mozer 2018), 0 to 1: 1 is best.
 
     Per unit with mutual informations m_f: 1 - (sum of m_f^2 but the largest) / (largest * (F - 1));
     0 for a unit that knows nothing; averaged over units. Not defined for a single factor.
     """
-    points = checked_points(codes, factors, units)
-    return _modularity(points, mutual_informations(points, bins, resamples, random_state)[0])
+    return _information_measures(points, folds, random_state)["modularity"]
 
 
 def sap(
-    train_codes: Any,
-    train_factors: Any,
-    test_codes: Any,
-    test_factors: Any,
-    *,
-    units: Any = None,
-    resamples: int = 200,
-    random_state: int = 0,
+    train: Points, codes: Any, factors: Any, *, folds: int = FOLDS, random_state: int = 0
 ) -> Estimate:
     """Return the separated attribute predictability (Kumar et al. 2018), 0 to 1: 1 is best.
 
@@ -114,27 +167,22 @@ def sap(
     and blind to class sizes, but such machines cannot tell a class in the middle of a line, so for
     ordered factors with many levels our accuracies, and gaps, are larger.
     """
-    train, test = checked_split(train_codes, train_factors, test_codes, test_factors, units)
-    if lack := _lack(train, units=2):
+    codes, factors = train.test(codes, factors)
+    if lack := train.lack(units=2):
         return undefined(lack)
-    weights = weights_with_value(len(test.codes), resamples, random_state)
-    gaps = 0
-    for f in range(train.factors.shape[1]):
-        hits = _nearest_mean_hits(train, test, f)
-        accuracy = weights @ hits / len(hits)
-        gaps = gaps + _gap(best_per_unit(accuracy, train.units))
-    scores = gaps / train.factors.shape[1]
-    return shifted(scores, train.note)
+    hits = [
+        _nearest_mean(train, fitted, codes) == true[:, None]
+        for fitted, true in zip(train.factors.T, factors.T, strict=True)
+    ]
+
+    def score(rows: np.ndarray) -> float:
+        return np.mean([_gap(_best_per_unit(hit[rows].mean(0), train.units)) for hit in hits])
+
+    return _unit_interval(score, len(codes), folds, random_state, train.note)[0]
 
 
 def explicitness(
-    train_codes: Any,
-    train_factors: Any,
-    test_codes: Any,
-    test_factors: Any,
-    *,
-    resamples: int = 200,
-    random_state: int = 0,
+    train: Points, codes: Any, factors: Any, *, folds: int = FOLDS, random_state: int = 0
 ) -> Estimate:
     """Return the explicitness (Ridgeway and Mozer 2018): area under the ROC curve, 0.5 is chance.
 
@@ -142,103 +190,87 @@ def explicitness(
     per class the area of its probability against the rest on test points; averaged over classes,
     then factors. Classes that train or test points lack are left out. Units play no part.
     """
-    from sparsejepa.evaluation.classifiers import LogisticProbe
-    from sparsejepa.evaluation.linear import Standardized
+    from sklearn.metrics import roc_auc_score
 
-    train, test = checked_split(train_codes, train_factors, test_codes, test_factors, None)
-    if lack := _lack(train):
+    codes, factors = train.test(codes, factors)
+    if lack := train.lack():
         return undefined(lack)
-    weights = weights_with_value(len(test.codes), resamples, random_state)
-    fitted_on, tested_on = standardised(train, test)
-    space = Standardized(fitted_on)
-    per_factor = []
-    for fitted, true in zip(train.factors.T, test.factors.T, strict=True):
+    space, tested_on = Standardized(train.standardised(train.codes)), train.standardised(codes)
+    probed = []
+    for fitted, true in zip(train.factors.T, factors.T, strict=True):
         # scikit-learn's C = 1: with two classes it keeps one row of weights, which is half of C.
         C = 1.0 if len(np.unique(fitted)) > 2 else 0.5
         # Ten times the default tolerance moves areas by less than 1e-4, in half the time.
         probe = LogisticProbe(C=C, tol=1e-3).fit(space, fitted)
-        scores = probe.predict_log_proba(tested_on)
-        areas = [
-            roc_area(scores[:, k], true == label, weights)
-            for k, label in enumerate(probe.classes_)
-            if 0 < (true == label).sum() < len(true)
-        ]
-        if areas:
-            per_factor.append(finite_mean(np.array(areas)))
-    if not per_factor:
+        probed.append((probe.predict_log_proba(tested_on), true[:, None] == probe.classes_))
+
+    def score(rows: np.ndarray) -> float:
+        per_factor = []
+        for scores, member in probed:
+            there = member[rows].any(0) & ~member[rows].all(0)
+            if there.any():
+                areas = [
+                    roc_auc_score(member[rows, k], scores[rows, k]) for k in np.flatnonzero(there)
+                ]
+                per_factor.append(np.mean(areas))
+        return float(np.mean(per_factor)) if per_factor else np.nan
+
+    found = _unit_interval(score, len(codes), folds, random_state, train.note)[0]
+    if found.value is None:
         return undefined("no factor has two classes among the test points")
-    scores = np.mean(per_factor, axis=0)
-    return from_draws(scores[0], scores[1:], train.note)
+    return found
 
 
-def irs(
-    codes: Any,
-    factors: Any,
-    *,
-    units: Any = None,
-    bins: int = BINS,
-    quantile: float = 0.99,
-    resamples: int = 200,
-    random_state: int = 0,
-) -> Estimate:
+def irs(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
     """Return the interventional robustness score (Suter et al. 2019), 0 to 1: 1 is best.
 
     Per unit and factor 1 - (mean over the factor's levels of the 0.99 quantile of the distance of
     the code from its mean at that level) / (largest distance from its mean over all); the best
     factor per unit; averaged over units with the largest distance as weight. Distances of a unit
-    are Euclidean. Factors with more than `bins` levels are cut into bins, as in the reference.
+    are Euclidean. Factors with more than 20 levels are cut into bins, as in the reference.
 
-    The largest distance grows with n, and the score with it: compare at equal n. Resamples keep
-    the means as measured, and no resample can tell how far a largest value might have been: with
-    1,000 points in a simulation the interval was a third too narrow.
+    The largest distance grows with n, and the score with it: compare at equal n. No part of the
+    points can tell how far a largest value might have been, so the interval is rather too narrow.
     """
-    points = checked_points(codes, factors, units)
-    if lack := _lack(points):
+    if lack := points.lack():
         return undefined(lack)
-    weights = weights_with_value(len(points.codes), resamples, random_state)
-    largest = upper_quantile(_distances(points.codes, points.units), weights, 1)
-    spread = np.where(largest > 0, largest, 1)
-    best = np.full(spread.shape, -np.inf)
-    for column in points.factors.T:
-        levels = binned(column[:, None].astype(float), bins)[:, 0]
-        total, present = 0, 0
-        for level in np.unique(levels):
-            rows = np.flatnonzero(levels == level)
-            drawn = weights[:, rows]
-            distances = _distances(points.codes[rows], points.units)
-            total = total + upper_quantile(distances, drawn, quantile)
-            present = present + (drawn.sum(1, keepdims=True) > 0)
-        best = np.maximum(best, 1 - total / present / spread)
-    everything = largest.sum(1)
-    scores = (best * largest).sum(1) / np.where(everything > 0, everything, 1)
-    return shifted(scores, points.note)
+    levels = [
+        _binned(f[:, None].astype(float))[:, 0] if len(np.unique(f)) > BINS else f
+        for f in points.factors.T
+    ]
+
+    def score(rows: np.ndarray) -> float:
+        codes = points.codes[rows]
+        largest = _distances(codes, points.units).max(0)
+        if not largest.any():
+            return 0.0
+        best = np.full(len(largest), -np.inf)
+        for factor in (f[rows] for f in levels):
+            far = [
+                np.quantile(_distances(codes[factor == level], points.units), 0.99, axis=0)
+                for level in np.unique(factor)
+            ]
+            best = np.maximum(best, 1 - np.mean(far, 0) / np.where(largest > 0, largest, 1))
+        return float(np.average(best, weights=largest))
+
+    return _unit_interval(score, len(points.codes), folds, random_state, points.note)[0]
 
 
-def factor_vae_score(
-    codes: Any,
-    factors: Any,
-    *,
-    units: Any = None,
-    batch_size: int = 64,
-    votes: tuple[int, int, int] = (10_000, 5_000, 1_000),
-    resamples: int = 200,
-    random_state: int = 0,
-) -> Estimate:
+def factor_vae_score(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
     """Return the FactorVAE score (Kim and Mnih 2018): an accuracy, 1 / F is chance.
 
-    A vote: a random factor is fixed at the value of a random point, `batch_size` points with that
-    value are drawn, and the unit whose variance there is least, relative to its variance over all,
-    votes for the factor. A majority table of units against factors from `votes[0]` votes is scored
-    on `votes[1]` others. Points come from the data with replacement, where the reference renders
-    new ones; constant units do not vote, where the reference divides by zero. The variance of a
-    unit is that of its columns added up. For the interval each resample of the points casts
-    `votes[2]` votes of its own (the table stays): rather too wide than too narrow.
+    A vote: a random factor is fixed at the value of a random point, 64 points with that value are
+    drawn, and the unit whose variance there is least, relative to its variance over all, votes for
+    the factor. A majority table of units against factors from 10,000 votes is scored on 5,000
+    others. Points come from the data with replacement, where the reference renders new ones;
+    constant units do not vote, where the reference divides by zero. The variance of a unit is that
+    of its columns added up. The table stays for the interval, and each part of the points casts new
+    votes: rather too wide than too narrow.
     """
-    points = checked_points(codes, factors, units)
-    if lack := _lack(points, factors=2):
+    if lack := points.lack(factors=2):
         return undefined(lack)
     centred = (points.codes - points.codes.mean(0)).astype(np.float32)
-    overall = sum_per_unit(np.square(centred).mean(0), points.units)
+    overall = _sum_per_unit(np.square(centred).mean(0), points.units)
     if not overall.any():
         return Estimate(0.0, note=points.note)
     rng = np.random.default_rng(random_state)
@@ -247,38 +279,35 @@ def factor_vae_score(
     def vote(pool: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the factor fixed and the unit that votes, [count] each, on points of the pool."""
         fixed = rng.integers(number, size=count)
-        batches = np.empty((count, batch_size), np.int64)
+        batches = np.empty((count, BATCH), np.int64)
         for f in range(number):
             asked = fixed == f
-            batches[asked] = pool[_batches(points.factors[pool, f], asked.sum(), batch_size, rng)]
-        variance = sum_per_unit(_batch_variance(centred, batches), points.units)
+            batches[asked] = pool[_batches(points.factors[pool, f], asked.sum(), rng)]
+        variance = _sum_per_unit(_batch_variance(centred, batches), points.units)
         relative = np.full_like(variance, np.inf)
         np.divide(variance, overall, out=relative, where=overall > 0)
         return fixed, relative.argmin(1)
 
-    everybody = np.arange(len(centred))
     table = np.zeros((len(overall), number))
-    fixed, unit = vote(everybody, votes[0])
+    fixed, unit = vote(np.arange(len(centred)), VOTES[0])
     np.add.at(table, (unit, fixed), 1)
     majority = table.argmax(1)
-    scores = []
-    for row in weights_with_value(len(centred), resamples, random_state):
-        fixed, unit = vote(np.repeat(everybody, row.astype(int)), votes[2] if scores else votes[1])
-        scores.append(np.mean(majority[unit] == fixed))
-    return shifted(np.array(scores), points.note)
+
+    def score(rows: np.ndarray) -> float:
+        fixed, unit = vote(rows, VOTES[1])
+        return float(np.mean(majority[unit] == fixed))
+
+    return _unit_interval(score, len(centred), folds, random_state, points.note)[0]
 
 
 def dci(
-    train_codes: Any,
-    train_factors: Any,
-    test_codes: Any,
-    test_factors: Any,
+    train: Points,
+    codes: Any,
+    factors: Any,
     *,
-    units: Any = None,
-    model: Literal["forest", "boosted"] = "forest",
     trees: int = 30,
     jobs: int = 2,
-    resamples: int = 200,
+    folds: int = FOLDS,
     random_state: int = 0,
 ) -> dict[str, Any]:
     """Return disentanglement, completeness, informativeness (Eastwood and Williams 2018).
@@ -290,41 +319,55 @@ def dci(
 
     The forest is one of extremely randomised trees (Geurts et al. 2006) that weigh every column at
     every split and stop at leaves of 5 points: a random forest that sees sqrt(L) columns, or trees
-    that go on to fit noise, spread importance over columns that say nothing. "boosted" is the
-    reference's choice, gradient boosting with `trees` rounds (there 100), which takes minutes per
-    factor for many columns and classes. Its scores are somewhat higher: compare like with like.
+    that go on to fit noise, spread importance over columns that say nothing. The reference's
+    gradient boosting gives somewhat higher scores: compare like with like.
 
     Returns a dict of three `Estimate` and ``importance`` [U, F], zero for factors left out. The
-    intervals of the first two resample the trees of the forest (none for boosted trees, which are
-    not exchangeable), since these measures depend on the fit alone; that of the third resamples
-    test points.
+    intervals of the first two leave out trees of the forest, since these measures depend on the fit
+    alone; that of the third leaves out test points.
     """
-    train, test = checked_split(train_codes, train_factors, test_codes, test_factors, units)
-    number = int(train.units.max()) + 1
-    importance = np.zeros((number, np.shape(train_factors)[1]))
-    if lack := _lack(train):
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    codes, factors = train.test(codes, factors)
+    importance = np.zeros((int(train.units.max()) + 1, train.given))
+    if lack := train.lack():
         names = ("disentanglement", "completeness", "informativeness")
         return {name: undefined(lack) for name in names} | {"importance": importance}
-    fitted_on, tested_on = standardised(train, test)
+    fitted_on, tested_on = (train.standardised(part) for part in (train.codes, codes))
     per_tree, hits = [], []
-    for fitted, true in zip(train.factors.T, test.factors.T, strict=True):
-        classifier = _trees(model, trees, jobs, random_state).fit(fitted_on, fitted)
-        hits.append(classifier.predict(tested_on) == true)
-        # Boosted trees have one importance for all of them together.
-        parts = classifier.estimators_ if model == "forest" else [classifier]
-        per_tree.append([sum_per_unit(part.feature_importances_, train.units) for part in parts])
-    resampled = resamples if model == "forest" else 0
-    votes = weights_with_value(len(per_tree[0]), resampled, random_state)
-    # A tree without a split has importances of zero, and so no say in the mean.
-    drawn = np.einsum("rt,ftu->ruf", votes, np.array(per_tree))
-    drawn /= np.maximum(drawn.sum(1, keepdims=True), 1e-300)
-    importance[:, train.kept] = drawn[0]
-    accuracy = weights_with_value(len(test.codes), resamples, random_state) @ np.mean(hits, axis=0)
-    accuracy = accuracy / len(test.codes)
+    for fitted, true in zip(train.factors.T, factors.T, strict=True):
+        forest = ExtraTreesClassifier(
+            trees,
+            max_features=1.0,  # type: ignore[arg-type]  # a share: all columns
+            min_samples_leaf=5,
+            n_jobs=jobs,
+            random_state=random_state,
+        ).fit(fitted_on, fitted)
+        hits.append(forest.predict(tested_on) == true)
+        parts = forest.estimators_
+        per_tree.append([_sum_per_unit(tree.feature_importances_, train.units) for tree in parts])
+    shares, right = np.array(per_tree), np.mean(hits, axis=0)  # [F, trees, U] and [n]
+
+    def mean_importance(some: np.ndarray) -> np.ndarray:
+        # A tree without a split has importances of zero, and so no say in the mean.
+        total = shares[:, some].sum(1).T
+        return total / np.maximum(total.sum(0), 1e-300)
+
+    def concentrations(some: np.ndarray) -> list[float]:
+        return [_concentration(mean_importance(some)), _concentration(mean_importance(some).T)]
+
+    importance[:, train.kept] = mean_importance(np.arange(trees))
+    disentangled, complete = _unit_interval(concentrations, trees, folds, random_state, train.note)
     return {
-        "disentanglement": _concentration(drawn, train, "a single factor"),
-        "completeness": _concentration(drawn.swapaxes(1, 2), train, "a single code unit"),
-        "informativeness": from_draws(accuracy[0], accuracy[1:], train.note),
+        "disentanglement": undefined("not defined for a single factor")
+        if len(train.kept) < 2
+        else disentangled,
+        "completeness": undefined("not defined for a single code unit")
+        if len(importance) < 2
+        else complete,
+        "informativeness": _unit_interval(
+            lambda rows: right[rows].mean(), len(right), folds, random_state, train.note
+        )[0],
         "importance": importance,
     }
 
@@ -337,7 +380,7 @@ def disentanglement(
     *,
     units: Any = None,
     quick: bool = False,
-    resamples: int = 200,
+    folds: int = FOLDS,
     random_state: int = 0,
 ) -> dict[str, Estimate]:
     """Return all measures by name; `quick` leaves out the three of DCI.
@@ -345,52 +388,102 @@ def disentanglement(
     SAP, explicitness and DCI fit on the training points and score the test points. The others fit
     nothing and use the training points, of which the reference has more (10,000 against 5,000).
     """
-    options: dict[str, Any] = {"resamples": resamples, "random_state": random_state}
-    both = (train_codes, train_factors, test_codes, test_factors)
-    points = checked_points(train_codes, train_factors, units)
-    information, entropy = mutual_informations(points, BINS, resamples, random_state)
+    options: dict[str, Any] = {"folds": folds, "random_state": random_state}
+    train, test = Points(train_codes, train_factors, units), (test_codes, test_factors)
+    counted = _information_measures(train, folds, random_state)
     scores = {
-        "mig": _mig(points, information, entropy),
-        "sap": sap(*both, units=units, **options),
-        "modularity": _modularity(points, information),
-        "explicitness": explicitness(*both, **options),
-        "irs": irs(train_codes, train_factors, units=units, **options),
-        "factor_vae": factor_vae_score(train_codes, train_factors, units=units, **options),
+        "mig": counted["mig"],
+        "sap": sap(train, *test, **options),
+        "modularity": counted["modularity"],
+        "explicitness": explicitness(train, *test, **options),
+        "irs": irs(train, **options),
+        "factor_vae": factor_vae_score(train, **options),
     }
     if not quick:
-        found = dci(*both, units=units, **options)
+        found = dci(train, *test, **options)
         for name in ("disentanglement", "completeness", "informativeness"):
             scores[f"dci_{name}"] = found[name]
     return scores
 
 
-def _lack(points: Points, *, factors: int = 1, units: int = 1) -> str:
-    """Return why a measure that needs so many factors and code units is not defined, or ''."""
-    if not len(points.kept):
-        return "every factor has one value only"
-    if len(points.kept) < factors:
-        return "needs two factors with several values"
-    return "needs two code units" if points.units.max() + 1 < units else ""
+# --- what they are made of ------------------------------------------------------------------------
 
 
-def _mig(points: Points, information: np.ndarray, entropy: np.ndarray) -> Estimate:
-    """Return the MIG of mutual information [1 + R, U, F] and entropy [1 + R, F]."""
-    if lack := _lack(points, units=2):
-        return undefined(lack)
-    gap = _gap(information.swapaxes(1, 2))
-    # A resample may hold one level only, and then has no gap.
-    share = np.divide(gap, entropy, out=np.full_like(gap, np.nan), where=entropy > 1e-12)
-    return shifted(share.mean(1), points.note)
+def _unit_interval(score: Any, n: int, folds: int, random_state: int, note: str) -> list[Estimate]:
+    """Return the jackknife of scores that lie in 0..1."""
+    return jackknife(score, n, folds=folds, random_state=random_state, bounds=(0.0, 1.0), note=note)
 
 
-def _modularity(points: Points, information: np.ndarray) -> Estimate:
-    """Return the modularity of mutual information [1 + R, U, F]."""
-    if lack := _lack(points, factors=2):
-        return undefined(lack)
-    squares = np.square(information)
-    top = squares.max(2)
-    excess = (squares.sum(2) - top) / np.where(top > 0, top, 1) / (information.shape[2] - 1)
-    return shifted(np.where(top > 0, 1 - excess, 0).mean(1), points.note)
+def _information_measures(points: Points, folds: int, random_state: int) -> dict[str, Estimate]:
+    """Return MIG and modularity, which count the same histograms."""
+    cells = _binned(points.codes)
+
+    def score(rows: np.ndarray) -> list[float]:
+        information, entropy = _mutual_informations(cells[rows], points.factors[rows], points.units)
+        gap = _gap(information.T) if len(information) > 1 else np.zeros(len(entropy))
+        squares = np.square(information)
+        top = squares.max(1)
+        others = max(1, squares.shape[1] - 1)
+        excess = (squares.sum(1) - top) / np.where(top > 0, top, 1) / others
+        known = np.divide(gap, entropy, out=np.full_like(gap, np.nan), where=entropy > 1e-12)
+        return [float(known.mean()), float(np.where(top > 0, 1 - excess, 0).mean())]
+
+    lacks = {"mig": points.lack(units=2), "modularity": points.lack(factors=2)}
+    if all(lacks.values()):
+        return {name: undefined(lack) for name, lack in lacks.items()}
+    found = _unit_interval(score, len(cells), folds, random_state, points.note)
+    return {
+        name: undefined(lack) if lack else estimate
+        for (name, lack), estimate in zip(lacks.items(), found, strict=True)
+    }
+
+
+def _binned(values: np.ndarray) -> np.ndarray:
+    """Return the histogram bin of each entry of values [n, L], by column."""
+    edges = np.linspace(values.min(0), values.max(0), BINS + 1)[1:-1]
+    columns = [np.searchsorted(e, v, "right") for e, v in zip(edges.T, values.T, strict=True)]
+    return np.stack(columns, 1)
+
+
+def _mutual_informations(
+    cells: np.ndarray, factors: np.ndarray, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mutual information [U, F] and factor entropy [F] in nats, plug-in.
+
+    cells: [n, L], the bin of each entry of the codes; factors: [n, F].
+    """
+    n, width = cells.shape
+    information, entropy = [], []
+    for factor in factors.T:
+        level = np.unique(factor, return_inverse=True)[1]
+        levels = level.max() + 1
+        place = (cells + BINS * np.arange(width)) * levels + level[:, None]
+        counts = np.bincount(place.ravel(), minlength=width * BINS * levels)
+        joint = counts.reshape(width, BINS, levels)
+        of_codes, of_factor = _c_log_c(joint.sum(2)).sum(1), _c_log_c(joint[0].sum(0)).sum()
+        found = (_c_log_c(joint).sum((1, 2)) - of_codes - of_factor) / n + np.log(n)
+        found[found < 1e-12] = 0  # rounding; none is negative
+        information.append(_best_per_unit(found, units))
+        entropy.append(np.log(n) - of_factor / n)
+    return np.stack(information, 1), np.array(entropy)
+
+
+def _c_log_c(counts: np.ndarray) -> np.ndarray:
+    return counts * np.log(np.maximum(counts, 1))
+
+
+def _best_per_unit(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Return the largest value of each unit [U] from values of columns [L]."""
+    best = np.full(units.max() + 1, -np.inf)
+    np.maximum.at(best, units, values)
+    return best
+
+
+def _sum_per_unit(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Return the sum over each unit's columns [..., U] of values [..., L]."""
+    order = np.argsort(units, kind="stable")
+    starts = np.searchsorted(units[order], np.arange(units.max() + 1))
+    return np.add.reduceat(values[..., order], starts, axis=-1)
 
 
 def _gap(values: np.ndarray) -> np.ndarray:
@@ -399,34 +492,34 @@ def _gap(values: np.ndarray) -> np.ndarray:
     return ordered[..., -1] - ordered[..., -2]
 
 
-def _nearest_mean_hits(train: Points, test: Points, f: int) -> np.ndarray:
-    """Return whether the class mean nearest to each test code is that of its class, [n, L]."""
-    labels, index, counts = np.unique(train.factors[:, f], return_inverse=True, return_counts=True)
+def _nearest_mean(train: Points, fitted: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return the class of the nearest class mean of each of test codes [m, L], [m, L]."""
+    labels, index, counts = np.unique(fitted, return_inverse=True, return_counts=True)
     member = (index == np.arange(len(labels))[:, None]).astype(float)
     means = member @ train.codes / counts[:, None]
     order = np.argsort(means, 0)
     means = np.take_along_axis(means, order, 0)
     borders = (means[1:] + means[:-1]) / 2
-    predicted = np.empty(test.codes.shape, np.int64)
+    predicted = np.empty(codes.shape, np.int64)
     for column in range(len(train.dead)):
-        nearest = np.searchsorted(borders[:, column], test.codes[:, column])
+        nearest = np.searchsorted(borders[:, column], codes[:, column])
         predicted[:, column] = order[nearest, column]
     predicted[:, train.dead] = counts.argmax()
-    return labels[predicted] == test.factors[:, f : f + 1]
+    return labels[predicted]
 
 
 def _distances(codes: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Return the distance [n, U] of each point's units from their means over these points."""
-    return np.sqrt(sum_per_unit(np.square(codes - codes.mean(0)), units))
+    return np.sqrt(_sum_per_unit(np.square(codes - codes.mean(0)), units))
 
 
-def _batches(levels: np.ndarray, number: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return `number` batches [number, size] of points that share the level of a random point."""
+def _batches(levels: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Return `number` batches [number, 64] of points that share the level of a random point."""
     order = np.argsort(levels, kind="stable")
     _, index, counts = np.unique(levels, return_inverse=True, return_counts=True)
     starts = np.cumsum(counts) - counts
     level = index[rng.integers(len(levels), size=number)][:, None]
-    return order[starts[level] + rng.integers(counts[level], size=(number, size))]
+    return order[starts[level] + rng.integers(counts[level], size=(number, BATCH))]
 
 
 def _batch_variance(codes: np.ndarray, batches: np.ndarray) -> np.ndarray:
@@ -439,30 +532,9 @@ def _batch_variance(codes: np.ndarray, batches: np.ndarray) -> np.ndarray:
     return np.maximum(mean @ np.square(codes) - np.square(mean @ codes), 0)
 
 
-def _trees(model: str, trees: int, jobs: int, random_state: int) -> Any:
-    """Return the classifier of `dci`, not fitted."""
-    from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier
-
-    if model == "forest":
-        return ExtraTreesClassifier(
-            trees,
-            max_features=1.0,  # type: ignore[arg-type]  # a share: all columns
-            min_samples_leaf=5,
-            n_jobs=jobs,
-            random_state=random_state,
-        )
-    if model == "boosted":
-        return GradientBoostingClassifier(n_estimators=trees, random_state=random_state)
-    raise ValueError(f"model must be 'forest' or 'boosted', got {model!r}")
-
-
-def _concentration(shares: np.ndarray, train: Points, single: str) -> Estimate:
-    """Return 1 minus the entropy of the rows of `shares` [1 + R, a, b], weighted by their sums."""
-    if shares.shape[2] < 2:
-        return undefined(f"not defined for {single}")
-    rows = shares.sum(2)
-    p = shares / np.where(rows > 0, rows, 1)[..., None]
-    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(2) / np.log(shares.shape[2])
-    total = rows.sum(1)
-    scores = ((1 - entropy) * rows).sum(1) / np.where(total > 0, total, 1)
-    return shifted(scores, train.note)
+def _concentration(shares: np.ndarray) -> float:
+    """Return 1 minus the entropy of the rows of `shares` [a, b], weighted by their sums."""
+    rows = shares.sum(1)
+    p = shares / np.where(rows > 0, rows, 1)[:, None]
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(1) / np.log(max(2, shares.shape[1]))
+    return float(((1 - entropy) * rows).sum() / (rows.sum() or 1))

@@ -1,4 +1,4 @@
-"""What embeddings share among their dimensions and with labels, and how many they use.
+"""What embeddings share among their dimensions and with labels.
 
 Letters: n points, D dimensions, G groups, P group width; information is in nats. Every interval
 resamples points and refits nothing: each estimator here is, to first order, the mean of one term
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws, undefined
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws, undefined
 
 SINGULAR = 1e-10
 """Eigenvalue of a correlation matrix below which its direction counts as absent."""
@@ -167,113 +167,6 @@ def overlap_information(W: Any, covariance: Any = None, noise: float = 0.1) -> f
     return float((np.linalg.slogdet(own)[1].sum() - np.linalg.slogdet(joint)[1]) / 2)
 
 
-def ksg_mutual_information(
-    x: Any, y: Any, k: int = 3, *, resamples: int = 200, random_state: int = 0
-) -> Estimate:
-    """Return I(x; y) in nats of x [n, a] and y [n, b] from distances to k-th neighbours.
-
-    Kraskov, Stoegbauer and Grassberger 2004, equation 8, in the maximum norm, on standardised
-    dimensions, constant ones left out. For few dimensions: above ten in all it is far too low, and
-    the note says so. Undefined if x or y is constant. Both may be vectors. Raises ValueError if
-    the shapes do not fit or k is not in 1..n-1.
-    """
-    x, y = (_matrix(part) for part in (x, y))
-    if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} points and y has {len(y)}")
-    return _ksg([x, y], k, resamples, random_state)
-
-
-def ksg_total_correlation(
-    x: Any, k: int = 3, *, resamples: int = 200, random_state: int = 0
-) -> Estimate:
-    """Return the total correlation in nats of the dimensions of x [n, D], few of them.
-
-    The same for D variables: Kraskov et al. 2004, equation 23. Same notes and errors as
-    `ksg_mutual_information`.
-    """
-    x = _matrix(x)
-    return _ksg([x[:, [j]] for j in range(x.shape[1])], k, resamples, random_state)
-
-
-def _ksg(parts: list[np.ndarray], k: int, resamples: int, random_state: int) -> Estimate:
-    """Total correlation between variables [n, d_i], of which constant dimensions are left out."""
-    from scipy.spatial import KDTree
-    from scipy.special import digamma
-
-    n = len(parts[0])
-    if not 1 <= k < n:
-        raise ValueError(f"k must be from 1 to {n - 1}, got {k}")
-    parts = [part[:, _varies(part)] for part in parts]
-    parts = [_standardise(part) for part in parts if part.shape[1]]
-    if len(parts) < 2:
-        return undefined("two variables that vary are needed")
-    # Ties would put neighbours at distance 0; the authors' remedy, far below any real distance.
-    rng = np.random.default_rng(random_state)
-    parts = [part + 1e-10 * rng.standard_normal(part.shape) for part in parts]
-    whole = np.concatenate(parts, 1)
-    note = ""
-    if whole.shape[1] > 10:
-        note = f"{whole.shape[1]} dimensions: above ten this estimator is far too low"
-    reach = KDTree(whole).query(whole, k + 1, p=np.inf)[0][:, -1]
-    reach = np.nextafter(reach, 0)  # neighbours nearer than the k-th
-    terms = np.full(n, digamma(k) + (len(parts) - 1) * digamma(n))
-    for part in parts:
-        # The point itself is among those counted: n_i + 1.
-        counts = KDTree(part).query_ball_point(part, reach, p=np.inf, return_length=True)
-        terms -= digamma(counts)
-    return _from_terms(float(terms.mean()), terms, resamples, random_state, note)
-
-
-def density_ratio_total_correlation(
-    x: Any, *, hidden: int = 64, resamples: int = 200, random_state: int = 0
-) -> Estimate:
-    """Return a lower estimate of the total correlation in nats of x [n, D]: for ranking only.
-
-    A small network on normal scores learns to tell points from points whose columns are permuted
-    independently; its logit f is the log density ratio. On the half of the points that it has not
-    seen, each real one stands among m permuted ones: E log [(m + 1) e^f / (e^f + sum e^f')], the
-    contrastive bound of van den Oord et al. 2018. In expectation it is below the truth, never above
-    log(m + 1), and by how much depends on the network; it needs no Gaussian copula. The interval
-    holds the network and the permuted points fixed.
-
-    Undefined for fewer than 40 points or two dimensions that vary. Raises ValueError if x is not a
-    finite matrix.
-    """
-    import warnings
-
-    from scipy.special import logit, logsumexp
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
-
-    x = _matrix(x)
-    x = x[:, _varies(x)]
-    n = len(x)
-    if n < 40 or x.shape[1] < 2:
-        return undefined("needs 40 points and two dimensions that vary")
-    rng = np.random.default_rng(random_state)
-    real = normal_scores(x)[rng.permutation(n)]
-    train, test = real[: n // 2], real[n // 2 :]
-    network = MLPClassifier(
-        hidden,
-        learning_rate_init=3e-3,
-        early_stopping=True,
-        n_iter_no_change=15,
-        random_state=random_state,
-    ).set_params(batch_size=min(200, n // 20))  # steps enough where points are few
-    both = np.concatenate([train, rng.permuted(train, axis=0)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        network.fit(both, np.repeat([1, 0], len(train)))
-
-    def score(points: np.ndarray) -> np.ndarray:
-        chance = np.asarray(network.predict_proba(points))[:, 1]
-        return logit(chance.clip(1e-13, 1 - 1e-13))
-
-    f, others = score(test), logsumexp(score(rng.permuted(test, axis=0)))
-    terms = f - np.logaddexp(f, others) + np.log(len(test) + 1)
-    return _from_terms(float(terms.mean()), terms, resamples, random_state, "for ranking only")
-
-
 def mutual_information(
     a: Any, y: Any, bins: int = 20, *, resamples: int = 200, random_state: int = 0
 ) -> Estimate:
@@ -282,7 +175,7 @@ def mutual_information(
     Integers, and floats with at most ``bins`` distinct values, are categories as they are; other
     floats are cut into ``bins`` parts of equal count (ties together), so that no monotone change
     of a matters. Miller 1955: each entropy gains (occupied cells - 1) / 2n. Near 0 the
-    result can be negative; `chance_information` says what independent values give.
+    result can be negative.
 
     Undefined, with a note, where a or y has one value only. Raises ValueError if the shapes do
     not fit, a is not finite, or y are not integers.
@@ -292,21 +185,6 @@ def mutual_information(
         return undefined("one value only")
     terms = _information_terms(a, y)
     return _from_terms(float(terms.mean()), terms, resamples, random_state)
-
-
-def chance_information(
-    a: Any, y: Any, bins: int = 20, *, permutations: int = 100, random_state: int = 0
-) -> Estimate:
-    """Return what `mutual_information` gives if y is permuted: mean and central 95 % in nats.
-
-    A measured value says something where it lies above ``high``. Same errors.
-    """
-    a, y = _categories(a, y, bins)
-    if min(a.max(), y.max()) == 0:
-        return undefined("one value only")
-    rng = np.random.default_rng(random_state)
-    draws = [_information_terms(a, rng.permutation(y)).mean() for _ in range(permutations)]
-    return from_draws(float(np.mean(draws)), draws)
 
 
 def _categories(a: Any, y: Any, bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsejepa.evaluation.estimate import Estimate, mean_estimate
+from sparsejepa.evaluation.stats import Estimate, mean_estimate
 
 MAX_LABEL = 65_535
 KMEANS_POINTS = 20_000
@@ -129,27 +129,6 @@ def mean_best_overlap(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return result
 
 
-def corloc(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return 1 for images where an object is found, 0 for the others, float64 [n].
-
-    Found is an object when the bounding box of some segment has an IoU of at least 0.5 with its
-    bounding box (correct localisation, Deselaers et al. 2010, with all segments as proposals). The
-    box of a segment holds all its pixels, connected or not. NaN where an image has no object.
-    """
-    result = np.full(len(true), np.nan)
-    theirs, ours = _both(true, predicted)
-    for part in _parts(theirs, ours):
-        objects, segments = theirs.boxes(part)[:, 1:, None], ours.boxes(part)[:, None]
-        start = np.maximum(objects[..., :2], segments[..., :2])
-        end = np.minimum(objects[..., 2:], segments[..., 2:])
-        both = np.maximum(end - start, 0).prod(-1)
-        areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (objects, segments)]
-        found = (both > 0) & (2 * both >= areas[0] + areas[1] - both)
-        known = (areas[0] > 0).any((1, 2))
-        result[part] = np.where(known, found.any((1, 2)), np.nan)
-    return result
-
-
 def object_scores(
     true: np.ndarray,
     labels: np.ndarray,
@@ -158,9 +137,9 @@ def object_scores(
     resamples: int = 200,
     random_state: int = 0,
 ) -> dict[str, Estimate]:
-    """Return fg_ari, mbo and corloc of an assignment of patches, averaged over the images.
+    """Return fg_ari and mbo of an assignment of patches, averaged over the images.
 
-    true: masks [n, H, W]; labels: [n, N]. The interval resamples images. All three grow towards 1.
+    true: masks [n, H, W]; labels: [n, N]. The interval resamples images. Both grow towards 1.
     FG-ARI is averaged over images with two objects or more: of a single one it would say only that
     it is whole, and everything in one group would be perfect.
     """
@@ -169,7 +148,6 @@ def object_scores(
     values = {
         "fg_ari": np.where(several, fg_ari(true, predicted), np.nan),
         "mbo": mean_best_overlap(true, predicted),
-        "corloc": corloc(true, predicted),
     }
     return {
         name: mean_estimate(value, resamples=resamples, random_state=random_state)
@@ -232,19 +210,6 @@ class _Labels(NamedTuple):
     masks: np.ndarray  # [n, H, W]
     values: np.ndarray  # the labels that occur, ascending
     position: np.ndarray  # of a label in `values`
-
-    def boxes(self, part: slice) -> np.ndarray:
-        """First row and column, and those after the last, int64 [m, labels, 4]; else all 0."""
-        labels = self.position[self.masks[part]]
-        m, height, width = labels.shape
-        image, row, column = np.ogrid[:m, :height, :width]
-        edges = []
-        for axis, length in ((row, height), (column, width)):
-            seen = np.zeros((m, len(self.values), length), bool)
-            seen[image, labels, axis] = True
-            edges.append((seen.argmax(2), (length - seen[..., ::-1].argmax(2)) * seen.any(2)))
-        (top, bottom), (left, right) = edges
-        return np.stack([top, left, bottom, right], 2)
 
 
 def _compact(masks: np.ndarray, what: str) -> _Labels:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsejepa.evaluation.estimate import Estimate, undefined
 from sparsejepa.evaluation.information import gaussian_mutual_information, normal_scores
+from sparsejepa.evaluation.stats import Estimate, undefined
 
 FOLDS = 20
 """Parts of the images that the jackknife leaves out in turn.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from sparsejepa.evaluation.classifiers import (
     LogisticProbe,
     Probe,
     RidgeProbe,
+    Standardized,
 )
 from sparsejepa.evaluation.features import (
     Features,
@@ -40,22 +40,8 @@ from sparsejepa.evaluation.features import (
     target,
 )
 from sparsejepa.evaluation.finetune import FineTune
-from sparsejepa.evaluation.linear import Standardized
+from sparsejepa.evaluation.stats import wilson_interval
 from sparsejepa.files import write_text
-
-__all__ = [
-    "PROTOCOLS",
-    "KNNProbe",
-    "LogisticProbe",
-    "ProbeRow",
-    "RidgeProbe",
-    "check_protocols",
-    "choose_targets",
-    "evaluate",
-    "labelled_share",
-    "load_splits",
-    "wilson_interval",
-]
 
 PROTOCOLS = ("logistic", "ridge", "knn", "finetune")
 """Ways to use an encoder; each also as NAME:PERCENT%, on a share of the labels."""
@@ -465,12 +451,3 @@ def choose_targets(train: ImageSet, test: ImageSet, names: Sequence[str] | None)
         for images in (train, test):
             target(images.targets, name, f"{images.name} ({images.split})")
     return tuple(names)
-
-
-def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share that was measured on n points."""
-    z = 1.959963984540054
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    # Rounding must not put the ends on the wrong side of the share itself.
-    return max(0.0, min(centre - half, accuracy)), min(1.0, max(centre + half, accuracy))

@@ -15,9 +15,9 @@ from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import concepts
 from sparsejepa.evaluation.classifiers import LogisticProbe
-from sparsejepa.evaluation.estimate import Estimate, from_draws
 from sparsejepa.evaluation.features import pixel_features
 from sparsejepa.evaluation.objects import patch_labels
+from sparsejepa.evaluation.stats import Estimate, from_draws
 from sparsejepa.explain.columns import DIRECTIONS, RUN, SHUFFLED, Column
 from sparsejepa.explain.readout import evenly, read, read_train
 from sparsejepa.explain.subject import Subject

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from sparsejepa.data.store import ImageSet
-from sparsejepa.evaluation import disentangle, information, objects, sparsity
-from sparsejepa.evaluation.concepts import monosemanticity
-from sparsejepa.evaluation.estimate import Estimate, undefined
+from sparsejepa.evaluation import disentangle, information, objects
+from sparsejepa.evaluation.concepts import monosemanticity, sparsity
 from sparsejepa.evaluation.features import pixel_features
 from sparsejepa.evaluation.pairs import pair_information, pair_sharing
+from sparsejepa.evaluation.stats import Estimate, undefined
 from sparsejepa.explain.columns import (
     ALL,
     CEILING,
@@ -25,9 +25,7 @@ from sparsejepa.explain.columns import (
     UNTRAINED,
     Column,
     Columns,
-    principal_axes,
 )
-from sparsejepa.explain.readout import evenly
 from sparsejepa.report.explain import MeasureRow
 from sparsejepa.training.quality import rankme
 
@@ -42,13 +40,11 @@ def structure_rows(columns: Columns) -> Iterator[MeasureRow]:
         "latents_per_group_min": ("latents that feed the smallest group", "latents"),
         "latents_per_group_max": ("latents that feed the largest group", "latents"),
         "dead_groups": ("groups that no latent feeds", "groups"),
-        "usage_entropy_normalized": ("entropy of the groups' shares of ||W||^2; 1: all alike", ""),
+        "usage_entropy": ("entropy of the groups' shares of ||W||^2; 1: all alike", ""),
         "hoyer": ("Hoyer sparseness of a latent's block norms; 1: one group each", ""),
-        "gini": ("Gini index of a latent's block norms; 1: one group each", ""),
-        "treves_rolls": ("Treves-Rolls sparseness of a latent's block norms; 1: one group", ""),
     }
     found = {
-        name: sparsity.summary(np.linalg.norm(column.W, axis=1))
+        name: sparsity(np.linalg.norm(column.W, axis=1))
         for name, column in columns.items()
         if column.W is not None and name not in FLOORS
     }
@@ -57,7 +53,7 @@ def structure_rows(columns: Columns) -> Iterator[MeasureRow]:
         yield MeasureRow("Sparsity of W", key.replace("_", " "), text, unit, values)
 
 
-def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
+def information_rows(columns: Columns) -> Iterator[MeasureRow]:
     """Collapse and multi-information, of latents and of groups."""
     section = "Information"
     yield MeasureRow(
@@ -114,31 +110,6 @@ def information_rows(columns: Columns, *, quick: bool) -> Iterator[MeasureRow]:
             lambda c: Estimate(information.overlap_information(c.W)),
             lambda c: c.W is not None and c is not columns.get(UNTRAINED),
         ),
-    )  # fmt: skip
-    if quick:
-        return
-
-    def few(column: Column) -> np.ndarray:
-        z = column.test.z
-        z = z[evenly(len(z), 2_000)]
-        return z @ principal_axes(z)[:5].T
-
-    yield MeasureRow(
-        section, "5 axes, Gaussian copula",
-        "total correlation of the first five principal axes, 2,000 images", "nats",
-        each(lambda c: information.total_correlation(few(c))),
-    )  # fmt: skip
-    yield MeasureRow(
-        section, "5 axes, Kraskov",
-        "the same by nearest neighbours (k = 3): the difference is dependence that a Gaussian "
-        "copula does not see",
-        "nats", each(lambda c: information.ksg_total_correlation(few(c))),
-    )  # fmt: skip
-    yield MeasureRow(
-        section, "density-ratio score",
-        "a classifier's bound on the latents' multi-information; for ranking columns only",
-        "nats",
-        each(lambda c: information.density_ratio_total_correlation(c.test.z)),
     )  # fmt: skip
 
 
@@ -300,11 +271,6 @@ def object_rows(
             "and only they, in one group; on a coarse grid blocks of places do well",
         ),
         "mbo": ("mBO", "mean IoU of each object with its best segment (Pont-Tuset et al. 2017)"),
-        "corloc": (
-            "CorLoc",
-            "share of images in which some segment's box meets an object's with IoU of 0.5 or more "
-            "(Deselaers et al. 2010); large objects are met by chance",
-        ),
     }
     section = "Groups and objects"
     for key, (name, text) in about.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sparsejepa.data.store import DeviceImages, ImageSet
-from sparsejepa.evaluation.estimate import Estimate, bootstrap_weights, from_draws
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws
 from sparsejepa.explain.subject import Subject
 from sparsejepa.model.jepa import make_targets
 from sparsejepa.training.build import build_sampler

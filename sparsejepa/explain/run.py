@@ -158,7 +158,7 @@ def run_explain(
         )
     rows = [*measures.structure_rows(columns)]
     with clock("information"):
-        rows += measures.information_rows(columns, quick=options.quick)
+        rows += measures.information_rows(columns)
     cells = []
     if subject.groups is not None and subject.config is not None:
         with clock("masked prediction"):

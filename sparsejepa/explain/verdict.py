@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsejepa.evaluation.estimate import Estimate
+from sparsejepa.evaluation.stats import Estimate
 from sparsejepa.explain.columns import ALL, DIRECTIONS, FLOORS, RANDOM, RUN
 from sparsejepa.explain.groups import SILENCED
 from sparsejepa.explain.subject import Subject

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sparsejepa.evaluation.estimate import Estimate
+from sparsejepa.evaluation.stats import Estimate
 from sparsejepa.files import write_text
 from sparsejepa.study.figures import SPARSE, STYLE, points
 from sparsejepa.study.page import Picture, drawn, render, resource

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
@@ -27,9 +31,15 @@ from sparsejepa.evaluation.concepts import (
     row_space,
     silence_effects,
     silence_group,
+    sparsity,
 )
 
 RNG = np.random.default_rng
+maps = arrays.arrays(
+    np.float64,
+    st.tuples(st.integers(2, 8), st.integers(1, 9)),
+    elements=st.one_of(st.just(0.0), st.floats(1e-3, 1e3)),
+)
 
 
 # Statistics
@@ -259,3 +269,60 @@ def test_silencing_works_with_a_probe_that_gives_labels_only():
     assert (y[effect.images[: y.sum()]] == 1).all()
     with pytest.raises(ValueError, match="do not fit"):
         silence_effects(Sign(), x, y, np.zeros((1, 1, 3)))
+
+
+# --- sparsity of W --------------------------------------------------------------------------------
+
+
+def test_counts_of_a_small_map() -> None:
+    norms = np.array([[1.0, 0, 0, 0.5], [2, 0, 3, 0], [0, 0, 0, 0]])
+    found = sparsity(norms)
+    assert (found["density"], found["groups_per_latent"]) == (4 / 12, 1)
+    assert (found["latents_per_group_min"], found["latents_per_group_max"]) == (0, 2)
+    assert found["dead_groups"] == 1
+    assert found["max_usage"] == pytest.approx(13 / 14.25)
+
+
+@given(maps)
+def test_measures_agree_with_their_definitions(norms: np.ndarray) -> None:
+    groups, latents = norms.shape
+    found = sparsity(torch.from_numpy(norms).requires_grad_())
+    used = [[norms[g, j] != 0 for g in range(groups)] for j in range(latents)]
+    assert found["groups_per_latent"] == pytest.approx(np.mean([sum(u) for u in used]))
+    assert found["density"] * groups == pytest.approx(found["groups_per_latent"])
+    assert found["dead_groups"] == sum(not any(u[g] for u in used) for g in range(groups))
+    columns = [c for c in norms.T if c.any()]
+    hoyer = [
+        (math.sqrt(groups) - c.sum() / np.linalg.norm(c)) / (math.sqrt(groups) - 1) for c in columns
+    ]
+    assert found["hoyer"] == pytest.approx(np.mean(hoyer) if columns else 0, abs=1e-9)
+    shares = entropy(np.square(norms).sum(1)) / math.log(groups) if columns else 0
+    assert found["usage_entropy"] == pytest.approx(shares, abs=1e-9)
+
+
+def test_hoyer_runs_from_equal_to_one_hot_and_ignores_scale() -> None:
+    assert sparsity(np.full((6, 4), 0.3))["hoyer"] == pytest.approx(0, abs=1e-12)
+    assert sparsity(np.eye(6))["hoyer"] == pytest.approx(1)
+    mixed = np.array([[3.0, 1], [1, 1], [0, 1]])
+    scaled = np.column_stack([mixed * np.array([1e-8, 1e8]), np.zeros(3)])  # one latent unused
+    assert 0 < sparsity(mixed)["hoyer"] < 1
+    assert sparsity(scaled)["hoyer"] == pytest.approx(sparsity(mixed)["hoyer"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 1), (16, 192)])
+@pytest.mark.parametrize("fill", [0.0, 1e-300, 1e200])
+def test_extreme_maps_give_finite_json(shape: tuple[int, int], fill: float) -> None:
+    found = sparsity(np.full(shape, fill))
+    assert all(type(v) in (int, float) and math.isfinite(v) for v in found.values()), found
+    assert json.loads(json.dumps(found)) == found
+    if fill == 0:
+        assert found["density"] == found["usage_entropy"] == found["hoyer"] == 0
+        assert found["dead_groups"] == shape[0]
+
+
+@pytest.mark.parametrize(
+    "bad", [np.ones(3), np.ones((2, 0)), np.ones((2, 2, 2)), -np.ones((2, 2)), [[math.nan, 1]]]
+)
+def test_what_is_no_map_is_refused(bad) -> None:
+    with pytest.raises(ValueError, match="block norms"):
+        sparsity(bad)

@@ -11,20 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
-from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier
+from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import mutual_info_score, roc_auc_score
 from sklearn.neighbors import NearestCentroid
 
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import disentangle as d
-from sparsejepa.evaluation import resampled
-from sparsejepa.evaluation.estimate import bootstrap_weights
+from sparsejepa.evaluation.disentangle import Points
 
 LEVELS = (2, 3, 4)
 GRID = np.array(list(itertools.product(*map(range, LEVELS))) * 10)
 """Every combination of three factors, ten times: balanced and independent to the last digit."""
-FEW: dict[str, Any] = {"resamples": 5}
+FEW: dict[str, Any] = {"folds": 0}
 ALL = {
     *("mig", "sap", "modularity", "explicitness", "irs", "factor_vae"),
     *("dci_disentanglement", "dci_completeness", "dci_informativeness"),
@@ -32,7 +31,7 @@ ALL = {
 
 
 def scores(codes: np.ndarray, factors: np.ndarray = GRID, **options) -> dict[str, float | None]:
-    found = d.disentanglement(codes, factors, codes, factors, resamples=5, **options)
+    found = d.disentanglement(codes, factors, codes, factors, folds=0, **options)
     assert set(found) == ALL
     return {name: estimate.value for name, estimate in found.items()}
 
@@ -84,11 +83,11 @@ def test_information_of_a_half_known_factor():
     # One column says which half of four levels, one says nothing: (log 2 - 0) / log 4.
     factor = np.arange(80)[:, None] % 4
     codes = np.stack([factor[:, 0] // 2, np.arange(80) // 4 % 2], 1).astype(float)
-    assert d.mig(codes, factor).value == pytest.approx(0.5)
+    assert d.mig(Points(codes, factor)).value == pytest.approx(0.5)
     # Two columns of 1 bit about factor one, of which the first has 1 bit about factor two too.
     factors = np.stack([np.arange(80) % 2, np.arange(80) // 2 % 2], 1)
     codes = np.stack([2 * factors[:, 0] + factors[:, 1], factors[:, 0]], 1).astype(float)
-    assert d.modularity(codes, factors).value == pytest.approx((0 + 1) / 2)
+    assert d.modularity(Points(codes, factors)).value == pytest.approx((0 + 1) / 2)
 
 
 def test_duplicated_columns_and_how_units_mend_them():
@@ -108,7 +107,7 @@ def test_rotation_within_a_unit_changes_neither_irs_nor_factor_vae():
     rotated = np.concatenate([codes[:, :2] @ turn, codes[:, 2:]], 1)
     units = np.array([0, 0, 1, 1])
     for measure in (d.irs, d.factor_vae_score):
-        values = [measure(x, factors, units=units, **FEW).value for x in (codes, rotated)]
+        values = [measure(Points(x, factors, units), **FEW).value for x in (codes, rotated)]
         assert values[0] == pytest.approx(values[1])
 
 
@@ -141,7 +140,7 @@ def test_noise_is_at_chance():
 def test_a_perfect_code_is_found_among_many_columns_of_noise():
     rng = np.random.default_rng(0)
     codes = np.concatenate([GRID, rng.normal(size=(240, 60))], 1)
-    found = d.dci(codes, GRID, codes, GRID, **FEW)
+    found = d.dci(Points(codes, GRID), codes, GRID, **FEW)
     assert found["disentanglement"].value > 0.97 and found["completeness"].value > 0.97
     assert found["importance"][:3].diagonal().min() > 0.97
 
@@ -162,24 +161,13 @@ def test_mig_and_modularity_are_the_reference(seed: int, columns: int):
     m = reference_information(codes, factors)
     top = np.sort(m, 0)[::-1]
     h = [mutual_info_score(f, f) for f in factors.T]
-    assert d.mig(codes, factors, **FEW).value == pytest.approx(np.mean((top[0] - top[1]) / h))
+    assert d.mig(Points(codes, factors), **FEW).value == pytest.approx(
+        np.mean((top[0] - top[1]) / h)
+    )
     largest = np.square(m).max(1)
     other = np.square(m).sum(1) - largest
     expected = np.mean(1 - other / (largest * (factors.shape[1] - 1)))
-    assert d.modularity(codes, factors, **FEW).value == pytest.approx(expected)
-
-
-def test_resampled_information_is_that_of_the_points_drawn():
-    codes, factors = noisy(80)
-    information, of_factors = resampled.mutual_informations(
-        resampled.checked_points(codes, factors, None), 20, 6, 3
-    )
-    cells = resampled.binned(codes, 20)
-    for r, weights in enumerate(bootstrap_weights(80, 6, 3), start=1):
-        drawn, y = np.repeat(cells, weights, 0), np.repeat(factors, weights, 0)
-        expected = [[mutual_info_score(f, c) for f in y.T] for c in drawn.T]
-        np.testing.assert_allclose(information[r], expected, atol=1e-12)
-        np.testing.assert_allclose(of_factors[r], [mutual_info_score(f, f) for f in y.T])
+    assert d.modularity(Points(codes, factors), **FEW).value == pytest.approx(expected)
 
 
 def test_sap_is_the_nearest_centroid_of_each_column():
@@ -194,13 +182,13 @@ def test_sap_is_the_nearest_centroid_of_each_column():
         ]
     )
     top = np.sort(accuracy, 0)[::-1]
-    found = d.sap(codes, factors, test_codes, test_factors)
+    found = d.sap(Points(codes, factors), test_codes, test_factors)
     assert found.value == pytest.approx(np.mean(top[0] - top[1]))
     # A unit counts as its best column; a constant column gives the most frequent class.
-    found = d.sap(codes, factors, test_codes, test_factors, units=[0, 0, 1, 1, 1])
+    found = d.sap(Points(codes, factors, [0, 0, 1, 1, 1]), test_codes, test_factors)
     assert found.value == pytest.approx(np.mean(abs(accuracy[:2].max(0) - accuracy[2:].max(0))))
     one = np.array([[0.0, 1], [0, 1], [5, 1], [5, 1], [5, 1]])
-    found = d.sap(one, [[0], [0], [1], [1], [1]], one, [[0], [0], [1], [1], [1]])
+    found = d.sap(Points(one, [[0], [0], [1], [1], [1]]), one, [[0], [0], [1], [1], [1]])
     assert found.value == pytest.approx(1 - 3 / 5)
 
 
@@ -214,36 +202,9 @@ def test_explicitness_is_scikit_learns():
         model = LogisticRegression(tol=1e-8, max_iter=1000).fit((codes - mean) / std, f)
         p = model.predict_proba((test_codes - mean) / std)
         expected.append(np.mean([roc_auc_score(g == k, p[:, k]) for k in range(p.shape[1])]))
-    found: Any = d.explicitness(codes, factors, test_codes, test_factors)
+    found: Any = d.explicitness(Points(codes, factors), test_codes, test_factors)
     assert found.value == pytest.approx(np.mean(expected), abs=1e-4)
     assert found.low < found.value < found.high
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=2, max_size=30
-    )
-)
-def test_area_under_the_curve_with_ties_and_weights(rows: list[tuple[int, bool, int]]):
-    values, positive, weights = (np.array(column) for column in zip(*rows, strict=True))
-    area = resampled.roc_area(values.astype(float), positive, weights[None].astype(float))[0]
-    y, s = np.repeat(positive, weights), np.repeat(values, weights)
-    if 0 < y.sum() < len(y):
-        assert area == pytest.approx(roc_auc_score(y, s))
-    else:
-        assert math.isnan(area)
-
-
-@given(seed=st.integers(0, 1000), n=st.integers(1, 400), q=st.floats(0.5, 1))
-@settings(max_examples=50, deadline=None)
-def test_quantiles_of_repeated_values(seed: int, n: int, q: float):
-    rng = np.random.default_rng(seed)
-    values, weights = rng.normal(size=(n, 2)).round(1), rng.poisson(1, (4, n))
-    found = resampled.upper_quantile(values, weights.astype(float), q)
-    for row, w in zip(found, weights, strict=True):
-        drawn = np.repeat(values, w, 0)
-        expected = np.quantile(drawn, q, axis=0) if len(drawn) else [0, 0]
-        np.testing.assert_allclose(row, expected, atol=1e-12)
 
 
 def test_irs_is_the_reference():
@@ -254,7 +215,7 @@ def test_irs_is_the_reference():
         levels = [codes[f == level] for level in np.unique(f)]
         far = [np.quantile(np.abs(x - x.mean(0)), 0.99, axis=0) for x in levels]
         best = np.maximum(best, 1 - np.mean(far, 0) / spread)
-    found = d.irs(codes, factors)
+    found = d.irs(Points(codes, factors))
     assert found.value == pytest.approx(np.average(best, weights=spread))
     # Two columns as one unit: Euclidean distances.
     pair = codes[:, :2]
@@ -264,7 +225,7 @@ def test_irs_is_the_reference():
         levels = [pair[f == level] for level in np.unique(f)]
         far = [np.quantile(np.linalg.norm(x - x.mean(0), axis=1), 0.99) for x in levels]
         best = max(best, 1 - np.mean(far) / spread)
-    assert d.irs(pair, factors, units=[0, 0]).value == pytest.approx(best)
+    assert d.irs(Points(pair, factors, [0, 0])).value == pytest.approx(best)
 
 
 def test_factor_vae_score_agrees_with_a_loop():
@@ -281,39 +242,29 @@ def test_factor_vae_score_agrees_with_a_loop():
             table[part, f, winner] += 1
     decided = table[0].argmax(0)
     expected = table[1][decided, np.arange(codes.shape[1])].sum() / 1500
-    found: Any = d.factor_vae_score(codes, factors, **FEW)
+    found: Any = d.factor_vae_score(Points(codes, factors), **FEW)
     assert 0.5 < found.value < 1
     assert found.value == pytest.approx(expected, abs=0.04)
 
 
 def test_dci_is_that_of_the_importances():
     (codes, factors), (test_codes, test_factors) = noisy(200), noisy(150, seed=1)
-    models: tuple[Any, ...] = ("forest", "boosted")
-    for model in models:
-        found = d.dci(codes, factors, test_codes, test_factors, model=model, trees=8)
-        importance, accuracy = [], []
-        for f, g in zip(factors.T, test_factors.T, strict=True):
-            fitted = (
-                ExtraTreesClassifier(
-                    8,
-                    max_features=1.0,  # type: ignore[arg-type]
-                    min_samples_leaf=5,
-                    random_state=0,
-                )
-                if model == "forest"
-                else GradientBoostingClassifier(n_estimators=8, random_state=0)
-            ).fit(codes, f)
-            importance.append(fitted.feature_importances_)
-            accuracy.append(fitted.score(test_codes, g))
-        r = np.array(importance).T
-        np.testing.assert_allclose(found["importance"], r)
-        rows = 1 - entropy(r, axis=1, base=2)
-        assert found["disentanglement"].value == pytest.approx(np.average(rows, weights=r.sum(1)))
-        assert found["completeness"].value == pytest.approx(np.mean(1 - entropy(r, base=5)))
-        assert found["informativeness"].value == pytest.approx(np.mean(accuracy))
-        assert (found["disentanglement"].low is None) == (model == "boosted")
+    found = d.dci(Points(codes, factors), test_codes, test_factors, trees=8)
+    importance, accuracy = [], []
+    for f, g in zip(factors.T, test_factors.T, strict=True):
+        every: Any = 1.0
+        fitted = ExtraTreesClassifier(8, max_features=every, min_samples_leaf=5, random_state=0)
+        importance.append(fitted.fit(codes, f).feature_importances_)
+        accuracy.append(fitted.score(test_codes, g))
+    r = np.array(importance).T
+    np.testing.assert_allclose(found["importance"], r)
+    rows = 1 - entropy(r, axis=1, base=2)
+    assert found["disentanglement"].value == pytest.approx(np.average(rows, weights=r.sum(1)))
+    assert found["completeness"].value == pytest.approx(np.mean(1 - entropy(r, base=5)))
+    assert found["informativeness"].value == pytest.approx(np.mean(accuracy))
+    assert all(found[name].low < found[name].value for name in list(found)[:3])
     units = [0, 0, 1, 2, 2]
-    found = d.dci(codes, factors, test_codes, test_factors, model="boosted", trees=8, units=units)
+    found = d.dci(Points(codes, factors, units), test_codes, test_factors, trees=8)
     np.testing.assert_allclose(found["importance"], [r[:2].sum(0), r[2], r[3:].sum(0)])
 
 
@@ -325,13 +276,13 @@ def test_intervals_hold_the_value_narrow_and_repeat():
     found: Any
     for n in (200, 2400):
         parts = (*noisy(n), *noisy(n, seed=1))
-        found = d.disentanglement(*parts, quick=True, resamples=50)
+        found = d.disentanglement(*parts, quick=True)
         assert set(found) == {name for name in ALL if not name.startswith("dci")}
         for name, estimate in found.items():
             assert estimate.low <= estimate.value <= estimate.high, name
         widths.append({name: e.high - e.low for name, e in found.items()})
-        assert found == d.disentanglement(*parts, quick=True, resamples=50)
-        without = d.disentanglement(*parts, quick=True, resamples=0)
+        assert found == d.disentanglement(*parts, quick=True)
+        without = d.disentanglement(*parts, quick=True, folds=0)
         assert all(e.low is None and e.high is None for e in without.values())
         for name, estimate in without.items():
             assert estimate.value == pytest.approx(found[name].value), name
@@ -342,16 +293,16 @@ def test_intervals_hold_the_value_narrow_and_repeat():
 def test_intervals_are_about_as_wide_as_the_values_scatter():
     sets = [(*noisy(300, seed=s), *noisy(300, seed=s + 100)) for s in range(40)]
     measures = {
-        d.mig: lambda p: d.mig(*p[:2], resamples=40),
-        d.modularity: lambda p: d.modularity(*p[:2], resamples=40),
-        d.sap: lambda p: d.sap(*p, resamples=40),
-        d.explicitness: lambda p: d.explicitness(*p, resamples=40),
+        d.mig: lambda p: d.mig(Points(*p[:2])),
+        d.modularity: lambda p: d.modularity(Points(*p[:2])),
+        d.sap: lambda p: d.sap(Points(*p[:2]), *p[2:]),
+        d.explicitness: lambda p: d.explicitness(Points(*p[:2]), *p[2:]),
     }
     for measure, call in measures.items():
         found: list[Any] = [call(parts) for parts in sets]
         scatter = np.std([e.value for e in found])
         claimed = np.mean([e.high - e.low for e in found]) / (2 * 1.96)
-        assert 0.6 < claimed / scatter < 1.6, measure.__name__
+        assert 0.6 < claimed / scatter < 1.8, measure.__name__
 
 
 # --- input that is not as it should be ------------------------------------------------------------
@@ -391,7 +342,7 @@ def test_factors_with_one_value_are_left_out():
     for name, estimate in found.items():
         assert estimate.value == plain[name].value, name
         assert "one value only: factor 1" in estimate.note
-    importance = d.dci(codes, more, codes, more, **FEW)["importance"]
+    importance = d.dci(Points(codes, more), codes, more, **FEW)["importance"]
     assert importance.shape == (5, 3) and not importance[:, 1].any()
     none = d.disentanglement(codes, more[:, [1]], codes, more[:, [1]], **FEW)
     assert all(e.value is None and "one value" in e.note for e in none.values())
@@ -415,7 +366,7 @@ def test_classes_that_one_part_lacks():
     test = np.where(factors[:, :1] == 2, 3, factors[:, :1])
     found = d.disentanglement(codes, only, codes, test, **FEW)
     assert all(e.value is None or np.isfinite(e.value) for e in found.values())
-    lone = d.explicitness(codes, factors, codes, np.zeros_like(factors))
+    lone = d.explicitness(Points(codes, factors), codes, np.zeros_like(factors))
     assert lone.value is None and "two classes" in lone.note
 
 
@@ -432,13 +383,11 @@ def test_classes_that_one_part_lacks():
 )
 def test_wrong_codes_or_units(change: dict, said: str):
     with pytest.raises(ValueError, match=said):
-        d.mig(*(change.get(name, GRID) for name in ("codes", "factors")), units=change.get("units"))
+        Points(*(change.get(name, GRID) for name in ("codes", "factors")), change.get("units"))
 
 
-def test_parts_of_different_width_and_unknown_models():
+def test_parts_of_different_width():
     with pytest.raises(ValueError, match="differ"):
-        d.sap(GRID, GRID, GRID[:, :2], GRID)
+        d.sap(Points(GRID, GRID), GRID[:, :2], GRID)
     with pytest.raises(ValueError, match="differ"):
-        d.dci(GRID, GRID, GRID, GRID[:, :2])
-    with pytest.raises(ValueError, match="'forest' or 'boosted'"):
-        d.dci(GRID, GRID, GRID, GRID, model="bush")  # type: ignore[arg-type]
+        d.dci(Points(GRID, GRID), GRID, GRID[:, :2])

@@ -10,23 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 from sklearn.cross_decomposition import CCA
-from sklearn.feature_selection import mutual_info_regression
 from sklearn.metrics import mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
+from sklearn.metrics.cluster import contingency_matrix
 
-from sparsejepa.evaluation.estimate import Estimate
 from sparsejepa.evaluation.information import (
-    chance_information,
-    density_ratio_total_correlation,
     gaussian_mutual_information,
-    ksg_mutual_information,
-    ksg_total_correlation,
     mutual_information,
     normal_scores,
     overlap_information,
     total_correlation,
     wishart_bias,
 )
+from sparsejepa.evaluation.stats import Estimate
 
 PLAIN: dict[str, Any] = dict(copula=False, correct=False, resamples=0)
 
@@ -183,14 +178,6 @@ def test_interval_covers_the_truth(d: int, r: float) -> None:
     assert 0.85 < np.mean([width(e) for e in found]) / spread < 1.7
 
 
-def test_drawing_points_again_would_add_the_bias_again() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 30))
-    draws = [valid(total_correlation(x[rng.integers(0, 300, 300)], resamples=0)) for _ in range(40)]
-    assert min(draws) > 0.5  # the truth, 0, is far outside
-    assert covers(total_correlation(x), 0)
-
-
 def test_what_has_no_total_correlation_says_why() -> None:
     x = mixed(30, 3, 5)
     constant = np.concatenate([x, np.full((30, 1), 0.7)], 1).astype(np.float32)
@@ -226,8 +213,6 @@ def test_wrong_shapes_and_values_are_said() -> None:
         total_correlation([[1.0, math.nan], [0.0, 1.0]])
     with pytest.raises(ValueError, match="x has 10 points and y has 9"):
         gaussian_mutual_information(x, x[1:])
-    with pytest.raises(ValueError, match="x has 10 points and y has 9"):
-        ksg_mutual_information(x, x[1:])
 
 
 # --- mutual information of vectors ----------------------------------------------------------------
@@ -258,91 +243,6 @@ def test_gaussian_information_is_unbiased_for_independent_vectors() -> None:
     assert np.mean(values) < 0.1 * (wishart_bias(60, 16) - 2 * wishart_bias(60, 8))
 
 
-# --- nearest neighbours ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [1, 3, 6])
-def test_ksg_of_two_numbers_is_scikit_learns(k: int) -> None:
-    x = mixed(300, 2, 8)
-    expected = mutual_info_regression(x[:, :1], x[:, 1], n_neighbors=k, random_state=0)[0]
-    assert valid(ksg_mutual_information(x[:, 0], x[:, 1], k)) == pytest.approx(expected, abs=1e-6)
-
-
-def ksg_by_brute_force(parts: list[np.ndarray], k: int) -> float:
-    def psi(m: int) -> float:
-        return -0.5772156649015329 + sum(1 / i for i in range(1, m))
-
-    n = len(parts[0])
-    parts = [(part - part.mean(0)) / part.std(0) for part in parts]
-    apart = [np.abs(part[:, None] - part[None]).max(2) for part in parts]
-    reach = np.sort(np.max(apart, 0), 1)[:, k]
-    near = [[psi((row < r).sum()) for row, r in zip(a, reach, strict=True)] for a in apart]
-    return psi(k) + (len(parts) - 1) * psi(n) - np.sum(near) / n
-
-
-def test_ksg_of_vectors_and_of_many_variables_by_brute_force() -> None:
-    x = mixed(70, 5, 9)
-    assert valid(ksg_mutual_information(x[:, :2], x[:, 2:])) == pytest.approx(
-        ksg_by_brute_force([x[:, :2], x[:, 2:]], 3)
-    )
-    assert valid(ksg_total_correlation(x, 4)) == pytest.approx(
-        ksg_by_brute_force([x[:, [j]] for j in range(5)], 4)
-    )
-
-
-def test_ksg_sees_what_a_gaussian_cannot() -> None:
-    angle = np.random.default_rng(0).uniform(0, 2 * math.pi, 1500)
-    x = np.stack([np.cos(angle), np.sin(angle)], 1)
-    x += 0.1 * np.random.default_rng(1).normal(size=x.shape)
-    assert valid(ksg_total_correlation(x)) > 0.6
-    assert valid(total_correlation(x)) < 0.02
-    assert valid(density_ratio_total_correlation(x)) > 0.15
-
-
-def test_ksg_is_near_the_truth_in_few_dimensions_and_says_where_it_is_not() -> None:
-    rng = np.random.default_rng(2)
-    estimate = ksg_total_correlation(equicorrelated(2000, 3, 0.5, rng))
-    assert covers(estimate, true_total_correlation(3, 0.5))
-    assert estimate.note == ""
-    many = ksg_total_correlation(equicorrelated(500, 40, 0.5, rng))
-    assert valid(many) < 0.6 * true_total_correlation(40, 0.5)
-    assert many.note.startswith("40 dimensions: above ten")
-
-
-def test_ksg_of_constants_ties_and_too_few_points() -> None:
-    x = mixed(50, 2, 10)
-    constant = np.concatenate([x, np.ones((50, 1))], 1)
-    assert valid(ksg_total_correlation(constant)) == pytest.approx(valid(ksg_total_correlation(x)))
-    assert ksg_total_correlation(np.ones((20, 2))).value is None
-    assert ksg_mutual_information(x, np.ones(50)).value is None
-    assert math.isfinite(valid(ksg_mutual_information(np.arange(60) % 2, np.arange(60) % 3)))
-    with pytest.raises(ValueError, match="k must be from 1 to 2, got 3"):
-        ksg_total_correlation(x[:3])
-
-
-# --- density ratio --------------------------------------------------------------------------------
-
-
-def test_density_ratio_ranks_and_stays_below_the_truth() -> None:
-    rng = np.random.default_rng(0)
-    values = [
-        valid(density_ratio_total_correlation(equicorrelated(2500, 6, r, rng)))
-        for r in (0, 0.3, 0.6)
-    ]
-    assert values == sorted(values)
-    assert abs(values[0]) < 0.1
-    for value, r in zip(values[1:], (0.3, 0.6), strict=True):
-        truth = true_total_correlation(6, r)
-        assert 0.4 * truth < value < truth
-
-
-def test_density_ratio_cannot_exceed_what_the_points_can_show() -> None:
-    x = np.repeat(np.random.default_rng(0).normal(size=(400, 1)), 6, 1)
-    assert 1 < valid(density_ratio_total_correlation(x)) <= math.log(201)
-    assert density_ratio_total_correlation(np.ones((100, 4))).value is None
-    assert density_ratio_total_correlation(x[:20]).value is None
-
-
 # --- overlap --------------------------------------------------------------------------------------
 
 
@@ -357,14 +257,6 @@ def test_overlap_is_the_blockwise_log_determinant(seed: int, groups: int, P: int
     value = overlap_information(torch.from_numpy(W), mix @ mix.T, noise=0.5)
     assert value == pytest.approx((own - np.linalg.slogdet(S)[1]) / 2, rel=1e-9)
     assert value >= 0
-
-
-def test_overlap_is_what_the_estimator_finds_in_samples() -> None:
-    rng = np.random.default_rng(0)
-    W = rng.normal(size=(3, 2, 4))
-    x = rng.normal(size=(4000, 4)) @ W.reshape(6, 4).T + 0.5 * rng.normal(size=(4000, 6))
-    estimate = total_correlation(x, blocks=[0, 0, 1, 1, 2, 2])
-    assert covers(estimate, overlap_information(W, noise=0.5))
 
 
 def test_overlap_of_wrong_shapes() -> None:
@@ -410,19 +302,6 @@ def test_continuous_values_are_cut_into_equal_counts_with_ties_together() -> Non
     assert mutual_information(sparse, y, 5) == mutual_information(by_hand, y)
 
 
-def test_chance_is_what_scikit_learn_expects_of_permuted_labels() -> None:
-    rng = np.random.default_rng(0)
-    a, y = rng.integers(0, 4, 400), rng.integers(0, 4, 400)
-    chance = chance_information(a, y, permutations=2000)
-    table = np.asarray(contingency_matrix(a, y))
-    expected = expected_mutual_information(table, 400)
-    assert (table > 9).all()  # so that all cells stay occupied
-    assert valid(chance) == pytest.approx(expected - 9 / 800, abs=5e-4)
-    assert covers(chance, valid(chance))
-    related = np.where(rng.random(400) < 0.5, y, a)
-    assert valid(mutual_information(related, y)) > interval(chance)[1]
-
-
 def test_information_interval_covers_the_truth() -> None:
     # y is a with probability 0.8, else another of 4: H(y) - H(y | a) in closed form.
     truth = math.log(4) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2 / 3)
@@ -439,7 +318,6 @@ def test_information_about_what_cannot_be_is_said() -> None:
     y = np.arange(10) % 2
     for a, labels in [(np.ones(10), y), (y, np.zeros(10, int))]:
         assert mutual_information(a, labels) == Estimate(None, note="one value only")
-        assert chance_information(a, labels).value is None
     with pytest.raises(ValueError, match="labels must be integers"):
         mutual_information(y, y + 0.5)
     with pytest.raises(ValueError, match="equal length"):

@@ -12,7 +12,6 @@ from sklearn.metrics import adjusted_rand_score
 from sparsejepa.evaluation import objects
 from sparsejepa.evaluation.objects import (
     assign_patches,
-    corloc,
     fg_ari,
     kmeans_patches,
     mean_best_overlap,
@@ -24,7 +23,7 @@ from sparsejepa.evaluation.objects import (
 )
 
 RNG = np.random.default_rng(0)
-MEASURES = (fg_ari, mean_best_overlap, corloc)
+MEASURES = (fg_ari, mean_best_overlap)
 
 sides = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 
@@ -37,22 +36,10 @@ def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return tuple(draw(arrays.arrays(np.uint16, shape, elements=labels)) for _ in range(2))  # type: ignore[return-value]
 
 
-def box(inside: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.nonzero(inside)
-    return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
-
-
-def box_iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    canvas = np.zeros((2, 20, 20), bool)
-    for layer, (top, left, bottom, right) in zip(canvas, (a, b), strict=True):
-        layer[top:bottom, left:right] = True
-    return (canvas[0] & canvas[1]).sum() / (canvas[0] | canvas[1]).sum()
-
-
 @given(pairs())
 def test_measures_are_brute_force(pair):
     true, predicted = pair
-    ari, overlap, located = (measure(true, predicted) for measure in MEASURES)
+    ari, overlap = (measure(true, predicted) for measure in MEASURES)
     for i, (t, p) in enumerate(zip(true, predicted, strict=True)):
         labels, segments = np.unique(t[t > 0]), np.unique(p)
         if (t > 0).sum() < 2:
@@ -60,13 +47,11 @@ def test_measures_are_brute_force(pair):
         else:
             assert ari[i] == pytest.approx(adjusted_rand_score(t[t > 0], p[t > 0]), abs=1e-12)
         if not len(labels):
-            assert np.isnan(overlap[i]) and np.isnan(located[i])
+            assert np.isnan(overlap[i])
             continue
         iou = [[((t == a) & (p == b)).sum() / ((t == a) | (p == b)).sum() for b in segments]
                for a in labels]  # fmt: skip
         assert overlap[i] == pytest.approx(np.max(iou, 1).mean(), rel=1e-12)
-        found = any(box_iou(box(t == a), box(p == b)) >= 0.5 for a in labels for b in segments)
-        assert located[i] == found
 
 
 def test_work_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch):
@@ -94,8 +79,6 @@ def test_one_segment_for_all():
     true, one = halves(), np.full((1, 4, 6), 9)
     assert fg_ari(true, one) == 0
     assert mean_best_overlap(true, one) == pytest.approx(8 / 24)  # each object a third of it
-    assert corloc(true, one) == 0
-    assert corloc(np.where(true > 0, 1, 0), one) == 1  # 16 of 24 pixels
 
 
 def test_background_counts_for_overlap_only():
@@ -103,23 +86,6 @@ def test_background_counts_for_overlap_only():
     spilled = np.where(true == 0, 1, true)  # segment 1 takes the background as well
     assert fg_ari(true, spilled) == 1
     assert mean_best_overlap(true, spilled) == pytest.approx((0.5 + 1) / 2)
-    assert corloc(true, np.where(true == 2, 1, 0)) == 1  # one object is enough
-
-
-def test_a_box_of_exactly_half_counts():
-    true = np.zeros((1, 4, 4), int)
-    true[:, :, :2] = 1
-    assert corloc(true, np.zeros_like(true)) == 1
-    true[:, 3, :2] = 0
-    assert corloc(true, np.zeros_like(true)) == 0
-
-
-def test_the_box_of_a_segment_holds_all_its_parts():
-    true = np.zeros((1, 4, 4), int)
-    true[:, :2, :2] = 1
-    corners = np.zeros_like(true)
-    corners[:, 0, 0] = corners[:, 3, 3] = 1  # its box is the image
-    assert corloc(true, corners) == 0
 
 
 @pytest.mark.parametrize(("predicted", "value"), [([5, 5, 5], 1), ([5, 5, 6], 0), ([4, 5, 6], 0)])

@@ -1,3 +1,5 @@
+"""`evaluate`: floors beside every number, protocols, shares of the labels, images held out."""
+
 from __future__ import annotations
 
 import json
@@ -7,355 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.linear_model import LogisticRegression
 
 from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import probe as module
-from sparsejepa.evaluation.linear import LogisticDescent, Standardized, validation_part
+from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
+from sparsejepa.evaluation.features import embed
+from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import (
-    KNNProbe,
-    LogisticProbe,
-    RidgeProbe,
+    check_protocols,
     evaluate,
-    wilson_interval,
+    labelled_share,
+    load_splits,
+    split_protocol,
 )
+from sparsejepa.evaluation.stats import wilson_interval
 from sparsejepa.model.encoder import ViT
-from sparsejepa.training.quality import knn_accuracy
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
-
-
-def blobs(
-    n: int, width: int, classes: int, seed: int = 0, spread: float = 2.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Overlapping classes in correlated features of very different scales and means."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(classes, width)) * spread / width**0.5
-    y = rng.integers(0, classes, n)
-    y[:classes] = np.arange(classes)
-    x = rng.normal(size=(n, width)) + 2 * centres[y]
-    mix = (
-        np.random.default_rng(99).normal(size=(width, width)) * np.logspace(0, -1.5, width)[:, None]
-    )
-    return x @ mix * np.logspace(-2, 2, width) + 5, y
-
-
-def standardised(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean(0)) / x.std(0)
-
-
-def objective(z: np.ndarray, y: np.ndarray, C: float, coef: np.ndarray, bias: np.ndarray) -> float:
-    scores = z @ coef.T + bias
-    top = scores.max(1)
-    logsumexp = top + np.log(np.exp(scores - top[:, None]).sum(1))
-    return 0.5 * (coef**2).sum() + C * (logsumexp - scores[np.arange(len(y)), y]).sum()
-
-
-# Logistic regression
-
-
-@pytest.mark.parametrize(("n", "width"), [(300, 12), (60, 150)])
-@pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
-def test_logistic_is_scikit_learns_at_the_same_c(n: int, width: int, C: float) -> None:
-    x, y = blobs(n, width, classes=5)
-    z = standardised(x)
-    theirs = LogisticRegression(C=C, tol=1e-10, max_iter=10_000).fit(z, y)
-    ours = LogisticProbe(C, tol=1e-9).fit(x, y)
-    least = objective(z, y, C, theirs.coef_, theirs.intercept_)
-    found = objective(z, y, C, ours.coef_.numpy(), ours.intercept_.numpy())
-    assert found == pytest.approx(least, rel=1e-9)
-    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-4)
-    new, _ = blobs(200, width, classes=5, seed=1)
-    new_z = (new - x.mean(0)) / x.std(0)
-    np.testing.assert_allclose(ours.predict_proba(new), theirs.predict_proba(new_z), atol=1e-4)
-    np.testing.assert_array_equal(ours.predict(new), theirs.predict(new_z))
-
-
-def test_two_classes_are_scikit_learns_at_twice_the_c() -> None:
-    x, y = blobs(200, 6, classes=2)
-    ours = LogisticProbe(0.05, tol=1e-9).fit(x, y)
-    theirs = LogisticRegression(C=0.1, tol=1e-10).fit(standardised(x), y)
-    np.testing.assert_allclose(
-        ours.predict_proba(x), theirs.predict_proba(standardised(x)), atol=1e-6
-    )
-
-
-def test_single_precision_and_the_usual_tolerance_are_enough() -> None:
-    x, y = blobs(1000, 40, classes=10)
-    z = standardised(x)
-    new, new_y = blobs(1000, 40, classes=10, seed=1)
-    for C in (1e-3, 1e-1):
-        rough = LogisticProbe(C).fit(x.astype(np.float32), y)
-        exact = LogisticProbe(C, tol=1e-9).fit(x, y)
-        found, least = (
-            objective(z, y, C, p.coef_.double().numpy(), p.intercept_.double().numpy())
-            for p in (rough, exact)
-        )
-        assert found == pytest.approx(least, rel=1e-4)
-        assert abs(rough.score(new, new_y) - exact.score(new, new_y)) <= 0.003
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_one_descent_finds_every_minimum_of_a_path(order: int) -> None:
-    x, y = blobs(400, 12, classes=5)
-    z, space, labels = standardised(x), Standardized(x), torch.from_numpy(y)
-    descent = LogisticDescent(space.variance)
-    descent.place(space.rotated, labels, torch.zeros(13, 5, dtype=torch.float64))
-    for C in np.logspace(-3, 1, 9)[::order]:
-        descent.minimise(C, tol=1e-9, max_iter=500)
-        cold = LogisticProbe(C, tol=1e-9).fit(x, y)
-        coef = (space.basis @ descent.theta[:-1]).T.numpy()
-        found = objective(z, y, C, coef, descent.theta[-1].numpy())
-        least = objective(z, y, C, cold.coef_.numpy(), cold.intercept_.numpy())
-        assert found == pytest.approx(least, rel=1e-12)
-        again = descent.minimise(C, tol=1e-9, max_iter=500)
-        assert again <= 3  # it is there already
-    # Other rows, the curvature of the first: the minimum is that of the other rows.
-    descent.place(space.rotated[:300], labels[:300], descent.theta)
-    descent.minimise(0.1, tol=1e-9, max_iter=500)
-    theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=10_000).fit(z[:300], y[:300])
-    coef = (space.basis @ descent.theta[:-1]).T
-    np.testing.assert_allclose(coef, theirs.coef_, atol=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_single_precision_path_over_many_decades(seed: int) -> None:
-    """More features than rows, so that at weak penalties next to nothing curves the loss."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(40, 100)).astype(np.float32), rng.integers(3, size=40)
-    space, labels = Standardized(x), torch.from_numpy(y)
-    descent = LogisticDescent(space.variance)
-    descent.place(space.rotated, labels, torch.zeros(len(space.variance) + 1, 3))
-    z = standardised(x)
-    for C in 10.0 ** np.arange(-3, 6, 2):
-        assert descent.minimise(C, tol=1e-5, max_iter=500) < 500
-        coef = (space.basis @ descent.theta[:-1].double()).T.numpy()
-        found = objective(z, y, C, coef, descent.theta[-1].double().numpy())
-        exact = LogisticProbe(C, tol=1e-10, max_iter=5000).fit(x.astype(np.float64), y)
-        least = objective(z, y, C, exact.coef_.numpy(), exact.intercept_.numpy())
-        assert found < 1.01 * least
-
-
-def test_a_step_into_nan_ends() -> None:
-    """Remembered curvature that is nonsense is dropped, and nothing loops for ever."""
-    x, y = blobs(60, 4, classes=3)
-    space, labels = Standardized(x.astype(np.float32)), torch.from_numpy(y)
-    descent = LogisticDescent(space.variance)
-    descent.place(space.rotated, labels, torch.zeros(5, 3))
-    descent.pairs = [(torch.full((5, 3), np.nan), torch.ones(5, 3))]
-    assert descent.minimise(1.0, tol=1e-4, max_iter=50) < 50
-    assert descent.theta.isfinite().all()
-
-
-@pytest.mark.parametrize("spread", [0.5, 2.0, 20.0])
-@pytest.mark.parametrize("C", [1e-2, 1.0, 100.0])
-def test_single_precision_is_no_worse_than_scikit_learns(spread: float, C: float) -> None:
-    x, y = blobs(2000, 30, classes=8, spread=spread)
-    z = standardised(x).astype(np.float32)
-    theirs = LogisticRegression(C=C, max_iter=10_000).fit(z, y)
-    ours = LogisticProbe(C).fit(x.astype(np.float32), y)
-    least, found = (
-        objective(
-            standardised(x), y, C, np.asarray(p.coef_, float), np.asarray(p.intercept_, float)
-        )
-        for p in (theirs, ours)
-    )
-    assert found <= least * (1 + 1e-6)
-
-
-def test_c_is_chosen_on_a_part_of_train() -> None:
-    x, y = blobs(400, 30, classes=4, spread=1.0)
-    grid = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
-    held = validation_part(y, seed=7)
-    z = standardised(x)
-    scores = [
-        LogisticRegression(C=C, tol=1e-9, max_iter=5000)
-        .fit(z[~held], y[~held])
-        .score(z[held], y[held])
-        for C in grid
-    ]
-    probe = LogisticProbe(grid, random_state=7, tol=1e-8).fit(x, y)
-    assert probe.validation_score_ == pytest.approx(max(scores))
-    assert grid[int(np.argmax(scores))] == probe.C_
-    alone = LogisticProbe(probe.C_, tol=1e-8).fit(x, y)
-    np.testing.assert_allclose(probe.coef_, alone.coef_, atol=1e-5)
-    default = LogisticProbe(random_state=7).fit(x, y)
-    assert round(default.C_ * len(x), 6) in [10**k for k in range(8)]
-
-
-@settings(max_examples=60)
-@given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=8), seed=st.integers(0, 99))
-def test_the_validation_part_is_a_stratified_fifth(counts: list[int], seed: int) -> None:
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    wanted = min(round(0.2 * len(labels)), len(labels) - len(counts))
-    if wanted == 0:
-        with pytest.raises(UserError, match="more images per class"):
-            validation_part(labels, seed)
-        return
-    held = validation_part(labels, seed)
-    assert held.sum() == wanted
-    taken = np.bincount(labels[held], minlength=len(counts))
-    assert (taken < counts).all()
-    share = wanted * (np.array(counts) - 1) / (len(labels) - len(counts))
-    assert (abs(taken - share) < 1).all()
-    np.testing.assert_array_equal(held, validation_part(labels, seed))
-    assert validation_part(labels, -1 - seed).sum() == held.sum()
-
-
-# Ridge
-
-
-@pytest.mark.parametrize(("n", "width"), [(200, 8), (40, 90)])
-def test_ridge_is_scikit_learns_on_one_hot_labels(n: int, width: int) -> None:
-    x, y = blobs(n, width, classes=4)
-    ours = RidgeProbe(3.0).fit(x, y)
-    theirs = Ridge(alpha=3.0).fit(standardised(x), np.eye(4)[y])
-    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-7)
-    np.testing.assert_allclose(
-        ours.decision_function(x), theirs.predict(standardised(x)), atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(("n", "width"), [(60, 6), (24, 40)])
-def test_ridge_leaves_every_row_out_exactly(n: int, width: int) -> None:
-    x, y = blobs(n, width, classes=3, spread=1.0)
-    z, onehot = standardised(x), np.eye(3)[y]
-    for alpha in (0.5, 20.0):
-        hits = 0
-        for i in range(n):
-            rest = np.arange(n) != i
-            fitted = Ridge(alpha=alpha).fit(z[rest], onehot[rest])
-            hits += fitted.predict(z[i : i + 1]).argmax() == y[i]
-        assert RidgeProbe(alpha).fit(x, y).validation_score_ == pytest.approx(hits / n)
-
-
-def test_ridge_takes_the_best_alpha_and_the_stronger_of_equals() -> None:
-    x, y = blobs(150, 20, classes=3, spread=1.0)
-    grid = [1.0, 10.0, 100.0, 1e8, 1e9]
-    scores = {a: RidgeProbe(a).fit(x, y).validation_score_ for a in grid}
-    probe = RidgeProbe(grid).fit(x, y)
-    assert probe.validation_score_ == max(scores.values())
-    assert probe.alpha_ == max(a for a in grid if scores[a] == probe.validation_score_)
-
-
-# Nearest neighbours
-
-
-def test_knn_is_scikit_learns_with_the_same_weights() -> None:
-    x, y = blobs(300, 10, classes=5, spread=1.0)
-    new, new_y = blobs(150, 10, classes=5, seed=1, spread=1.0)
-    votes: Any = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
-    theirs = KNeighborsClassifier(20, metric="cosine", weights=votes).fit(standardised(x), y)
-    wanted = theirs.predict((new - x.mean(0)) / x.std(0))
-    probe = KNNProbe().fit(x, y)
-    np.testing.assert_array_equal(probe.predict(new), wanted)
-    bank_x, bank_y, query_x, query_y = (torch.from_numpy(a) for a in (x, y, new, new_y))
-    found = knn_accuracy(bank_x, bank_y, query_x, query_y)
-    assert found == pytest.approx((wanted == new_y).mean())
-
-
-def test_knn_with_fewer_images_than_neighbours_and_with_nan() -> None:
-    x, y = blobs(10, 4, classes=2)
-    assert KNNProbe(k=20).fit(x, y).predict(x).shape == (10,)
-    bad = torch.full((6, 3), torch.nan)
-    accuracy = knn_accuracy(bad, torch.tensor([0, 1, 2] * 2), bad, torch.tensor([0] * 6))
-    assert 0 <= accuracy <= 1
-
-
-# What all of them share
-
-ALL = [
-    lambda: LogisticProbe(),
-    lambda: LogisticProbe(1.0),
-    lambda: RidgeProbe(),
-    lambda: KNNProbe(),
-]
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_labels_of_any_kind_and_test_labels_that_train_did_not_have(make) -> None:
-    x, y = blobs(120, 6, classes=3, spread=6.0)
-    names = np.array(["cat", "dog", "eel"])[y]
-    probe = make()
-    assert probe.fit(x.astype(np.float32), names) is probe
-    assert list(probe.classes_) == ["cat", "dog", "eel"]
-    assert probe.score(x, names) > 0.8
-    unseen = np.where(y == 0, "fox", names)
-    assert probe.score(x, unseen) == pytest.approx(np.mean((probe.predict(x) == names) & (y != 0)))
-    # Two of a hundred classes, far fewer rows than classes.
-    few = make().fit(x[:40], np.where(y[:40] == 0, 17, 93))
-    assert set(few.predict(x)) <= {17, 93}
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_features_that_do_not_vary(make) -> None:
-    x, y = blobs(90, 4, classes=3, spread=6.0)
-    wide = np.hstack([x, np.full((90, 3), 0.1), np.zeros((90, 1))]).astype(np.float32)
-    # A constant feature changes nothing, not even when it is another constant later.
-    plain, padded = make().fit(x.astype(np.float32), y), make().fit(wide, y)
-    assert (plain.predict(x) == padded.predict(wide)).mean() > 0.97
-    constant = np.full((90, 5), 0.3, np.float32)
-    labels = np.r_[np.zeros(60, int), np.ones(30, int)]
-    found = make().fit(constant, labels).predict(constant)
-    # Neighbours that are all equally near are no majority; the linear probes know the frequencies.
-    assert set(found) <= ({0, 1} if isinstance(make(), KNNProbe) else {0})
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_bad_input_is_one_clear_line(make) -> None:
-    x, y = blobs(50, 4, classes=2)
-    for bad, labels, words in (
-        (np.where(x == x[0, 0], np.nan, x), y, "NaN"),
-        (np.where(x == x[0, 0], np.inf, x), y, "NaN or infinity"),
-        (x[:, 0], y, "matrix"),
-        (x[:0], y[:0], "0 sample"),
-        (torch.empty(0, 4), y[:0], "matrix"),
-        (x, y[:-1], "one per row"),
-        (x, y * 0, "one class only"),
-    ):
-        with pytest.raises(UserError, match=words):
-            make().fit(bad, labels)
-    with pytest.raises(UserError, match=r"3 features, but .*Probe is expecting 4"):
-        make().fit(x, y).predict(x[:, :3])
-    with pytest.raises(UserError, match=r"3 features, but .*Probe is expecting 4"):
-        make().fit(x, y).predict(torch.as_tensor(x[:, :3]))
-
-
-def test_one_image_per_class_leaves_nothing_to_choose_on() -> None:
-    x, _ = blobs(8, 3, classes=2)
-    with pytest.raises(UserError, match="more images per class"):
-        LogisticProbe().fit(x, np.arange(8))
-    assert LogisticProbe(1.0).fit(x, np.arange(8)).score(x, np.arange(8)) > 0.5
-
-
-@pytest.mark.parametrize(("n", "width"), [(50, 8), (20, 60)])
-def test_principal_axes_keep_all_inner_products(n: int, width: int) -> None:
-    x, _ = blobs(n, width, classes=2)
-    z = standardised(x)
-    space = Standardized(x)
-    np.testing.assert_allclose(space.rotated @ space.rotated.T, z @ z.T, atol=1e-9 * width)
-    np.testing.assert_allclose(z @ space.basis.numpy(), space.rotated, atol=1e-7)
-    covariance = space.rotated.T @ space.rotated / n
-    np.testing.assert_allclose(covariance, torch.diag(space.variance), atol=1e-9 * width)
-
-
-@settings(max_examples=50)
-@given(n=st.integers(1, 5000), share=st.floats(0, 1))
-def test_wilson_is_scipys(n: int, share: float) -> None:
-    hits = round(share * n)
-    wanted = binomtest(hits, n).proportion_ci(method="wilson")
-    low, high = wilson_interval(hits / n, n)
-    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
-    assert low <= hits / n <= high
-
-
-# Encoders on data sets
 
 
 def colour_set(split: str, count: int, seed: int, name: str = "colours") -> ImageSet:
@@ -490,3 +165,181 @@ def test_bad_requests(embedded: list[str], settings_: dict, words: str) -> None:
     request = {"refs": make_encoder(), "data": "colours", **settings_}
     with pytest.raises(UserError, match=words):
         evaluate(**request)
+
+
+def colours(split: str, count: int, seed: int, name: str = "colours") -> ImageSet:
+    """Noise with a colour cast; twice as many reds as greens or blues, and labels of chance."""
+    rng = np.random.default_rng(seed)
+    hue = rng.permutation(np.arange(count) % 4 % 3)
+    images = rng.integers(0, 128, (count, 8, 8, 3))
+    images[np.arange(count), :, :, hue] += 100
+    targets = {
+        "hue": Target(hue, ("red", "green", "blue")),
+        "noise": Target(rng.integers(0, 2, count), ("x", "y")),
+    }
+    about = f"{name}{split}{count}"
+    return ImageSet(name, split, images.astype(np.uint8), targets, MEAN, STD, fingerprint=about)
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """Built-in test data; the list says which splits were loaded."""
+    calls: list[str] = []
+
+    def load_dataset(name: str, split: str, **settings: Any) -> ImageSet:
+        calls.append(split)
+        return colours(split, 240 if split == "train" else 100, split == "test", name)
+
+    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    """Fine-tuning of a few steps."""
+    monkeypatch.setattr(module, "FineTune", QuickTune)
+
+
+class QuickTune(FineTune):
+    def __init__(self, encoder: Encoder, *, random_state: int = 0) -> None:
+        recipe = Recipe(passes=1, least_steps=12)
+        super().__init__(encoder, random_state=random_state, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("logistic", ("logistic", 1.0)),
+        ("logistic:1%", ("logistic", 0.01)),
+        ("knn:12.5%", ("knn", 0.125)),
+        ("finetune:100%", ("finetune", 1.0)),
+    ],
+)
+def test_a_protocol_is_a_name_and_maybe_a_share(text: str, wanted: tuple[str, float]) -> None:
+    assert split_protocol(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("logistics", "did you mean 'logistic'"),
+        ("logistics:1%", "did you mean 'logistic'"),
+        ("logistic:", "written logistic:10%"),
+        ("logistic:1", "written logistic:10%"),
+        ("ridge:0%", "above 0 and at most 100"),
+        ("ridge:101%", "above 0 and at most 100"),
+        ("knn:-1%", "above 0"),
+        ("knn:nan%", "above 0"),
+        ("knn:1%:2%", "above 0"),
+    ],
+)
+def test_other_protocols_are_one_clear_line(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"--protocol {text}: .*{words}") as caught:
+        check_protocols(["knn", text])
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    shares=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)),
+    seed=st.integers(0, 9),
+)
+def test_a_share_is_stratified_and_nested(
+    counts: list[int], shares: tuple[float, float], seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    small, large = (labelled_share(labels, share, seed) for share in sorted(shares))
+    assert set(small) <= set(large)
+    for rows, share in ((small, min(shares)), (large, max(shares))):
+        assert (np.diff(rows) > 0).all()
+        taken = np.bincount(labels[rows], minlength=len(counts))
+        assert (taken >= 1).all()
+        wanted = round(share * len(labels))
+        assert wanted <= len(rows) <= wanted + len(counts)
+        # The share that was reached, with rounding over all classes, is every class's own.
+        off = taken - share * np.array(counts)
+        assert (abs(off) < 2 + 0.5 * np.array(counts) / len(labels)).all()
+    np.testing.assert_array_equal(labelled_share(labels, shares[0], seed)[:0], [])
+    assert len(labelled_share(labels, 1.0, seed)) == len(labels)
+
+
+def test_a_share_of_the_labels_is_a_probe_on_those_images(loaded: list[str]) -> None:
+    encoder = make_encoder()
+    names = ("logistic:20%", "ridge:20%", "knn:20%", "logistic:2%", "logistic")
+    rows = evaluate(encoder, "colours", protocols=names, targets=["hue"], limit=200)
+    train, test = colours("train", 240, 0).subset(200), colours("test", 100, 1)
+    y, wanted = train.targets["hue"].values, test.targets["hue"].values
+    part = labelled_share(y, 0.2, 0)
+    for source, floor in ((encoder, False), (encoder.untrained(0), True)):
+        x, new = embed(source, train).x, embed(source, test).x
+        probes = (LogisticProbe(), RidgeProbe(), KNNProbe())
+        for row, probe in zip(rows, probes, strict=False):
+            accuracy = probe.fit(x[part], y[part]).score(new, wanted)
+            assert (row.untrained if floor else row.accuracy) == accuracy
+            assert row.n_train == len(part) == 40
+    few, whole = rows[3], rows[4]
+    assert (few.n_train, whole.n_train) == (len(labelled_share(y, 0.02, 0)), 200)
+    assert few.protocol == "logistic:2%" and few.pixels is not None
+
+
+def test_one_label_per_class_is_fitted_at_the_stated_c(loaded: list[str]) -> None:
+    encoder = make_encoder()
+    (row,) = evaluate(encoder, "colours", protocols=["logistic:1%"], targets=["hue"], floors=False)
+    assert row.n_train == 3 and row.settings["C"] == pytest.approx(1 / 3)
+    train, test = colours("train", 240, 0), colours("test", 100, 1)
+    y = train.targets["hue"].values
+    part = labelled_share(y, 0.01, 0)
+    x = embed(encoder, train).x[part].astype(float)
+    z = (embed(encoder, test).x - x.mean(0)) / x.std(0)
+    theirs = LogisticRegression(C=1 / 3, tol=1e-8).fit((x - x.mean(0)) / x.std(0), y[part])
+    assert row.accuracy == pytest.approx(theirs.score(z, test.targets["hue"].values), abs=0.02)
+
+
+def test_held_out_images_are_scored_on_and_test_is_never_loaded(
+    loaded: list[str], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"targets": ["hue"], "cache_dir": tmp_path}
+    (held,) = evaluate(make_encoder(), "colours", holdout=60, **settings)
+    assert loaded == ["train"]
+    assert (held.n_train, held.n_test) == (180, 60)
+    assert held.settings["scored_on"] == "holdout"
+    floors = set(tmp_path.iterdir())
+    (plain,) = evaluate(make_encoder(), "colours", **settings)
+    assert plain.settings["scored_on"] == "test" and loaded == ["train", "train", "test"]
+    assert len(set(tmp_path.iterdir()) - floors) == len(floors) == 2  # kept apart
+
+    rest, aside = colours("train", 240, 0).split_off(60)
+    x, new = embed(make_encoder(), rest).x, embed(make_encoder(), aside).x
+    probe = LogisticProbe().fit(x, rest.targets["hue"].values)
+    assert held.accuracy == probe.score(new, aside.targets["hue"].values)
+
+
+def test_splits_do_not_share_an_image(loaded: list[str]) -> None:
+    rest, aside = load_splits("colours", 50)
+    everything = {image.tobytes() for image in colours("train", 240, 0).images}
+    fitted, scored = ({image.tobytes() for image in part.images} for part in (rest, aside))
+    assert not fitted & scored and fitted | scored == everything
+    assert rest.fingerprint != aside.fingerprint
+    # A limit takes from what is left, so it never brings an image back.
+    assert not {i.tobytes() for i in rest.subset(100).images} & scored
+
+
+def test_finetune_rows_have_an_untrained_floor_and_no_pixels(
+    loaded: list[str], short: None
+) -> None:
+    encoder = make_encoder()
+    before = encoder.fingerprint()
+    rows = evaluate(encoder, "colours", protocols=["finetune", "finetune:25%"], targets=["hue"])
+    train, test = colours("train", 240, 0), colours("test", 100, 1)
+    y, wanted = train.targets["hue"].values, test.targets["hue"].values
+    assert encoder.fingerprint() == before
+    for row, share in zip(rows, (1.0, 0.25), strict=True):
+        part = labelled_share(y, share, 0)
+        assert row.n_train == len(part)
+        assert row.pixels is None and row.pixels_interval is None
+        tuned, fresh = (
+            QuickTune(e).fit(train, y[part], part) for e in (encoder, encoder.untrained(0))
+        )
+        assert row.accuracy == tuned.score(test, wanted)
+        assert row.untrained == fresh.score(test, wanted)
+        assert row.settings["steps"] == 12

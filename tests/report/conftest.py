@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejepa.data.scenes import COLOURS, Scenes
-from sparsejepa.evaluation.estimate import Estimate, undefined
+from sparsejepa.evaluation.stats import Estimate, undefined
 from sparsejepa.report.explain import ExplainPage, GroupView, MeasureRow, write_explain_page
 from sparsejepa.study.figures import group_map_figure
 from sparsejepa.study.page import Picture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsejepa.evaluation.estimate import Estimate, undefined
+from sparsejepa.evaluation.stats import Estimate, undefined
 from sparsejepa.report.explain import (
     ExplainPage,
     MeasureRow,
