@@ -11,8 +11,7 @@ import study
 
 from sparsejepa import cli
 from sparsejepa.config import load_toml, preset
-from sparsejepa.study import demo
-from sparsejepa.study.sweep import sweep_arms
+from sparsejepa.study.sweep import DEMO_PROBES, sweep_arms
 from sparsejepa.study.tasks import Probes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -27,7 +26,7 @@ def test_a_recipes_command_is_its_settings(name: str) -> None:
     words = shlex.split(recipe["command"])
     if words == ["sparsejepa", "demo"]:
         assert config == preset("demo") and config.data == "scenes"
-        assert probes == Probes(tuple(demo.TARGETS), targets=demo.TARGETS, limit=demo.PROBE_LIMIT)
+        assert probes == DEMO_PROBES
         return
     if words[:2] == ["python", "recipes/run.py"]:
         entries = runner.read_queue(runner.parse(words[2:]))

@@ -85,7 +85,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         }  # fmt: skip
 
     monkeypatch.setattr(tasks, "run_and_probe", run_and_probe)
-    monkeypatch.setattr(runs, "_check", lambda tasks: ([4] * len(tasks), 0))
+    monkeypatch.setattr(runs, "check_tasks", lambda tasks: None)
     return ran
 
 

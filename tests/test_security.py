@@ -36,7 +36,6 @@ from sparsejepa.model.encoder import ViT
 from sparsejepa.report.explain import _json
 from sparsejepa.study.figures import STYLE, inline_svg
 from sparsejepa.study.page import Page, Table, resource, write_page
-from sparsejepa.study.sweep import sweep_command
 from sparsejepa.training import checkpoint
 from sparsejepa.training.build import default_run_dir
 
@@ -252,15 +251,6 @@ def test_a_name_in_a_run_does_not_become_a_command(
     parts = shlex.split(line.removeprefix("next: ") + out.partition(line)[2].partition("\n\n")[0])
     assert parts[:3] == ["sparsejepa", "probe", "a b; touch outside"]
     assert not mark.exists() and not Path("outside").exists()
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_commands_on_pages_are_quoted(name: str, tmp_path: Path) -> None:
-    command = sweep_command(
-        Config(data=name), lams=(), densities=(), seeds=1, out=tmp_path / name, probe_data=[name]
-    )
-    words = shlex.split(command)
-    assert words[2] == name and words[-1] == str(tmp_path / name) and name in words
 
 
 # Data

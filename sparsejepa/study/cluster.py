@@ -1,4 +1,4 @@
-"""Runs as jobs, by submitit: on a SLURM cluster, or on this machine without waiting for them.
+"""Runs as jobs of a SLURM cluster, by submitit.
 
 A job is one run. It writes how the run ended to a JSON file of its own; the one process that
 submitted collects these files. So nothing is written by two at a time, the jobs go on without that
@@ -8,22 +8,19 @@ is read here.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from sparsejepa.environment import cores
 from sparsejepa.errors import UserError
-from sparsejepa.study.workers import unbothered
+from sparsejepa.files import read_json, write_text
 
 T = TypeVar("T")
 
@@ -38,12 +35,11 @@ _SAVING_SECONDS = 120
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where jobs run and what each of them gets; `folder` holds their files and logs.
+    """What each job gets; `folder` holds the files and logs of all.
 
     `gpus` and `cpus` are those of one job, `minutes` its time limit, `more` KEY=VALUE of sbatch.
     """
 
-    kind: Literal["slurm", "local"]
     folder: Path
     minutes: int = 24 * 60
     partition: str | None = None
@@ -73,39 +69,25 @@ class Cluster:
                 )
         return self
 
-    def at_a_time(self, jobs: int | None, gpus: int) -> int | None:
-        """Return how many jobs run at a time; None leaves it to the queue.
-
-        `jobs` is what was asked for, `gpus` are those of this machine.
-        """
-        if self.kind == "slurm":
-            return jobs
-        return jobs or gpus or min(4, cores())
-
     def executor(self, at_a_time: int | None) -> Any:
         """Return submitit's executor. Raises UserError without submitit or without SLURM."""
         try:
             import submitit
         except ImportError:
             raise UserError(
-                f"--cluster {self.kind}: submitit is not installed; pip install 'sparsejepa[slurm]'"
+                "--cluster slurm: submitit is not installed; pip install 'sparsejepa[slurm]'"
             ) from None
         # Absolute, since a job need not begin in this folder.
-        folder = self.folder.resolve() / "submitit"
-        if self.kind == "local":
-            executor: Any = submitit.LocalExecutor(folder, max_num_timeout=_ATTEMPTS)
-            delay = min(_SAVING_SECONDS, 30 * self.minutes)
-            executor.update_parameters(timeout_min=self.minutes, signal_delay_s=delay)
-            return executor
+        folder = self.folder.resolve()
         try:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=_ATTEMPTS)
+            executor = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=_ATTEMPTS)
         except RuntimeError:
             raise UserError(
                 "--cluster slurm: there is no SLURM here (srun is not found); run it on a login "
-                "node, or use --cluster local"
+                "node, or leave --cluster out"
             ) from None
         wanted: dict[str, Any] = {
-            "job_name": self.folder.resolve().parent.name,
+            "job_name": folder.parent.name,
             "time": self.minutes,
             "signal_delay_s": min(_SAVING_SECONDS, 30 * self.minutes),
             "partition": self.partition,
@@ -130,9 +112,7 @@ class Job:
     outcome: Path
 
     def __call__(self) -> None:
-        """Do the run; Ctrl-C of the terminal that submitted it does not reach it."""
-        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
-            os.setpgrp()
+        """Do the run."""
         number = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
         queue_again, asked = signal.getsignal(number), []
 
@@ -150,8 +130,6 @@ class Job:
             if asked and callable(queue_again):
                 queue_again(*asked[0])
             raise
-        from sparsejepa.files import write_text
-
         write_text(self.outcome, json.dumps(found))
 
     def checkpoint(self) -> Any:
@@ -161,170 +139,82 @@ class Job:
         return DelayedSubmission(self)
 
 
-@dataclass
-class _Running:
-    """A job at work or in the queue."""
-
-    id: str
-    alive: Callable[[], bool]
-    slot: int = -1
-    """Which of those at a time it is, on this machine."""
-    gone: float = 0.0
-    """When it was first seen to be no more, 0 before that."""
-
-
 def outcomes(
     cluster: Cluster,
     tasks: Mapping[str, T],
     step: Callable[[T], dict[str, Any]],
     *,
     at_a_time: int | None,
-    gpus: int,
     say: Callable[[str], object],
 ) -> Generator[tuple[T, dict[str, Any] | UserError] | None, None, None]:
     """Do `step` of each task as a job; yield each with its line or its UserError, as they end.
 
     None is yielded now and then while there is nothing new. What earlier jobs of the same names
-    found is taken, jobs that are still there are waited for, and the others are submitted. When
-    this is left, the jobs go on, and `say` gets a line about it.
-
-    Args:
-        tasks: by a name that is also a file's; tasks of equal names are the same work.
-        gpus: those of this machine, which local jobs share; each gets one.
+    found is taken, jobs that are still there are waited for, and the others are submitted as one
+    array, `at_a_time` of it at once. When this is left, the jobs go on, and `say` gets a line about
+    it. `tasks` are by a name that is also a file's; tasks of equal names are the same work.
     """
-    cluster.folder.mkdir(parents=True, exist_ok=True)
+    folder = cluster.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     executor = cluster.executor(at_a_time)
-    running: dict[str, _Running] = {}
-    waiting: deque[str] = deque()
+    jobs: dict[str, Any] = {}
     for name in tasks:
-        found = _read(cluster.folder / f"{name}.json")
-        if found is not None and "row" not in found:
-            (cluster.folder / f"{name}.json").unlink()  # it failed: try again
-            found = None
-        job = None if found is not None else _earlier(cluster, executor, name)
-        if job is not None or found is not None:
-            running[name] = job or _Running("", bool)
-        else:
-            waiting.append(name)
+        note = folder / f"{name}.job"
+        number = note.read_text() if note.exists() else ""
+        if re.fullmatch(r"\d+(_\d+)?", number):
+            jobs[name] = executor.job_class(executor.folder, number)
+    new = [n for n, job in jobs.items() if job.done() and not (folder / f"{n}.json").exists()]
+    new += [name for name in tasks if name not in jobs]
+    jobs |= _submit(
+        executor, {name: Job(step, tasks[name], folder / f"{name}.json") for name in new}
+    )
+    gone: dict[str, float] = {}
     try:
-        while waiting or running:
-            room = len(waiting)
-            if cluster.kind == "local" and at_a_time:
-                room = min(room, at_a_time - len(running))
-            chosen = {waiting.popleft(): -1 for _ in range(room)}
-            if cluster.kind == "local":
-                busy = {job.slot for job in running.values()}
-                free = (slot for slot in itertools.count() if slot not in busy)
-                chosen = dict(zip(chosen, free, strict=False))
-            running |= _submit(cluster, executor, tasks, chosen, step, gpus)
-            for name, job in list(running.items()):
-                outcome = _outcome(cluster, name, job)
+        while jobs:
+            for name, job in list(jobs.items()):
+                outcome = _outcome(folder, name, job, gone)
                 if outcome is not None:
                     yield tasks[name], outcome
-                    del running[name]
+                    del jobs[name]
                     for end in (".json", ".job"):
-                        (cluster.folder / f"{name}{end}").unlink(missing_ok=True)
+                        (folder / f"{name}{end}").unlink(missing_ok=True)
             yield None
-            if running:
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS if jobs else 0)
     finally:
-        ids = [job.id for job in running.values() if job.id]
-        if ids:
-            stop = "scancel" if cluster.kind == "slurm" else "kill"
-            left = f", {len(waiting)} runs are not begun" if waiting else ""
+        if jobs:
             say(
-                f"{len(ids)} jobs go on by themselves{left}; the same command again collects them "
-                f"and does the rest, and {stop} {' '.join(ids)} would stop them"
+                f"{len(jobs)} jobs go on by themselves; the same command again collects them, and "
+                f"scancel {' '.join(job.job_id for job in jobs.values())} would stop them"
             )
 
 
-def _submit(
-    cluster: Cluster,
-    executor: Any,
-    tasks: Mapping[str, Any],
-    chosen: Mapping[str, int],
-    step: Callable[[Any], dict[str, Any]],
-    gpus: int,
-) -> dict[str, _Running]:
-    """Submit the chosen tasks, {name: slot}; in SLURM as one array of jobs."""
-    from sparsejepa.files import write_text  # which needs torch, as most commands here do not
-
-    folder = cluster.folder.resolve()
-    work = {name: Job(step, tasks[name], folder / f"{name}.json") for name in chosen}
-    jobs: dict[str, Any] = {}
+def _submit(executor: Any, work: Mapping[str, Job]) -> dict[str, Any]:
+    """Submit jobs as one array; return them by name, and note their numbers beside the outcomes."""
+    if not work:
+        return {}
     try:
-        if cluster.kind == "slurm" and work:
-            with executor.batch():
-                jobs = {name: executor.submit(job) for name, job in work.items()}
-        for name, slot in chosen.items() if cluster.kind == "local" else ():
-            own = {"gpus_per_node": 1, "visible_gpus": (slot % gpus,)} if gpus else {}
-            executor.update_parameters(**own)
-            with unbothered():  # by the Ctrl-C of this terminal
-                jobs[name] = executor.submit(work[name])
+        with executor.batch():
+            jobs = {name: executor.submit(job) for name, job in work.items()}
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         what = " ".join(str(getattr(error, "stderr", "") or error).split())
-        raise UserError(f"--cluster {cluster.kind}: the jobs were not taken: {what}") from None
+        raise UserError(f"--cluster slurm: the jobs were not taken: {what}") from None
     for name, job in jobs.items():
-        note = {"kind": cluster.kind, "id": job.job_id, "slot": chosen[name]}
-        write_text(folder / f"{name}.job", json.dumps(note))
-    return {
-        name: _Running(job.job_id, lambda job=job: not job.done(), chosen[name])
-        for name, job in jobs.items()
-    }
+        write_text(work[name].outcome.with_suffix(".job"), job.job_id)
+    return jobs
 
 
-def _earlier(cluster: Cluster, executor: Any, name: str) -> _Running | None:
-    """Return the job that an earlier command submitted for a task, if it is still there."""
-    note = _read(cluster.folder / f"{name}.job") or {}
-    number, slot = str(note.get("id")), note.get("slot", -1)
-    form = r"\d+(_\d+)?" if cluster.kind == "slurm" else r"\d+"
-    if note.get("kind") != cluster.kind or not re.fullmatch(form, number):
+def _outcome(
+    folder: Path, name: str, job: Any, gone: dict[str, float]
+) -> dict[str, Any] | UserError | None:
+    """Return how a job ended, None while it goes on; `gone` says since when jobs are no more."""
+    ended = job.done()
+    if (folder / f"{name}.json").exists():
+        found = read_json(folder / f"{name}.json")
+        return found["row"] if "row" in found else UserError(str(found["error"]))
+    if not ended or time.monotonic() - gone.setdefault(name, time.monotonic()) < GRACE_SECONDS:
         return None
-    if cluster.kind == "slurm":
-        job = executor.job_class(executor.folder, number)
-        found = _Running(number, lambda: not job.done())
-    else:
-        found = _Running(number, lambda: _at_work(int(number)), slot)
-    return found if found.alive() else None
-
-
-def _at_work(pid: int) -> bool:
-    """Return whether a process is one of submitit's; where nobody tells, whether it is there."""
-    try:
-        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        if Path("/proc/self").exists():
-            return False
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
-def _outcome(cluster: Cluster, name: str, job: _Running) -> dict[str, Any] | UserError | None:
-    """Return how a job ended, None while it goes on."""
-    ended = bool(job.gone) or not job.alive()
-    found = _read(cluster.folder / f"{name}.json")
-    if found is not None:
-        row = found.get("row")
-        return row if isinstance(row, dict) else UserError(str(found.get("error")))
-    if not ended:
-        return None
-    job.gone = job.gone or time.monotonic()
-    if time.monotonic() - job.gone < GRACE_SECONDS:
-        return None
-    log = cluster.folder / "submitit" / f"{job.id}_0_log.err"
+    log = folder / "submitit" / f"{job.job_id}_0_log.err"
     return UserError(
-        f"job {job.id} of {name} ended without a word (cancelled, killed, or out of memory?): see "
-        f"{log}; the same command again goes on from its checkpoint"
+        f"job {job.job_id} of {name} ended without a word (cancelled, killed, or out of memory?): "
+        f"see {log}; the same command again goes on from its checkpoint"
     )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None if there is none or it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""The pictures of a sweep. Each function returns a matplotlib Figure; nothing global is touched.
+"""The pictures of sweeps and masks. Each function returns a matplotlib Figure.
 
 Ink is one colour, which `inline_svg` turns into the page's own text colour, so that a figure is
 readable on light and dark pages. Series colours are Okabe and Ito's, told apart by readers with
@@ -16,12 +16,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sparsejepa.files import atomic_path
-from sparsejepa.study.verdict import STRUCTURE, BySeed, Summary, mark, mean_sd
+from sparsejepa.model.coverage import CoverageAudit
+from sparsejepa.model.masks import MaskSampler
+from sparsejepa.study.verdict import BySeed, Summary, mark, mean_sd
 
 INK = "#1b2127"
 COLOURS = ("#3a8fd0", "#e08214", "#00a078", "#cc79a7", "#d55e00", "#8a7fc8", "#b0a000")
@@ -67,18 +70,6 @@ def accuracy_figure(summary: Summary, measure: str) -> Figure:
         if measure in summary.uninformative:
             _stamp(ax)
         _legend(ax)
-    return figure
-
-
-def structure_figure(summary: Summary) -> Figure:
-    """Groups per latent and non-zero elements of W against lambda."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(2)
-        for ax, key in zip(axes, ("groups_per_latent", "nonzero_elements"), strict=True):
-            _against_lambda(ax, summary, lambda arm, key=key: arm.structure.get(key, {}))
-            ax.set(title=f"W: {STRUCTURE[key]}")
-            ax.margins(y=0.12)
-            ax.set_ylim(bottom=0)
     return figure
 
 
@@ -216,36 +207,104 @@ def samples_figure(
     target patch by patch.
     """
     n, height, width = images.shape[:3]
-    ph, pw = height // grid_size[0], width // grid_size[1]
+    patch = (height // grid_size[0], width // grid_size[1])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 5.4 * 2.15 / max(n, 1)), layout="constrained")
         axes = figure.subplots(2, n, squeeze=False)
         for i in range(n):
-            seen = np.zeros(grid_size[0] * grid_size[1], bool)
-            seen[np.asarray(contexts[i])] = True
-            mask = seen.reshape(grid_size).repeat(ph, 0).repeat(pw, 1)[..., None]
+            seen = _seen(contexts[i], grid_size).repeat(patch[0], 0).repeat(patch[1], 1)
             axes[0, i].imshow(images[i], interpolation="none")
-            axes[1, i].imshow(np.where(mask, images[i], 150), interpolation="none")
-            for j, block in enumerate(np.asarray(targets[i])):
-                for row, col, rows, cols in _rectangles(block, grid_size[1]):
-                    axes[1, i].add_patch(
-                        Rectangle(
-                            (col * pw - 0.5, row * ph - 0.5), cols * pw, rows * ph,
-                            fill=False, lw=1.6, ec=COLOURS[j % len(COLOURS)],
-                        )
-                    )  # fmt: skip
+            axes[1, i].imshow(np.where(seen[..., None], images[i], 150), interpolation="none")
+            _outline(axes[1, i], targets[i], grid_size[1], patch)
         for ax in axes.flat:
             ax.set_axis_off()
     return figure
 
 
-def _rectangles(patches: np.ndarray, across: int) -> list[tuple[int, int, int, int]]:
-    """Return row, column and sides of the block that patches fill, or else of each patch."""
-    row, col = patches // across, patches % across
-    rows, cols = np.ptp(row) + 1, np.ptp(col) + 1
-    if rows * cols == len(patches):
-        return [(row.min(), col.min(), rows, cols)]
-    return [(r, c, 1, 1) for r, c in zip(row, col, strict=True)]
+def mask_preview_figure(sampler: MaskSampler, count: int = 16, seed: int = 0) -> Figure:
+    """`count` masks of steps 0, 1, ...: context filled, target blocks outlined.
+
+    A merged target is outlined patch by patch.
+    """
+    rows, cols = sampler.grid_size
+    across = min(count, 8)
+    down = -(-count // across)
+    size = (max(1.45 * across, 5.5), (1.35 * rows / cols + 0.35) * down + 0.4)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(
+            "Filled: what the context encoder sees. Outlined: target blocks.", x=0.01, ha="left"
+        )
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for ax in axes:
+            ax.set_axis_off()
+        for step, ax in enumerate(axes[:count]):
+            context, targets = (part[0].numpy() for part in sampler.sample(1, seed=seed, step=step))
+            ax.set_title(f"{len(context)} seen", fontsize=8)
+            palette = ListedColormap(["#e9ebee", "#2f6f9f"])
+            ax.imshow(_seen(context, (rows, cols)), palette, vmin=0, vmax=1)
+            _outline(ax, targets, cols, (1, 1))
+    return figure
+
+
+def mask_audit_figure(audit: CoverageAudit) -> Figure:
+    """How often each patch is context and target, how often expected, and the difference."""
+    rows, cols = audit.grid_size
+    expected = "exact probability" if audit.exact else "Monte-Carlo probability"
+    images = audit.batch_size * audit.batches
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 5.6 * rows / cols + 1.8), layout="constrained")
+        figure.suptitle(
+            f"Mask audit {'passed' if audit.passed else 'FAILED'}: {rows}x{cols} patches, "
+            f"{images:,} images",
+            x=0.01,
+            ha="left",
+        )
+        axes = figure.subplots(2, 3)
+        for line, (name, use) in zip(
+            axes, (("context", audit.context), ("target", audit.target)), strict=True
+        ):
+            top, z = float(max(use.share.max(), use.expected.max())), use.z_given_plans
+            for ax, values, label, limits, palette in (
+                (line[0], use.share, "share of images", (0, top), "viridis"),
+                (line[1], use.expected, expected, (0, top), "viridis"),
+                (line[2], z, f"difference, standard errors (worst {abs(z).max():.1f})", (-4, 4),
+                 "RdBu_r"),
+            ):  # fmt: skip
+                image = ax.imshow(
+                    values.reshape(rows, cols), palette, vmin=limits[0], vmax=limits[1]
+                )
+                ax.set(xticks=[], yticks=[], title=f"{name}: {label}")
+                figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02)
+    return figure
+
+
+def _seen(context: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
+    """Return which patches [rows, columns] are among the indices `context` [C]."""
+    return np.isin(np.arange(grid_size[0] * grid_size[1]), context).reshape(grid_size)
+
+
+def _outline(ax: Axes, targets: np.ndarray, across: int, patch: tuple[int, int]) -> None:
+    """Outline target blocks [M, K] of patches of `patch` (h, w) pixels, `across` in a row."""
+    height, width = patch
+    for j, block in enumerate(targets):
+        row, col = block // across, block % across
+        rows, cols = np.ptp(row) + 1, np.ptp(col) + 1
+        whole = rows * cols == len(block)
+        corners = [(row.min(), col.min())] if whole else list(zip(row, col, strict=True))
+        sides = (rows, cols) if whole else (1, 1)
+        inset = 0.06 * (j % 4) * width  # so that no block hides another's outline
+        for top, left in corners:
+            ax.add_patch(
+                Rectangle(
+                    (left * width - 0.5 + inset, top * height - 0.5 + inset),
+                    sides[1] * width - 2 * inset,
+                    sides[0] * height - 2 * inset,
+                    fill=False,
+                    lw=1.6,
+                    ec=COLOURS[(j + 1) % len(COLOURS)],
+                )
+            )
 
 
 def save_png(figure: Figure, path: Path) -> Path:

@@ -20,9 +20,8 @@ from sparsejepa.study.figures import (
     inline_svg,
     pareto_figure,
     samples_figure,
-    structure_figure,
 )
-from sparsejepa.study.verdict import Summary, mean_sd, percent
+from sparsejepa.study.verdict import Summary, percent
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,7 @@ class Page:
 
 def write_page(path: Path, page: Page) -> Path:
     """Render `page` to one HTML file, atomically, and return its path."""
-    html = render(
-        "page.html",
-        title=page.title,
-        subtitle=page.subtitle,
-        verdict=page.verdict,
-        remarks=page.remarks,
-        tables=page.tables,
-        figures=drawn(page.pictures, "f"),
-        command=page.command,
-        environment=page.environment,
-        settings=page.settings,
-    )
+    html = render("page.html", page=page, figures=drawn(page.pictures, "f"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)
     return path
@@ -135,31 +123,18 @@ def sweep_pictures(
                 f"Accuracy on {name} against lambda, in percent. {_levels(summary, name)} {note}",
             )
         )
-    sparse = [arm for arm in summary.arms if arm.structure.get("groups_per_latent")]
-    if sparse:
-        groups = "; ".join(
-            f"{arm.name} {mean_sd(arm.structure['groups_per_latent'])[0]:.1f}" for arm in sparse
-        )
+    name = next((m for m in summary.measures if m not in summary.uninformative), None)
+    if name is not None and any(arm.structure.get("density") for arm in summary.arms):
         pictures.append(
             Picture(
-                "structure",
-                structure_figure(summary),
-                "How many groups a latent feeds, and how many elements of W are not exactly zero.",
-                f"Two panels against lambda. Groups per latent: {groups}.",
+                "pareto",
+                pareto_figure(summary, name),
+                f"Accuracy on {name} against the share of connections that is left: up and to the "
+                "left is better.",
+                f"Accuracy on {name} against the density of W, one point per arm, dense as a line. "
+                f"{_levels(summary, name)}",
             )
         )
-        name = next((m for m in summary.measures if m not in summary.uninformative), None)
-        if name is not None:
-            pictures.append(
-                Picture(
-                    "pareto",
-                    pareto_figure(summary, name),
-                    f"Accuracy on {name} against the share of connections that is left: up and to "
-                    "the left is better.",
-                    f"Accuracy on {name} against the density of W, one point per arm, dense as a "
-                    f"line. {_levels(summary, name)}",
-                )
-            )
     if any(curves.values()):
         pictures.append(
             Picture(

@@ -8,30 +8,40 @@ more done on two cores than one process with two.
 from __future__ import annotations
 
 import contextlib
-import functools
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from sparsejepa.config import Config, check_pattern, preset
-from sparsejepa.environment import cores
+from sparsejepa.data.catalog import load_dataset, load_images
+from sparsejepa.environment import cores, resolve_device
 from sparsejepa.errors import UserError
+from sparsejepa.evaluation.measured import check_measures
+from sparsejepa.evaluation.probe import check_protocols
 from sparsejepa.results import append_row, read_results
 from sparsejepa.study.cluster import Cluster, outcomes
-from sparsejepa.study.progress import RunsProgress
-from sparsejepa.study.tasks import Task, attempt, check_starts, opening, pixel_floor, row_key
+from sparsejepa.study.tasks import Task, attempt, opening, row_key
+from sparsejepa.study.verdict import measure_name
 from sparsejepa.study.workers import terminable, workers
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from sparsejepa.training.build import prepare, total_steps
+from sparsejepa.training.checkpoint import open_run
+from sparsejepa.training.loop import Run, train
+from sparsejepa.training.monitor import check_trackers
 
     from sparsejepa.training.loop import Run
 
 _MOST = 16  # runs at a time, unless more are asked for
-Outcomes = Generator[tuple[Task, dict[str, Any] | UserError], None, None]
+_LINE_SECONDS = 30.0
+"""How often progress is said where there is no terminal to show a bar on."""
+Outcomes = Generator[tuple[Task, dict[str, Any] | UserError] | None, None, None]
 
 
 def run_tasks(
@@ -65,11 +75,10 @@ def run_tasks(
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
-    check_starts(tasks)
+    console = console or Console(quiet=True)
     found: dict[str, list[dict[str, Any]]] = {}
     trained: dict[str, dict[str, Any]] = {}
-    say = console.print if console else lambda line: None
-    for row in [*before, *read_results(results, say)]:
+    for row in [*before, *read_results(results, console.print)]:
         found.setdefault(row_key(row), []).append(row)
         if "encoder" in row:
             trained[row_key(row, run=True)] = row
@@ -81,10 +90,16 @@ def run_tasks(
         elif again(rows[-1]):
             beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
             todo.append(replace(task, run_dir=beside))
+    check_tasks(todo)
     failed = []
-    found_here = _outcomes if cluster is None else functools.partial(_from_jobs, cluster.check())
-    with terminable(), contextlib.closing(found_here(todo, jobs, console, len(tasks))) as ended:
-        for task, outcome in ended:
+    ways = _from_jobs(cluster, todo, jobs, console) if cluster else _outcomes(todo, jobs, console)
+    with terminable(), contextlib.closing(ways) as ended, _Progress(console, todo, tasks) as shown:
+        for end in ended:
+            shown.tick()
+            if end is None:
+                continue
+            task, outcome = end
+            shown.finished(task.run_dir, outcome)
             if isinstance(outcome, UserError):
                 failed.append(outcome)
             else:
@@ -97,129 +112,78 @@ def run_tasks(
     return [found[task.key][-1] for task in tasks]
 
 
-def _check(tasks: Sequence[Task], elsewhere: bool = False) -> tuple[list[int], int]:
-    """Return the steps of every run and how many GPUs they share, if data and folders are right.
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raise UserError for settings, data or run directories of tasks that do not fit.
 
-    Loading the data here also decodes it once, before several processes would do so at a time. What
-    runs `elsewhere` has no GPU of this machine.
+    Loading the data here also decodes it once, before several processes would do so at a time.
     """
-    import torch
-
-    from sparsejepa.data.catalog import load_dataset, load_images
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.measured import check_measures
-    from sparsejepa.evaluation.probe import check_protocols
-    from sparsejepa.training.build import prepare, total_steps
-    from sparsejepa.training.checkpoint import open_run
-    from sparsejepa.training.monitor import check_trackers
-
+    known: set[Any] = set()
     for task in tasks:
         check_trackers(task.config.run.log)
         if open_run(task.run_dir, task.config.check(), True) is None and not task.earlier:
             check_pattern(task.config)
         check_protocols(task.probes.protocols_on(task.probes.data[0]))
         check_measures(task.probes.measures)
-    counts: dict[Any, int] = {}
-    for task in tasks:
         images = (task.config.data, task.config.images)
-        if images not in counts:
-            counts[images] = len(prepare(task.config, load_images, task.run_dir)[2])
-        for name in set(task.probes.data) - set(counts):
+        if images not in known:
+            _, config, loaded = prepare(task.config, load_images, task.run_dir)
+            total_steps(config, len(loaded))
+        for name in set(task.probes.data) - known:
             train = load_dataset(name, "train", **opening(task, name))
             if not any(len(target.names) > 1 for target in train.targets.values()):
                 raise UserError(
                     f"{name}: has no labels of two classes or more to probe on; name labelled data "
                     "with --data-eval"
                 )
-            counts[name] = len(train)
-    steps = [
-        total_steps(task.config, counts[task.config.data, task.config.images]) for task in tasks
-    ]
-    device = "cpu" if elsewhere else resolve_device(tasks[0].config.run.device)
-    gpus = {"cpu": 0, "cuda": torch.cuda.device_count()}
-    return steps, gpus.get(device, 1)
+        known |= {images, *task.probes.data}
 
 
-def _outcomes(
-    tasks: Sequence[Task], jobs: int | None, console: Console | None, total: int
-) -> Outcomes:
-    """Yield each task with its line, or with its UserError, as they finish."""
+def _outcomes(tasks: Sequence[Task], jobs: int | None, console: Console) -> Outcomes:
+    """Yield each task with its line, or with its UserError, as they finish; None meanwhile."""
     if not tasks:
         return
-    runs = [task.run_dir for task in tasks]
-    processes = min(jobs or min(_MOST, cores()), len(tasks))
+    on_cuda = resolve_device(tasks[0].config.run.device).startswith("cuda")
+    gpus = torch.cuda.device_count() if on_cuda else 0
+    processes = min(jobs or gpus or min(4, cores()), _MOST if jobs is None else jobs, len(tasks))
     if processes == 1:
-        steps, _ = _check(tasks)
-        with RunsProgress(console, runs, steps, total, 1, bar=False) as progress:
-            for task in tasks:
-                try:
-                    outcome = attempt(task, console)
-                except UserError as error:
-                    outcome = error
-                progress.finished(task.run_dir, outcome)
-                yield task, outcome
+        for task in tasks:
+            try:
+                yield task, attempt(task, console)
+            except UserError as error:
+                yield task, error
         return
+    if tasks[0].config.run.threads is None:
+        threads = max(1, cores() // processes)
+        tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
+    sharing = -(-processes // gpus) if gpus else processes
+    waiting = deque(replace(task, jobs=sharing) for task in tasks)
+    running: dict[Future[Any], tuple[Task, int]] = {}
     with workers(processes) as submit:
-        # Done by a worker, so that this process needs no torch, most of a small run's memory.
-        steps, gpus = submit(_check, tasks).result()
-        processes = min(processes, jobs or gpus or 4)
-        if tasks[0].config.run.threads is None:
-            threads = max(1, cores() // processes)
-            tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
-        sharing = -(-processes // max(1, gpus))
-        tasks = [replace(task, jobs=sharing if gpus else processes) for task in tasks]
-        # The raw-pixel floor, which all need, goes first; a run that ends finds it done.
-        waiting = deque([(pixel_floor, tasks[0]), *((attempt, task) for task in tasks)])
-        running: dict[Future[Any], tuple[Any, Task, int]] = {}
-        with RunsProgress(console, runs, steps, total, processes, bar=True) as progress:
-            while waiting or running:
-                # Each worker gets one thing at a time, so that a stop has nothing to recall.
-                while waiting and len(running) < processes:
-                    step, task = waiting.popleft()
-                    busy = {slot for *_, slot in running.values()}
-                    slot = next(slot for slot in range(processes) if slot not in busy)
-                    if gpus > 1 and task.config.run.device in ("auto", "cuda"):
-                        own = task.config.replace(device=f"cuda:{slot % gpus}")
-                        task = replace(task, config=own)
-                    future = submit(step, task, threads=task.config.run.threads)
-                    running[future] = step, task, slot
-                done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-                for future in done:
-                    step, task, _ = running.pop(future)
-                    error = future.exception()
-                    if error is not None and not isinstance(error, UserError):
-                        raise error
-                    if step is attempt:
-                        outcome = error or future.result()
-                        progress.finished(task.run_dir, outcome)
-                        yield task, outcome
-                progress.tick()
+        while waiting or running:
+            # Each worker gets one thing at a time, so that a stop has nothing to recall.
+            while waiting and len(running) < processes:
+                task = waiting.popleft()
+                slot = min({*range(processes)} - {slot for _, slot in running.values()})
+                if gpus > 1 and task.config.run.device in ("auto", "cuda"):
+                    own = task.config.replace(device=f"cuda:{slot % gpus}")
+                    task = replace(task, config=own)
+                running[submit(attempt, task, threads=task.config.run.threads)] = task, slot
+            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                task, _ = running.pop(future)
+                error = future.exception()
+                if error is not None and not isinstance(error, UserError):
+                    raise error
+                yield task, error or future.result()
+            yield None
 
 
 def _from_jobs(
-    cluster: Cluster, tasks: Sequence[Task], jobs: int | None, console: Console | None, total: int
+    cluster: Cluster, tasks: Sequence[Task], jobs: int | None, console: Console
 ) -> Outcomes:
     """Yield as `_outcomes` does, each run being a job of a cluster."""
-    if not tasks:
-        return
-    steps, gpus = _check(tasks, cluster.kind == "slurm")
-    most = cluster.at_a_time(jobs, gpus)
-    if cluster.kind == "local" and most and tasks[0].config.run.threads is None:
-        threads = max(1, cores() // most)
-        tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
     named = {f"{task.run_dir.name}.{task.key}": task for task in tasks}
-    say = console.print if console else lambda line: None
-    found = outcomes(cluster, named, attempt, at_a_time=most, gpus=gpus, say=say)
-    runs, shown = [task.run_dir for task in tasks], min(most or len(tasks), len(tasks))
-    with (
-        RunsProgress(console, runs, steps, total, shown, bar=True) as progress,
-        contextlib.closing(found) as ended,
-    ):
-        for end in ended:
-            if end is not None:
-                progress.finished(end[0].run_dir, end[1])
-                yield end
-            progress.tick()
+    yield from outcomes(cluster, named, attempt, at_a_time=jobs, say=console.print)
 
 
 def pretrain(
@@ -235,11 +199,52 @@ def pretrain(
     `data` names the images (see ``sparsejepa data list``) or is a whole `Config`; `settings` are
     the flat names of `Config` (``lam=0.01, epochs=20, preset="nano"``).
     """
-    from sparsejepa.data.catalog import load_images
-    from sparsejepa.training.loop import train
-
     if isinstance(data, Config):
         config = data.replace(**settings)
     else:
         config = preset(settings.pop("preset", "best")).replace(data=str(data), **settings)
     return train(config, load_images, out=out, resume=resume, console=console)
+
+
+class _Progress:
+    """A line per finished run, and between them a bar on a terminal or a line now and then."""
+
+    def __init__(self, console: Console, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
+        self._console, self._todo, self._done = console, len(todo), 0
+        # A single run shows a bar of its own.
+        self._bar = Progress(console=console, disable=len(todo) < 2 or not console.is_terminal)
+        self._line, self._said = self._bar.add_task("runs", total=len(todo)), time.monotonic()
+        self._say(f"{len(todo)} of {len(tasks)} runs to do")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def tick(self) -> None:
+        """Say how far things are where there is no bar and nothing was said for a while."""
+        if self._bar.disable and time.monotonic() - self._said > _LINE_SECONDS:
+            self._say(f"{self._done} of {self._todo} runs done")
+
+    def finished(self, run_dir: Path, row: dict[str, Any] | UserError) -> None:
+        """Say how a run ended: its line of results, or its error."""
+        self._done += 1
+        self._bar.update(self._line, completed=self._done)
+        if isinstance(row, UserError):
+            self._say(f"{run_dir.name}: failed: {row}")
+        elif row["failed"]:
+            self._say(f"{run_dir.name}: failed and recorded so: {row['failed']}")
+        else:
+            first = row["probes"][0]
+            text = f"{run_dir.name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
+            if row["groups_per_latent"] is not None:
+                text += f", {row['groups_per_latent']:.1f} groups per latent"
+            self._say(f"{text}, {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes")
+            for alarm in row["alarms"]:
+                self._say(f"  alarm: {alarm}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+        self._said = time.monotonic()

@@ -8,26 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import tomli_w
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
 from sparsejepa.config import Config, preset
-from sparsejepa.errors import UserError, flag, nearest
+from sparsejepa.data.catalog import load_images
+from sparsejepa.data.stream import open_images
+from sparsejepa.errors import UserError, nearest
 from sparsejepa.results import read_rows
+from sparsejepa.study.figures import save_png
+from sparsejepa.study.page import (
+    Page,
+    Picture,
+    Table,
+    samples_picture,
+    sweep_pictures,
+    write_page,
+)
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task, load_w
+from sparsejepa.study.verdict import Summary, Verdict, summarise, table, verdict
+from sparsejepa.training.build import build_sampler, prepare
+from sparsejepa.training.checkpoint import read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from sparsejepa.study.cluster import Cluster
-    from sparsejepa.study.page import Picture
-    from sparsejepa.study.verdict import Summary, Verdict
 
 RESULTS = "results.jsonl"
 REPORT = "report.html"
@@ -44,15 +60,10 @@ class SweepResult:
     verdict: Verdict
 
     @property
-    def table(self) -> Table:
+    def table(self) -> RichTable:
         """The results as a rich table, the floors last."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        from sparsejepa.study.verdict import table
-
         header, lines = table(self.summary)
-        rich = Table(
+        rich = RichTable(
             box=SIMPLE_HEAD, padding=(0, 1), caption=caption(self.summary), caption_justify="left"
         )
         for i, name in enumerate(header):
@@ -62,10 +73,15 @@ class SweepResult:
             rich.add_row(*line, style="dim" if line[0].endswith("floor") else None)
         return rich
 
+    def show(self, console: Console) -> None:
+        """Print table, verdict and where the page lies."""
+        console.print(self.table)
+        for text in (self.verdict.text, *self.verdict.remarks):
+            console.print(text, highlight=False, markup=False)
+        console.print(f"The page with figures: {self.out / REPORT}", highlight=False, markup=False)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
-        from sparsejepa.study.verdict import table
-
         header, lines = table(self.summary)
         return {
             "out": str(self.out),
@@ -85,14 +101,11 @@ def run_sweep(
     densities: Sequence[float] = (),
     seeds: int = 3,
     out: Path,
-    probe_data: Sequence[str] | None = None,
-    protocols: Sequence[str] = ("logistic",),
-    targets: Mapping[str, tuple[str, ...]] | None = None,
-    probe_limit: int | None = None,
+    probes: Probes | None = None,
     jobs: int | None = None,
     cluster: Cluster | None = None,
     console: Console | None = None,
-    command: str | None = None,
+    command: str = "sparsejepa.run_sweep, called from Python",
     title: str | None = None,
 ) -> SweepResult:
     """Compare dense, lam=0, the given `lams` and `densities` over paired seeds.
@@ -100,37 +113,22 @@ def run_sweep(
     Args:
         config: all other settings; the seeds are ``config.run.seed`` and the ones after it.
         out: folder for one run directory per arm and seed, results.jsonl, figures and report.html.
-        probe_data: labelled data sets to probe on; the pretraining data if not given.
-        protocols, targets, probe_limit: see `tasks.Probes`.
+        probes: what each run is probed on; every target of the pretraining data if not given.
         jobs, cluster, console: see `runs.run_tasks`.
-        command: what repeats this sweep, for rows and page; derived from the settings if not given.
+        command: what repeats this sweep, for rows and page.
 
     Finished runs are not repeated, others go on from their checkpoints. Runs that failed because a
     loss was not finite are left out, and the verdict's remarks name them. Raises UserError as
     `runs.run_tasks` does, and if all runs failed.
     """
-    from sparsejepa.study.verdict import summarise, usable, verdict
-
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
-    command = command or sweep_command(
-        config,
-        lams=lams,
-        densities=densities,
-        seeds=seeds,
-        out=out,
-        probe_data=probe_data,
-        probe_limit=probe_limit,
-    )
-    probes = Probes(
-        tuple(probe_data or (config.data,)), tuple(protocols), targets or {}, probe_limit
-    )
     arms = sweep_arms(config, lams, densities)
     tasks = [
         Task(
             config.replace(**arm_settings(arm), seed=seed),
             out / f"{arm}-s{seed}",
-            probes,
+            probes or Probes((config.data,)),
             command,
         )
         for seed in range(config.run.seed, config.run.seed + seeds)
@@ -142,18 +140,48 @@ def run_sweep(
     remarks = [f"{row['arm']}, seed {row['seed']}: failed, {row['failed']}." for row in failed]
     if not rows:
         raise UserError(f"{out}: all runs failed; {remarks[0]} Try a lower --lr in a new folder")
-    for row in rows:
-        if not usable(row):
-            raise UserError(
-                f"{out / RESULTS}: the line of {row['arm']}, seed {row['seed']}, is damaged; "
-                "remove it and run the same command again"
-            )
-    summary = summarise(rows)
-    found = verdict(summary)
-    found = replace(found, remarks=(*found.remarks, *remarks))
-    result = SweepResult(out, rows, summary, found)
+    try:
+        summary = summarise(rows)
+        found = verdict(summary)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{out / RESULTS}: damaged; remove it and run the same command again, the runs are kept"
+        ) from None
+    result = SweepResult(out, rows, summary, replace(found, remarks=(*found.remarks, *remarks)))
     _write_report(result, arms, config, title or f"Dense against sparse on {config.data}")
     return result
+
+
+DEMO_LAM = 0.03
+# Few targets and labelled images, so that the probes take seconds.
+DEMO_PROBES = Probes(
+    ("scenes", "scenes:single"),
+    targets={"scenes": ("count",), "scenes:single": ("size", "x")},
+    limit=3000,
+)
+# Shows in seconds that everything works; learns nothing.
+QUICK = {"limit": 256, "steps": 4, "batch_size": 32, "patch_size": 8}
+
+
+def run_demo(
+    out: Path, *, jobs: int | None = None, quick: bool = False, console: Console | None = None
+) -> SweepResult:
+    """Train dense, lam=0 and one sparse arm on the built-in scenes, probe count and factors.
+
+    Minutes on two CPU cores, no network; `quick` is a smoke run of seconds. Otherwise as
+    `run_sweep`.
+    """
+    return run_sweep(
+        preset("demo").replace(**(QUICK if quick else {})),
+        lams=(DEMO_LAM,),
+        seeds=1,
+        out=out,
+        probes=replace(DEMO_PROBES, limit=200) if quick else DEMO_PROBES,
+        jobs=jobs,
+        console=console,
+        command="sparsejepa demo" + (" --quick" if quick else ""),
+        title="Dense against sparse on the built-in scenes",
+    )
 
 
 def sweep_arms(config: Config, lams: Sequence[float], densities: Sequence[float] = ()) -> list[str]:
@@ -220,39 +248,6 @@ def _value(word: str) -> Any:
         return word
 
 
-def sweep_command(
-    config: Config,
-    *,
-    lams: Sequence[float],
-    densities: Sequence[float],
-    seeds: int,
-    out: Path,
-    probe_data: Sequence[str] | None,
-    probe_limit: int | None = None,
-) -> str:
-    """Return the command line that repeats a sweep: what differs from the preset, as flags."""
-    words = ["sparsejepa", "sweep", config.data, "--preset", config.preset]
-    defaults = preset(config.preset).flat()
-    swept = {"data", "preset", "lam", "density", "threads", "device", "data_root"}
-    for name, value in config.flat().items():
-        if name in swept or value == defaults[name] or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(name if value else f"no_{name}"))
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [flag(name), *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
-    words += ["--lam", *(f"{lam:g}" for lam in sorted({0.0, *lams}))]
-    if densities:
-        words += ["--density", *(f"{density:g}" for density in densities)]
-    words += ["--seeds", str(seeds)]
-    if probe_data:
-        words += ["--data-eval", ",".join(probe_data)]
-    if probe_limit:
-        words += ["--probe-limit", str(probe_limit)]
-    return shlex.join([*words, "--out", str(out)])
-
-
 def caption(summary: Summary) -> str:
     """Return what the table's figures mean."""
     seeds = max((len(v) for a in summary.arms for v in a.accuracy.values()), default=0)
@@ -266,12 +261,6 @@ def caption(summary: Summary) -> str:
 
 def _write_report(result: SweepResult, arms: Sequence[str], config: Config, title: str) -> None:
     """Write the figures as PNG and the page."""
-    import tomli_w
-
-    from sparsejepa.study.figures import save_png
-    from sparsejepa.study.page import Page, Table, write_page
-    from sparsejepa.study.verdict import table
-
     first, summary = result.rows[0], result.summary
     settings, about = first["settings"], first["environment"]
     pictures = _pictures(result, arms, config)
@@ -308,15 +297,7 @@ def _write_report(result: SweepResult, arms: Sequence[str], config: Config, titl
 
 
 def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[Picture]:
-    import numpy as np
-    import torch
-
-    from sparsejepa.data.catalog import load_images
-    from sparsejepa.data.stream import open_images
-    from sparsejepa.study.page import samples_picture, sweep_pictures
-    from sparsejepa.training.build import build_sampler, prepare
-    from sparsejepa.training.loop import read_config
-
+    """Return the page's figures: of all runs, and of the first seed's training and images."""
     seed = config.run.seed
     runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
     config = read_config(runs[arms[-1]])  # with the patches of an encoder that runs began from

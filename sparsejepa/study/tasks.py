@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -10,7 +9,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,14 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from sparsejepa import version
 from sparsejepa.config import REMOVED, Config
+from sparsejepa.data.catalog import load_images
+from sparsejepa.encoders.encoder import CONFIG, GROUPS, WEIGHTS, Encoder, load_groups
+from sparsejepa.encoders.load import load
+from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
+from sparsejepa.evaluation.measured import measure
+from sparsejepa.evaluation.probe import evaluate, load_splits
+from sparsejepa.files import load_tensors, write_text
 from sparsejepa.results import versions
+from sparsejepa.training.build import arm_name
+from sparsejepa.training.loop import Run, train
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from sparsejepa.encoders.encoder import Encoder
-    from sparsejepa.training.loop import Run
 
 # Settings that change no number.
 _FREE = {
@@ -121,40 +126,11 @@ def _key(config: Config, probes: Mapping[str, Any], train: int, probe: int) -> s
     return _hash([*about, *([train, probe] if (train, probe) != (1, 1) else [])])
 
 
-def check_starts(tasks: Sequence[Task]) -> None:
-    """Raise UserError if a run that has begun did so from another encoder than --init gives now.
-
-    One that cannot be had any more is not compared: runs that have begun do without it.
-    """
-    begun = [task for task in tasks if task.config.model.init]
-    if not begun:
-        return
-    from sparsejepa.training.build import find_start, read_start
-
-    now: dict[str | None, str | None] = {}
-    for task in begun:
-        ref, start = task.config.model.init, read_start(task.run_dir)
-        if start is None:
-            continue
-        if ref not in now:
-            now[ref] = None
-            with contextlib.suppress(UserError):
-                found = find_start(task.config)
-                now[ref] = found.fingerprint if found else None
-        if now[ref] not in (None, start.fingerprint):
-            raise UserError(
-                f"--init {ref}: not the encoder any more that {task.run_dir} began from; bring "
-                "that one back or name a new folder with --out"
-            )
-
-
 def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
     """Return the line of a run, also of one that ended because a loss was not finite or exploded.
 
     Raises UserError for whatever else ends it, memory that is not enough for instance.
     """
-    from sparsejepa.environment import environment
-
     try:
         row = {**run_and_probe(task, console), "failed": None}
     except Exception as error:
@@ -181,10 +157,6 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
 
     Where only probes have changed since `task.earlier`, its kept encoder is probed instead.
     """
-    from sparsejepa.data.catalog import load_images
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.training.loop import train
-
     if task.earlier and _kept(task) == task.earlier["encoder"] and task.encoders:
         row, task = {**task.earlier}, replace(task, run_dir=task.encoders / task.run_key)
     else:
@@ -201,8 +173,6 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
 
 def _about(task: Task) -> dict[str, Any]:
     """Return what every line of results says of its run, see `results.ROW`."""
-    from sparsejepa.training.build import arm_name
-
     return {
         "key": task.key,
         "train_version": version.TRAIN_VERSION,
@@ -237,8 +207,6 @@ def _trained(task: Task, run: Run) -> dict[str, Any]:
 
 def _keep(task: Task) -> str:
     """Copy a run's encoder and groups to ENCODERS/RUN_KEY; return the sha256 of the encoder."""
-    from sparsejepa.encoders.encoder import CONFIG, GROUPS, WEIGHTS
-
     found = hashlib.sha256((task.run_dir / WEIGHTS).read_bytes()).hexdigest()
     if task.encoders and _kept(task) != found:
         folder = task.encoders / task.run_key
@@ -255,8 +223,6 @@ def _keep(task: Task) -> str:
 
 def _kept(task: Task) -> str | None:
     """Return the sha256 of the encoder that is kept of a run, None if there is none."""
-    from sparsejepa.encoders.encoder import WEIGHTS
-
     path = task.encoders / task.run_key / WEIGHTS if task.encoders else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.exists() else None
 
@@ -268,10 +234,6 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
     run directories.
     """
-    from sparsejepa.encoders.load import load
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.files import write_text
-
     encoder = load(task.run_dir, resolve_device(task.config.run.device))
     rows, seed = _evaluate(task, encoder), task.config.run.seed
     if seed:
@@ -286,16 +248,13 @@ def _probe(task: Task) -> list[dict[str, Any]]:
     return rows
 
 
-def _evaluate(task: Task, *encoders: Encoder, floors: bool = True) -> list[dict[str, Any]]:
-    """Probe `encoders`; without any, only the raw-pixel floor is computed and kept."""
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.probe import evaluate
-
+def _evaluate(task: Task, encoder: Encoder, floors: bool = True) -> list[dict[str, Any]]:
+    """Return the rows of an encoder, with the floors if they are wanted."""
     return [
         {key: value for key, value in row.to_dict().items() if key != "encoder"}
         for data in task.probes.data
         for row in evaluate(
-            encoders,
+            encoder,
             data,
             protocols=task.probes.protocols_on(data),
             targets=task.probes.targets.get(data),
@@ -327,8 +286,6 @@ def _holdout(task: Task, data: str) -> int:
 
 def _fingerprints(task: Task) -> list[str]:
     """Return the fingerprints of all images that the probes of a task see."""
-    from sparsejepa.evaluation.probe import load_splits
-
     return [
         images.fingerprint
         for data in task.probes.data
@@ -338,11 +295,6 @@ def _fingerprints(task: Task) -> list[str]:
 
 def _measures(task: Task) -> dict[str, Any]:
     """Return the measures that are asked for, on the first data set."""
-    from sparsejepa.encoders.encoder import load_groups
-    from sparsejepa.encoders.load import load
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.measured import measure
-
     encoder, data = load(task.run_dir, resolve_device(task.config.run.device)), task.probes.data[0]
     groups = load_groups(task.run_dir, encoder.grid_size)
     return measure(
@@ -369,12 +321,5 @@ def _hash(value: Any) -> str:
 
 def load_w(run_dir: Path) -> Any:
     """Return W of a run as an array [G, P, D], None for a dense run."""
-    from sparsejepa.files import load_tensors
-
-    path = run_dir / "groups.safetensors"
+    path = run_dir / GROUPS
     return load_tensors(path)[0]["W"].numpy() if path.exists() else None
-
-
-def pixel_floor(task: Task) -> None:
-    with contextlib.suppress(Exception):  # the runs meet it again, and say so
-        _evaluate(task)

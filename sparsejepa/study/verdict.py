@@ -18,6 +18,14 @@ ENOUGH_SEEDS = 5  # a claim needs at least this many paired seeds (METHOD sectio
 
 BySeed = Mapping[int, float]
 
+STRUCTURE = {
+    "groups_per_latent": "groups per latent",
+    "nonzero_elements": "non-zero elements",
+    "density": "density",
+    "dead_groups": "dead groups",
+}
+"""Measures of structure in a row, and how tables and figures call them."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -188,39 +196,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
     return Summary(arms, tuple(images), untrained, pixels, frozenset(weak), frozenset(low))
 
 
-STRUCTURE = {
-    "groups_per_latent": "groups per latent",
-    "nonzero_elements": "non-zero elements",
-    "density": "density",
-    "dead_groups": "dead groups",
-}
-"""Measures of structure in a row, and how tables and figures call them."""
-
-
-def usable(row: Any) -> bool:
-    """Return whether a line of results has what `summarise` and a sweep's page read of it."""
-    try:
-        settings, about, probes = row["settings"], row["environment"], row["probes"]
-        groups = settings["groups"]
-        texts = [row[key] for key in ("arm", "command", "finished")]
-        texts += [about[key] for key in ("sparsejepa", "torch", "python")]
-        texts += [groups["groups"], settings["model"]["encoder"], *about["gpus"]]
-        texts += [probe[key] for probe in probes for key in ("data", "target", "protocol")]
-        counts = [row["seed"], settings["optim"]["batch_size"], *(p["n_test"] for p in probes)]
-        numbers = [row[key] for key in ("steps", "seconds", "probe_seconds")] + [groups["lam"]]
-        shares = [probe["accuracy"] for probe in probes]
-        floors = [share for p in probes for share in (p.get("untrained"), p.get("pixels"))]
-        shares += [share for share in floors if share is not None]
-        numbers += [n for n in (groups.get("density"), *map(row.get, STRUCTURE)) if n is not None]
-    except (KeyError, TypeError, AttributeError):
-        return False
-    return (
-        all(isinstance(text, str) for text in texts)
-        and all(type(count) is int and 0 <= count < 2**63 for count in counts)
-        and all(type(n) in (int, float) and abs(n) < 1e100 for n in (*numbers, *shares))
-        and all(0 <= share <= 1 for share in shares)
-        and all(probe["n_test"] for probe in probes)
-    )
+def usable(row: Mapping[str, Any]) -> bool:
+    """Return whether a line of results is of a run that did not fail."""
+    return bool(row.get("probes"))
 
 
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -272,48 +250,70 @@ def verdict(summary: Summary) -> Verdict:
     one that `choose` takes, and because it was chosen among k its interval is widened to level
     1 - 0.05/k (Bonferroni).
     """
-    sparse = [a for a in summary.arms if a.sparse and a.accuracy]
+    remarks = _floor_remarks(summary)
     measure = next((m for m in summary.measures if m not in summary.uninformative), None)
-    weak = [name for name in summary.measures if name in summary.uninformative]
-    remarks = [
-        f"Uninformative here: {'; '.join(weak)}. Dense or lam=0 does not beat the untrained "
-        "encoder by more than the interval, so nothing follows from these figures."
-    ][: len(weak)]
-    low = [name for name in summary.measures if name in summary.below_pixels]
-    remarks += [f"No arm beats the raw pixels by more than the interval on: {'; '.join(low)}."][
-        : len(low)
-    ]
+    sparse = [arm for arm in summary.arms if arm.sparse and arm.accuracy]
+
+    def none(reason: str) -> Verdict:
+        return Verdict(None, measure, {}, f"No verdict: {reason}", tuple(remarks))
+
     if not sparse:
-        text = "No verdict: there is no arm with a penalty, only the controls dense and lam=0."
-        return Verdict(None, measure, {}, text, tuple(remarks))
+        return none("there is no arm with a penalty, only the controls dense and lam=0.")
     if measure is None:
-        text = (
-            "No verdict: on every target the controls dense and lam=0 do not beat the untrained "
-            "encoder by more than the interval. Train longer, or probe an easier target."
+        return none(
+            "on every target the controls dense and lam=0 do not beat the untrained encoder by "
+            "more than the interval. Train longer, or probe an easier target."
         )
-        return Verdict(None, None, {}, text, tuple(remarks))
-    sparse = [a for a in sparse if a.accuracy.get(measure)]
-    if not sparse:
-        text = f"No verdict: no arm with a penalty was probed on {measure}."
-        return Verdict(None, measure, {}, text, tuple(remarks))
-    probed = {arm.name: arm.accuracy[measure] for arm in sparse}
+    probed = {arm.name: arm.accuracy[measure] for arm in sparse if arm.accuracy.get(measure)}
+    if not probed:
+        return none(f"no arm with a penalty was probed on {measure}.")
     chosen, rivals = choose(probed)
-    left_out = [f"{name} ({len(probed[name])})" for name in probed if name not in rivals]
-    most = len(probed[rivals[0]])
-    remarks += [
-        f"Left out of the choice, as they have fewer than {most} seeds: {', '.join(left_out)}."
-    ][: len(left_out)]
-    if not chosen:
-        text = (
-            f"No verdict: {' and '.join(rivals)} share no seed on {measure}, so none of them can "
-            "be called the best. Run the missing seeds."
+    seeds, count = len(probed[rivals[0]]), len(rivals)
+    if left_out := [f"{name} ({len(probed[name])})" for name in probed if name not in rivals]:
+        remarks.append(
+            f"Left out of the choice, as they have fewer than {seeds} seeds: {', '.join(left_out)}."
         )
-        return Verdict(None, measure, {}, text, tuple(remarks))
-    best = next(arm for arm in sparse if arm.name == chosen)
-    count = len(rivals)
-    outcomes: dict[str, str] = {}
-    clauses = []
-    seeds = len(best.accuracy[measure])
+    if not chosen:
+        return none(
+            f"{' and '.join(rivals)} share no seed on {measure}, so none of them can be called the "
+            "best. Run the missing seeds."
+        )
+    if seeds == 1:
+        remarks.append("One seed: no interval over seeds, so no difference can be claimed.")
+    elif seeds < ENOUGH_SEEDS:
+        remarks.append(f"Only {seeds} seeds: a claim needs at least {ENOUGH_SEEDS} paired seeds.")
+    if count > 1 and seeds > 1:
+        remarks.append(
+            f"The arm was chosen among {count} by its mean, so the interval in the verdict is "
+            "widened for that choice (Bonferroni); those in the table are not."
+        )
+    outcomes, text = _against_controls(summary, chosen, measure, count)
+    return Verdict(chosen, measure, outcomes, text, tuple(remarks))
+
+
+def _floor_remarks(summary: Summary) -> list[str]:
+    """Return what must be said of measures on which a floor is not beaten."""
+    weak = [name for name in summary.measures if name in summary.uninformative]
+    low = [name for name in summary.measures if name in summary.below_pixels]
+    remarks = []
+    if weak:
+        remarks.append(
+            f"Uninformative here: {'; '.join(weak)}. Dense or lam=0 does not beat the untrained "
+            "encoder by more than the interval, so nothing follows from these figures."
+        )
+    if low:
+        remarks.append(
+            f"No arm beats the raw pixels by more than the interval on: {'; '.join(low)}."
+        )
+    return remarks
+
+
+def _against_controls(
+    summary: Summary, chosen: str, measure: str, count: int
+) -> tuple[dict[str, str], str]:
+    """Return the outcome of an arm, chosen among `count`, against each control, and in words."""
+    best = next(arm for arm in summary.arms if arm.name == chosen)
+    outcomes, clauses = dict[str, str](), list[str]()
     for control in (c for c in (summary.arm("lam=0"), summary.arm("dense")) if c is not None):
         values = control.accuracy.get(measure, {})
         interval = compare(best.accuracy[measure], values, 1 - (1 - LEVEL) / count)
@@ -332,16 +332,7 @@ def verdict(summary: Summary) -> Verdict:
             f" It keeps {100 * mean_sd(kept)[0]:.0f} % of the connections between latents and "
             f"groups, {mean_sd(groups)[0]:.1f} groups per latent."
         )
-    if seeds == 1:
-        remarks.append("One seed: no interval over seeds, so no difference can be claimed.")
-    elif seeds < ENOUGH_SEEDS:
-        remarks.append(f"Only {seeds} seeds: a claim needs at least {ENOUGH_SEEDS} paired seeds.")
-    if count > 1 and seeds > 1:
-        remarks.append(
-            f"The arm was chosen among {count} by its mean, so the interval in the verdict is "
-            "widened for that choice (Bonferroni); those in the table are not."
-        )
-    return Verdict(best.name, measure, outcomes, text, tuple(remarks))
+    return outcomes, text
 
 
 def choose(values: Mapping[str, BySeed]) -> tuple[str, list[str]]:

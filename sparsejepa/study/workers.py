@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
 
 from sparsejepa.errors import UserError
 
@@ -27,35 +28,29 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
     """Give a function ``submit(step, *args, threads=None)`` over `count` fresh processes.
 
     Ctrl-C reaches this process alone. When the block is left by an exception, every worker at work
-    gets one SIGINT and is waited for. `threads` bounds the threads of a step. Raises UserError with
-    the cause when a worker died: the signal that killed it, or its exit status.
+    gets one SIGINT and is waited for. `threads` bounds the threads of a step. Raises UserError when
+    a worker died.
     """
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
-    others, crew = set(multiprocessing.active_children()), set[BaseProcess]()
+    others = set(multiprocessing.active_children())
 
     def submit(step: Callable[..., Any], *args: Any, threads: int | None = None) -> Future[Any]:
-        return hand_over(_work, step, args, threads)
-
-    def hand_over(step: Callable[..., Any], *args: Any) -> Future[Any]:
-        with unbothered():
-            future = pool.submit(step, *args)
-        crew.update({*multiprocessing.active_children()} - others)
-        return future
+        with _handled(signal.SIGINT, signal.SIG_IGN):  # workers go on ignoring it
+            return pool.submit(_work, step, args, threads)
 
     try:
         # The pool starts a worker when it is given something to do, and watches it from the next
         # thing on: of the last ones, death would go unnoticed for as long as others are at work.
-        while len(crew) < count:
-            hand_over(int)
+        while len({*multiprocessing.active_children()} - others) < count:
+            submit(int)
         yield submit
     except BrokenProcessPool:
-        pool.shutdown(wait=True, cancel_futures=True)
         raise UserError(
-            f"a worker process {_cause([process.exitcode for process in crew])}; run the same "
-            "command again, it goes on from the checkpoints"
+            "a worker process was killed, perhaps for want of memory: use fewer --jobs; run the "
+            "same command again, it goes on from the checkpoints"
         ) from None
     except BaseException:
-        for child in multiprocessing.active_children():
+        for child in {*multiprocessing.active_children()} - others:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid or 0, signal.SIGINT)
         raise
@@ -63,28 +58,9 @@ def workers(count: int) -> Iterator[Callable[..., Future[Any]]]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cause(codes: Sequence[int | None]) -> str:
-    """Return how the first worker to die ended, of the exit codes of all.
-
-    The pool itself ends the others by SIGTERM, on which some save and end with a status.
-    """
-    ended = -signal.SIGTERM
-    code = min((code for code in codes if code not in (None, 0, ended)), default=ended)
-    if code > 0:
-        return f"ended with exit status {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    memory = ", perhaps for want of memory: use fewer --jobs" if code == -signal.SIGKILL else ""
-    return f"was killed by {name}{memory}"
-
-
 def terminable() -> contextlib.AbstractContextManager[None]:
     """Take SIGTERM as Ctrl-C; outside the main thread nothing changes."""
     return _handled(signal.SIGTERM, signal.default_int_handler)
-
-
-def unbothered() -> contextlib.AbstractContextManager[None]:
-    """Ignore Ctrl-C for a moment; processes that are started meanwhile go on ignoring it."""
-    return _handled(signal.SIGINT, signal.SIG_IGN)
 
 
 def _start() -> None:
@@ -104,21 +80,9 @@ def _start() -> None:
 
 
 def _work(step: Callable[..., Any], args: tuple[Any, ...], threads: int | None) -> Any:
-    import torch
-    from threadpoolctl import threadpool_limits
-
     with _at_work, _handled(signal.SIGINT, signal.default_int_handler), threadpool_limits(threads):
         torch.set_num_threads(threads or torch.get_num_threads())
-        try:
-            return step(*args)
-        finally:
-            _give_memory_back()
-
-
-def _give_memory_back() -> None:
-    """Return freed memory to the system, where the C library can: 100 to 200 MB after a run."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        return step(*args)
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def masks(args: Masks, console: Console) -> dict[str, Any]:
     size = image_size(args.img_size) or (32, 32)
     config.check().check_image(size)
     from sparsejepa.model.coverage import audit
-    from sparsejepa.study.masks import mask_audit_figure, mask_preview_figure
+    from sparsejepa.study.figures import mask_audit_figure, mask_preview_figure, save_png
     from sparsejepa.training.build import build_sampler
 
     grid = (size[0] // args.patch_size, size[1] // args.patch_size)
@@ -143,10 +143,10 @@ def masks(args: Masks, console: Console) -> dict[str, Any]:
     }
     if args.action == "audit":
         result = audit(sampler, batch_size=args.batch_size, batches=args.batches, seed=args.seed)
-        mask_audit_figure(result, out)
+        save_png(mask_audit_figure(result), out)
         found |= result.summary()
     else:
-        mask_preview_figure(sampler, out, count=args.count, seed=args.seed)
+        save_png(mask_preview_figure(sampler, args.count, args.seed), out)
     show_facts(console, found, f"masks {args.action}: {out}")
     return found
 

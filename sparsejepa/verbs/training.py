@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +95,11 @@ class Demo(Verb):
 
 def demo(args: Demo, console: Console) -> dict[str, Any]:
     """Run the demo."""
-    from sparsejepa.study.demo import run_demo
+    from sparsejepa.study.sweep import run_demo
 
-    return run_demo(args.out, jobs=args.jobs, quick=args.quick, console=console)
+    found = run_demo(args.out, jobs=args.jobs, quick=args.quick, console=console)
+    found.show(console)
+    return found.to_dict()
 
 
 @dataclass(frozen=True)
@@ -213,15 +216,15 @@ class Sweep(Settings):
     """Labelled training images per probe, a random subset; all of them if not given."""
     out: Path | None = None
     """Folder of the sweep; runs/sweep-DATA if not given."""
-    cluster: Literal["none", "slurm", "local"] = "none"
-    """slurm: each run is a job of the cluster; local: of this machine. They go on when this command
-    ends, and the same command again collects them. For slurm --jobs is the most at a time."""
+    cluster: Literal["none", "slurm"] = "none"
+    """slurm: each run is a job of the cluster, --jobs at a time. The jobs go on when this command
+    ends, and the same command again collects them."""
     slurm_partition: str | None = None
     """Partition of the jobs; the cluster's default if not given."""
     slurm_time: int = 24 * 60
     """Minutes after which a job saves and is queued again."""
     slurm_gpus: int = 0
-    """GPUs of a job, 0 or 1. Local jobs take turns on all GPUs of the machine."""
+    """GPUs of a job, 0 or 1."""
     slurm_cpus: int | None = None
     """CPU cores of a job; the cluster's default if not given."""
     slurm_more: tuple[str, ...] = ()
@@ -231,43 +234,39 @@ class Sweep(Settings):
 
 
 def _cluster(args: Sweep, out: Path) -> Cluster | None:
-    """Return where runs are jobs, None if they are not. Raises UserError for flags without use."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
-    flags = {k.removeprefix("slurm_"): v for k, v in given.items() if k.startswith("slurm_")}
+    """Return what jobs get, None if runs are no jobs. Raises UserError for flags without use."""
+    fields = [f for f in dataclasses.fields(args) if f.name.startswith("slurm_")]
+    given = {f.name: getattr(args, f.name) for f in fields}
+    if args.cluster == "none":
+        for f in fields:
+            if given[f.name] != f.default:
+                raise UserError(f"{flag(f.name)} {given[f.name]}: only with --cluster slurm")
+        return None
     from sparsejepa.study.cluster import Cluster
 
-    if args.cluster != "slurm":
-        defaults = {f.name: f.default for f in dataclasses.fields(args)}
-        for name, value in given.items():
-            if name.startswith("slurm_") and value != defaults[name]:
-                raise UserError(f"{flag(name)} {value}: only with --cluster slurm")
-    if args.cluster == "none":
-        return None
-    flags["minutes"] = flags.pop("time")
-    return Cluster(args.cluster, out / "jobs", **flags).check()
+    flags = {name.removeprefix("slurm_"): value for name, value in given.items()}
+    return Cluster(out / "jobs", minutes=flags.pop("time"), **flags).check()
 
 
 def sweep(args: Sweep, console: Console) -> dict[str, Any]:
     """Run the sweep."""
     config = args.settings(args.data)
-    from sparsejepa.study.sweep import REPORT, run_sweep
+    from sparsejepa.study.sweep import run_sweep
+    from sparsejepa.study.tasks import Probes
 
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
     out = args.out or Path("runs") / f"sweep-{name}"
-    result = run_sweep(
+    found = run_sweep(
         config,
         lams=args.lam,
         densities=args.density,
         seeds=args.seeds,
         out=out,
-        probe_data=split_names(args.data_eval) or None,
-        probe_limit=args.probe_limit,
+        probes=Probes(tuple(split_names(args.data_eval)) or (config.data,), limit=args.probe_limit),
         jobs=args.jobs,
         cluster=_cluster(args, out),
         console=console,
+        command=shlex.join(["sparsejepa", *sys.argv[1:]]),
     )
-    console.print(result.table)
-    for text in (result.verdict.text, *result.verdict.remarks):
-        console.print(text)
-    console.print(f"The page with figures: {out / REPORT}")
-    return result.to_dict()
+    found.show(console)
+    return found.to_dict()

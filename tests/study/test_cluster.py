@@ -1,20 +1,17 @@
-"""Runs as jobs: of a stand-in for SLURM and of this machine, cut off, left alone, picked up."""
+"""Runs as jobs of a stand-in for SLURM: cut off, left alone, picked up; and each on its own GPU."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from sparsejepa import cli
@@ -53,13 +50,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return jobs
 
 
-def wait_until(done: Callable[[], Any], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on where and how often a run was cut off."""
     names = ("key", "arm", "steps", "knn", "rankme", "density", "nonzero_elements")
@@ -79,7 +69,7 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
         make_task(tmp_path / "sweep", tiny_images, "dense"),
     ]
     where = Cluster(
-        "slurm", tmp_path / "sweep" / "jobs", minutes=90, partition="gpu", gpus=1, cpus=4,
+        tmp_path / "sweep" / "jobs", minutes=90, partition="gpu", gpus=1, cpus=4,
         more=("account=a b", "requeue-note=$(touch x); `y`"),
     )  # fmt: skip
     # As the time limit does, when the run has no checkpoint but the one that it makes now.
@@ -114,76 +104,46 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
     assert [p.name for p in where.folder.iterdir()] == ["submitit"]
 
 
-SWEEP = ["--preset", "nano", "--batch-size", "16", "--predictor-depth", "1", "--device", "cpu",
-         "--threads", "1", "--seeds", "1", "--lam", "0", "--probe-limit", "40", "--jobs", "1",
-         "--checkpoint-every", "1000", "--log-every", "1", "--steps", "40"]  # fmt: skip
+def work(task: str) -> dict[str, Any]:
+    """A step that fails, dies or works, as its task says."""
+    if task == "fails":
+        raise UserError(f"{task}: is no good")
+    if task == "dies":
+        os._exit(1)
+    return {"task": task}
 
 
-@pytest.mark.slow
-def test_local_jobs_outlive_ctrl_c_and_are_picked_up(tmp_path: Path, tiny_images: Path) -> None:
-    out = tmp_path / "sweep"
-    words = [sys.executable, "-m", "sparsejepa", "sweep", str(tiny_images), *SWEEP, "--out",
-             str(out), "--cluster", "local"]  # fmt: skip
-    first = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    run = out / "dense-s0"
-    wait_until(lambda: steps_of(run) > 1 or first.poll() is not None)
-    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 130, said
-    said = " ".join(said.split())
-    assert "1 jobs go on by themselves, 1 runs are not begun; the same command again" in said
-    assert "interrupted; continue with: sparsejepa sweep" in said
-    (note,) = (out / "jobs").glob("dense-s0.*.job")
-    assert psutil.pid_exists(int(json.loads(note.read_text())["id"]))
-    again = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    rows = read_rows(out / "results.jsonl")
-    assert [row["arm"] for row in rows] == ["dense", "lam=0"]
-    # The first run was done once, by the job that was left alone.
-    starts = [log.read_text().count("Starting with") for log in (out / "jobs").rglob("*_log.out")]
-    assert starts == [1, 1] and steps_of(run) == 40
-    assert (out / "report.html").exists()
+def collect(folder: Path, *tasks: str) -> dict[str, Any]:
+    named = {task: task for task in tasks}
+    found = cluster.outcomes(Cluster(folder), named, work, at_a_time=None, say=print)
+    return dict(end for end in found if end is not None)
 
 
-def fails(task: Any) -> dict[str, Any]:
-    raise UserError(f"{task}: is no good")
-
-
-def dies(task: Any) -> dict[str, Any]:
-    os._exit(1)
-
-
-def works(task: Any) -> dict[str, Any]:
-    return {"task": task, "gpus": os.environ["CUDA_VISIBLE_DEVICES"]}
-
-
-def collect(folder: Path, step: Any, tasks: dict[str, str], **how: Any) -> list[Any]:
-    options = {"at_a_time": 2, "gpus": 0, "say": print} | how
-    ended = cluster.outcomes(Cluster("local", folder), tasks, step, **options)
-    return [end for end in ended if end is not None]
-
-
-def test_jobs_that_fail_or_vanish_are_named_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_jobs_that_fail_or_vanish_are_named_and_others_collected(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(cluster, "POLL_SECONDS", 0.05)
-    ((task, error),) = collect(tmp_path, fails, {"one": "ONE"})
-    assert task == "ONE" and isinstance(error, UserError) and str(error) == "ONE: is no good"
-    ((_, error),) = collect(tmp_path, dies, {"one": "ONE"})
-    assert "of one ended without a word" in str(error)
-    # An outcome that was not collected is taken, one that says that a job failed is not.
-    (tmp_path / "one.json").write_text('{"error": "of yesterday"}')
-    (tmp_path / "two.json").write_text('{"row": {"task": "found"}}')
-    (tmp_path / "three.json").write_text("{torn")
-    (tmp_path / "three.job").write_text('{"kind": "local", "id": "1; rm -rf x", "slot": 0}')
-    found = dict(collect(tmp_path, works, {n: n for n in ("one", "two", "three")}, gpus=2))
-    assert found["two"] == {"task": "found"}
-    assert {found[n]["task"] for n in ("one", "three")} == {"one", "three"}
-    assert {found[n]["gpus"] for n in ("one", "three")} == {"0", "1"}  # a GPU each
-    assert list(tmp_path.glob("*.js*")) == list(tmp_path.glob("*.job")) == []
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    (folder / "found.json").write_text('{"row": {"task": "of yesterday"}}')
+    (folder / "found.job").write_text("999_0")
+    (folder / "works.job").write_text("1; rm -rf x")
+    found = collect(folder, "fails", "dies", "works", "found")
+    assert str(found["fails"]) == "fails: is no good"
+    assert "of dies ended without a word" in str(found["dies"])
+    assert found["works"] == {"task": "works"} and found["found"] == {"task": "of yesterday"}
+    assert [path.name for path in folder.iterdir()] == ["submitit"]
+
+
+def test_jobs_that_are_left_alone_are_picked_up(
+    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = cluster.outcomes(Cluster(tmp_path), {"a": "a"}, work, at_a_time=None, say=print)
+    assert next(left) is None
+    left.close()
+    assert "1 jobs go on by themselves" in capsys.readouterr().out
+    assert collect(tmp_path, "a") == {"a": {"task": "a"}}
+    assert len(list(slurm.glob("*.script"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -203,28 +163,27 @@ def test_what_cannot_work_or_could_reach_a_shell_is_refused(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        Cluster(**{"kind": "slurm", "folder": tmp_path, **changes}).check()
+        Cluster(**{"folder": tmp_path, **changes}).check()
 
 
 def test_missing_parts_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_images: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    words = ["sweep", str(tiny_images), *SWEEP, "--out", str(tmp_path / "sweep")]
-    assert cli.main([*words, "--slurm-time", "5"]) == 2
-    assert "--slurm-time 5: only with --cluster slurm" in capsys.readouterr().err
-    for flags in (["--slurm-gpus", "1"], ["--slurm-partition", "gpu"], ["--slurm-more", "mem=16G"]):
-        assert cli.main([*words, "--cluster", "local", *flags]) == 2
+    words = ["sweep", str(tiny_images), "--preset", "nano", "--batch-size", "16", "--device", "cpu",
+             "--seeds", "1", "--lam", "0", "--out", str(tmp_path / "sweep")]  # fmt: skip
+    for flags in (["--slurm-time", "5"], ["--slurm-gpus", "1"], ["--slurm-more", "mem=16G"]):
+        assert cli.main([*words, *flags]) == 2
         assert f"{flags[0]} " in (said := capsys.readouterr().err)
         assert "only with --cluster slurm" in said
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main([*words, "--cluster", "slurm"]) == 2
     assert "there is no SLURM here" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert cli.main([*words, "--cluster", "local"]) == 2
+    assert cli.main([*words, "--cluster", "slurm"]) == 2
     assert "pip install 'sparsejepa[slurm]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="the jobs were not taken: no such partition"):
-        cluster._submit(Cluster("slurm", tmp_path), Refusing(), {"a": 1}, {"a": -1}, works, 0)
+        cluster._submit(Refusing(), {"a": cluster.Job(work, "a", tmp_path / "a.json")})
 
 
 class Refusing:
@@ -243,20 +202,16 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four GPUs and five runs; a stand-in for the workers keeps the first one longest."""
-    seen, held = [], []
+    seen: list[tuple[int, str, int]] = []
+    held: list[tuple[Future[Any], dict[str, Any]]] = []
 
     @contextmanager
     def stand_in(count: int) -> Iterator[Any]:
-        def submit(step: Any, *arguments: Any, threads: Any = None) -> Future[Any]:
+        def submit(step: Any, task: Task, threads: Any = None) -> Future[Any]:
             future: Future[Any] = Future()
-            if step is runs._check:
-                future.set_result(([4] * 5, 4))
-                return future
-            (task,) = arguments
-            if step is runs.attempt:
-                seen.append((task.config.run.seed, task.config.run.device, task.jobs))
+            seen.append((task.config.run.seed, task.config.run.device, task.jobs))
             row = {"key": task.key, "failed": "as planned"}
-            if step is runs.attempt and task.config.run.seed == 0:
+            if task.config.run.seed == 0:
                 held.append((future, row))
             else:
                 future.set_result(row)
@@ -267,9 +222,12 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(
         yield submit
 
     monkeypatch.setattr(runs, "workers", stand_in)
+    monkeypatch.setattr(runs, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(runs, "resolve_device", lambda name: "cuda")
+    monkeypatch.setattr(runs.torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(runs, "cores", lambda: 64)
     tasks = [make_task(tmp_path / str(seed), tmp_path, seed=seed) for seed in range(5)]
-    auto = [runs.replace(t, config=t.config.replace(device="auto", threads=None)) for t in tasks]
+    auto = [replace(t, config=t.config.replace(device="auto", threads=None)) for t in tasks]
     assert len(run_tasks(auto, tmp_path / "a.jsonl")) == 5
     devices = {seed: device for seed, device, _ in seen}
     assert set(devices.values()) == {f"cuda:{i}" for i in range(4)}
@@ -277,11 +235,11 @@ def test_each_run_at_a_time_has_a_gpu_of_its_own(
     assert [devices[seed] for seed in range(1, 5)].count(devices[0]) == 0
     seen.clear()
     held.clear()
-    # Eight at a time: two share a GPU; one that is named stays.
+    # Five at a time: two share a GPU; one that is named stays.
     assert len(run_tasks(auto, tmp_path / "b.jsonl", jobs=5)) == 5
     assert [d for _, d, _ in seen].count("cuda:0") == 2 and {jobs for *_, jobs in seen} == {2}
     seen.clear()
     held.clear()
-    named = [runs.replace(t, config=t.config.replace(device="cuda:3")) for t in auto]
+    named = [replace(t, config=t.config.replace(device="cuda:3")) for t in auto]
     run_tasks(named, tmp_path / "c.jsonl")
     assert {device for _, device, _ in seen} == {"cuda:3"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparsejepa.model.coverage import audit
+from sparsejepa.model.masks import MaskSampler
 from sparsejepa.study.figures import (
     INK,
     accuracy_figure,
     group_map_figure,
     inline_svg,
+    mask_audit_figure,
+    mask_preview_figure,
     samples_figure,
     save_png,
 )
@@ -204,6 +209,27 @@ def test_samples_grey_out_hidden_patches(tmp_path: Path) -> None:
     assert save_png(figure, tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
     apart = samples_figure(images, [np.array([0])], [np.array([[1, 2, 3]])], (2, 2))
     assert len(apart.axes[1].patches) == 3  # a union that is no block
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_mask_pictures_show_context_and_targets(merge: bool) -> None:
+    sampler = MaskSampler((4, 8), num_targets=2, merge=merge)
+    shown = mask_preview_figure(sampler, count=3, seed=2).axes[0]
+    context, targets = (part[0].numpy() for part in sampler.sample(1, seed=2, step=0))
+    filled = shown.images[0].get_array()
+    assert filled is not None
+    assert np.flatnonzero(np.asarray(filled)).tolist() == sorted(context.tolist())
+    assert len(shown.patches) == (targets.shape[1] if merge else 2)
+
+
+def test_the_audit_says_what_failed() -> None:
+    found = audit(MaskSampler((8, 8)), batch_size=16, batches=4)
+    figure = mask_audit_figure(found)
+    assert figure.get_suptitle() == "Mask audit passed: 8x8 patches, 64 images"
+    shares = figure.axes[0].images[0].get_array()
+    np.testing.assert_array_equal(np.ravel(shares), found.context.share)
+    broken = dataclasses.replace(found, disjoint=False)
+    assert "FAILED" in mask_audit_figure(broken).get_suptitle()
 
 
 def test_a_figure_of_one_seed_and_no_floor() -> None:

@@ -18,9 +18,9 @@ from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
 from sparsejepa.results import DONE, ROW
+from sparsejepa.study import tasks
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task, attempt, row_key, run_and_probe
-from sparsejepa.training import loop
 
 SETTINGS: dict[str, Any] = {
     "encoder": "nano", "patch_size": 8, "img_size": (32,), "predictor_dim": 32,
@@ -140,8 +140,8 @@ def test_a_line_has_the_fields_that_are_documented_and_its_encoder_is_kept(
     # Only probes changed: the kept encoder is read, without the run directory.
     shutil.rmtree(task.run_dir)
     trained: list[Any] = []
-    real = loop.train
-    monkeypatch.setattr(loop, "train", lambda *a, **k: trained.append(a) or real(*a, **k))
+    real = tasks.train
+    monkeypatch.setattr(tasks, "train", lambda *a, **k: trained.append(a) or real(*a, **k))
     monkeypatch.setattr(version, "EVAL_VERSION", 2)
     (again,) = run_tasks([replace(task)], results, jobs=1)
     assert not trained and not (task.run_dir / "config.toml").exists()
