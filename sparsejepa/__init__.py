@@ -27,7 +27,7 @@ _EXPORTS = {
     "RidgeProbe": "sparsejepa.evaluation.classifiers",
     "KNNProbe": "sparsejepa.evaluation.classifiers",
     "PostHocGroups": "sparsejepa.evaluation.posthoc",
-    "pretrain": "sparsejepa.study.runs",
+    "pretrain": "sparsejepa.study",
     "build_model": "sparsejepa.training.build",
     "run_sweep": "sparsejepa.study.sweep",
     "run_explain": "sparsejepa.explain.run",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from sparsejepa.model.groups import GroupMap as GroupMap
     from sparsejepa.model.jepa import SparseJEPA as SparseJEPA
     from sparsejepa.model.masks import MaskSampler as MaskSampler
-    from sparsejepa.study.runs import pretrain as pretrain
+    from sparsejepa.study import pretrain as pretrain
     from sparsejepa.study.sweep import run_sweep as run_sweep
     from sparsejepa.training.build import build_model as build_model
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from sparsejepa.config import Config, check_pattern, preset
+from sparsejepa.config import check_pattern
 from sparsejepa.data.catalog import load_dataset, load_images
 from sparsejepa.environment import cores, resolve_device
 from sparsejepa.errors import UserError
@@ -33,10 +33,7 @@ from sparsejepa.study.verdict import measure_name
 from sparsejepa.study.workers import terminable, workers
 from sparsejepa.training.build import prepare, total_steps
 from sparsejepa.training.checkpoint import open_run
-from sparsejepa.training.loop import Run, train
 from sparsejepa.training.monitor import check_trackers
-
-    from sparsejepa.training.loop import Run
 
 _MOST = 16  # runs at a time, unless more are asked for
 _LINE_SECONDS = 30.0
@@ -184,26 +181,6 @@ def _from_jobs(
     """Yield as `_outcomes` does, each run being a job of a cluster."""
     named = {f"{task.run_dir.name}.{task.key}": task for task in tasks}
     yield from outcomes(cluster, named, attempt, at_a_time=jobs, say=console.print)
-
-
-def pretrain(
-    data: str | Path | Config,
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    console: Console | None = None,
-    **settings: Any,
-) -> Run:
-    """Pretrain on a data set by name and return the finished run, see `training.loop.train`.
-
-    `data` names the images (see ``sparsejepa data list``) or is a whole `Config`; `settings` are
-    the flat names of `Config` (``lam=0.01, epochs=20, preset="nano"``).
-    """
-    if isinstance(data, Config):
-        config = data.replace(**settings)
-    else:
-        config = preset(settings.pop("preset", "best")).replace(data=str(data), **settings)
-    return train(config, load_images, out=out, resume=resume, console=console)
 
 
 class _Progress:

@@ -23,7 +23,7 @@ from sparsejepa.data.catalog import describe, load_dataset, load_images, stream_
 from sparsejepa.data.store import DeviceImages
 from sparsejepa.data.stream import StreamImages, block_order, mixed_blocks, open_images
 from sparsejepa.errors import UserError
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 
 Save = Callable[..., np.ndarray]
 

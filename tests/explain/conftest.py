@@ -10,7 +10,7 @@ from PIL import Image
 
 from sparsejepa.config import preset
 from sparsejepa.data.scenes import Scenes
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 
 COUNTS = {"train": 120, "test": 60}
 

@@ -15,7 +15,8 @@ from sparsejepa.encoders.encoder import save_groups
 from sparsejepa.errors import UserError
 from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
-from sparsejepa.study.runs import pretrain, run_tasks
+from sparsejepa.study import pretrain
+from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training.build import build_model
 from sparsejepa.training.loop import plan

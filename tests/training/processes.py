@@ -20,7 +20,7 @@ from sparsejepa.data.augment import Augment
 from sparsejepa.distributed import World, joined
 from sparsejepa.errors import UserError
 from sparsejepa.model.collectives import gather
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training.build import build_model
 from sparsejepa.training.step import TrainStep
 

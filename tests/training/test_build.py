@@ -18,7 +18,7 @@ from sparsejepa.data.store import ImageSet
 from sparsejepa.encoders.encoder import load_activations, load_groups
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training.build import build_model, build_sampler
 from sparsejepa.training.loop import plan, train
 

@@ -25,7 +25,7 @@ from sparsejepa import distributed
 from sparsejepa.config import Config
 from sparsejepa.distributed import Share, World, launch_name, own_rows, slurm_address
 from sparsejepa.errors import UserError
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training.loop import check_shares
 
 from .processes import MORE, VARIANTS, check_collectives, config_of, steps

@@ -24,7 +24,7 @@ from sparsejepa.data.catalog import load_images
 from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.model.groups import GroupMap
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training import loop
 from sparsejepa.training import step as step_module
 from sparsejepa.training.checkpoint import train_version
@@ -76,7 +76,7 @@ def test_every_arm_trains_and_leaves_a_whole_run_directory(
 SCRIPT = """
 import sys, json
 from sparsejepa.config import Config
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 config = Config.from_dict(json.loads(sys.argv[1]))
 pretrain(config, out=sys.argv[2], resume=True)
 """

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = """
 import json, os, sys
 from sparsejepa.config import preset
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training.step import TrainStep
 
 step, samples = TrainStep.__call__, []

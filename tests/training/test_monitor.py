@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from sparsejepa.config import Config
 from sparsejepa.errors import Interrupted, UserError
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training import monitor
 from sparsejepa.training.monitor import MetricsLog, Watch, check_trackers
 from sparsejepa.training.step import TERMS

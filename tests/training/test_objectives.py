@@ -13,7 +13,7 @@ from sparsejepa.config import Config, preset
 from sparsejepa.encoders.encoder import load_groups
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 
 TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 6, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,

@@ -16,7 +16,7 @@ from sparsejepa.data.catalog import load_images
 from sparsejepa.encoders.encoder import Encoder, save_encoder
 from sparsejepa.errors import UserError
 from sparsejepa.model.encoder import ViT
-from sparsejepa.study.runs import pretrain
+from sparsejepa.study import pretrain
 from sparsejepa.training import loop
 from sparsejepa.training.build import build_model, find_start
 from sparsejepa.training.loop import plan
