@@ -211,13 +211,14 @@ def load_run(path: Path) -> Encoder:
         with torch.device("meta"):  # takes no memory before the sizes are known to fit
             vit = ViT(**arch)
         mean, std = check_scale(config["mean"], config["std"])
+        license = config.get("license") and str(config["license"])
         vit.load_state_dict(tensors, assign=True)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
         reason = str(e).splitlines()[-1].strip()
         raise UserError(
             f"{path / CONFIG}: damaged, or does not fit {WEIGHTS} ({reason}); copy the run again"
         ) from None
-    return Encoder(vit.float(), name=str(path), mean=mean, std=std, license=config.get("license"))
+    return Encoder(vit.float(), name=str(path), mean=mean, std=std, license=license)
 
 
 def check_scale(mean: Any, std: Any) -> tuple[RGB, RGB]:
@@ -239,20 +240,14 @@ def save_groups(
 ) -> None:
     """Write groups.safetensors to `run_dir`, whole or not at all.
 
-    `rms` [G] are the units of the groups' activations, as `module.measure_rms` gives them, and
-    `seen` [2, D] what `module.measure_seen` gives of whole images.
+    `rms` [G] are the units of the groups' activations, as `measure_rms` gives them, and `seen`
+    [2, D] what `measure_seen` gives of whole images.
     """
-    about = {
-        "kind": groups.kind,
-        "num_groups": len(groups.W),
-        "sphere": groups.sphere,
-        "eps": groups.norm.eps,
-    }
-    units = {k: v for k, v in (("rms", rms), ("seen", seen)) if v is not None}
-    tensors = {
-        k: v for k, v in groups.state_dict().items() if k != "mean_gradient"
-    }  # for training only
-    save_tensors(run_dir / GROUPS, tensors | units, about)
+    about = {"kind": groups.kind, "num_groups": len(groups.W)}
+    about |= {"sphere": groups.sphere, "eps": groups.norm.eps}
+    tensors = {**groups.state_dict(), "rms": rms, "seen": seen}
+    del tensors["mean_gradient"]  # for training only
+    save_tensors(run_dir / GROUPS, {k: t for k, t in tensors.items() if t is not None}, about)
 
 
 def groups_folder(folder: Path) -> Path:
@@ -275,22 +270,15 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
             raise ValueError("an empty tensor")  # whose other sides could be of any length
         num_groups, group_dim, embed_dim = tensors["W"].shape
         _, own, hidden = tensors["networks.B"].shape
-        groups = GroupMap(
-            about["kind"],
-            embed_dim,
-            grid_size,
-            num_groups=num_groups,
-            group_dim=group_dim,
-            sphere=about.get("sphere", True),
-            hidden=hidden,
-            out_dim=own * num_groups if about["kind"] == "feature" else own,
-        )
+        out_dim = own * num_groups if about["kind"] == "feature" else own
+        sizes = {"num_groups": num_groups, "group_dim": group_dim, "hidden": hidden}
+        sizes |= {"out_dim": out_dim, "sphere": about.get("sphere", True)}
+        groups = GroupMap(about["kind"], embed_dim, grid_size, **sizes)
         groups.norm.eps = float(about.get("eps", groups.norm.eps))
         units = tensors.pop("rms", torch.ones(num_groups))
         seen = tensors.pop("seen", torch.ones(2, embed_dim))
         if units.shape != (num_groups,) or seen.shape != (2, embed_dim):
-            shapes = f"rms {list(units.shape)}, seen {list(seen.shape)}"
-            raise ValueError(f"{shapes} for {num_groups} groups of {embed_dim} latents")
+            raise ValueError("units of other groups")
         groups.load_state_dict(tensors | {"mean_gradient": groups.mean_gradient})
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         detail = str(error).splitlines()[-1].strip()

@@ -269,11 +269,6 @@ def _timm(export: Export, folder: Path) -> tuple[Run, str]:
     import timm
 
     vit, encoder, about = export.vit, export.encoder, vit_arguments(export.vit)
-    if vit.norm.eps != 1e-6:
-        raise UserError(
-            f"{encoder.name}: its norms have eps {vit.norm.eps:g} and timm's 1e-06; use --to "
-            "transformers, hub or onnx"
-        )
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     # The norm is that of the tokens, before they are averaged, and not fc_norm after it.
     pool = {"class_token": about["class_token"], "global_pool": "avg", "fc_norm": False}

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
-import logging
 import math
 import re
 import zipfile
@@ -92,11 +90,7 @@ def load(
     if text.startswith("timm:"):
         encoder = _load_timm(text)
     elif text.startswith("hub:"):
-        folder = fetch(text)
-        try:
-            encoder = _load_folder(folder)
-        except UserError as error:
-            raise UserError(f"{text}: {error}; to fetch it anew, remove {folder}") from None
+        encoder = _load_folder(fetch(text))
     elif path.is_file() and path.name == WEIGHTS:
         encoder = _load_folder(path.parent)
     elif text.endswith(ENDINGS) and not path.is_dir():
@@ -104,14 +98,7 @@ def load(
     else:
         encoder = _load_folder(path)
     encoder.name, encoder.precision = text, precision
-    if encoder.license and "nc" in re.split(r"[^a-z0-9]+", encoder.license.lower()):
-        _say_license(text, encoder.license)
     return encoder.to(device)
-
-
-@functools.cache
-def _say_license(ref: str, license: str) -> None:
-    logging.getLogger(__name__).warning("%s: weights under %s: no commercial use", ref, license)
 
 
 def folder_of(ref: str | Path) -> Path | None:
@@ -182,13 +169,11 @@ class TimmViT(nn.Module):
         super().__init__()
         import timm
 
-        base = name.partition(".")[0]
-        known = timm.list_models()
+        base, _, tag = name.partition(".")
+        known, tagged = timm.list_models(), timm.list_pretrained(f"{base}.*")
         if base not in known:
-            alike = [other for other in known if other.startswith(f"{base.partition('_')[0]}_")]
-            raise UserError(f"timm:{name}: no such model{nearest(base, alike or known)}")
-        if name not in (base, *timm.list_pretrained(f"{base}.*")):
-            tagged = timm.list_pretrained(f"{base}.*")
+            raise UserError(f"timm:{name}: no such model{nearest(base, known)}")
+        if tag and name not in tagged:
             raise UserError(f"timm:{name}: no such weights{nearest(name, tagged)}")
         self.timm_name = name
         self.vit: Any = _create_timm(name) if pretrained else timm.create_model(name, num_classes=0)
@@ -236,19 +221,18 @@ def _create_timm(name: str) -> nn.Module:
     """Build a timm model without a head, with weights from the hub's cache or the network."""
     import timm
 
-    overlay: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_classes": 0}
     try:
         about: Any = timm.models.get_pretrained_cfg(name)
         if about.hf_hub_id and about.custom_load != "hf":
-            # By ourselves, because timm's way asks an unreachable hub for a minute.
+            # By ourselves, because timm's way asks an unreachable hub for a minute. The hub's files
+            # need none of the converters that some original files do.
             file = about.hf_hub_filename or MODEL
-            path = _download(f"timm:{name}", about.hf_hub_id, [file]) / file
-            # The hub's files need none of the converters that some original files do.
-            overlay["custom_load"] = False
-            overlay["state_dict"] = read_weights(path)
-        return timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay or None, num_classes=0
-        )
+            weights = read_weights(_download(f"timm:{name}", about.hf_hub_id, [file]) / file)
+            options["pretrained_cfg_overlay"] = {"state_dict": weights, "custom_load": False}
+        model: Any = timm.create_model(name, pretrained=True, **options)
+        model.pretrained_cfg.pop("state_dict", None)  # a second copy
+        return model
     except Exception as error:  # whatever network and file readers raise
         line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         reason = str(error) if isinstance(error, UserError) else f"timm:{name}: no weights ({line})"
@@ -416,6 +400,8 @@ def build_vit(
         if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise UserError(f"{origin}: {name} is sparse, or larger than what the file holds of it")
     weights = _timm_names(own)
+    if part.endswith("base_encoder."):
+        num_heads = num_heads or 12  # of MoCo v3, whose small ViT has twice as many as others
     try:
         arch = _arguments(weights, num_heads, img_size)
         with torch.device("meta"):  # takes no memory before the shapes are known to fit
@@ -445,9 +431,9 @@ def build_vit(
 
 
 def choose_part(names: list[str]) -> str | None:
-    """Return what the names of the encoder's tensors begin with; None if there is no ViT.
+    """Return what the names of the encoder's tensors, of several the EMA teacher's, begin with.
 
-    Of several models in a file the EMA teacher is the one that is probed.
+    None if there is no ViT among them.
     """
     firsts = [f"{x}.weight" for x in ("patch_embed.proj", TRANSFORMERS["patch_embed.proj"])]
     found = [n.removesuffix(first) for n in names for first in firsts if n.endswith(first)]

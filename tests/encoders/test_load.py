@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -70,7 +69,6 @@ def test_a_timm_model_gives_its_patch_tokens() -> None:
         ("timm:vit_tny_patch16_224", "did you mean 'vit_tiny_patch16_224'"),
         (f"timm:{NAME}.augreg_in21", "did you mean 'vit_tiny_patch16_224.augreg_in21k"),
         ("timm:resnet18?untrained", "not a vision transformer"),
-        ("timm:vit_gibtsnicht", "no such model (did you mean 'vit_"),
         (f"timm:{NAME}?random", "only '?untrained' is"),
     ],
 )
@@ -166,16 +164,11 @@ def assert_weights(encoder: Encoder, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, LEARNED])
-def test_ijepas_target_encoder_is_loaded(
-    tmp_path: Path, changes: dict, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ijepas_target_encoder_is_loaded(tmp_path: Path, changes: dict) -> None:
     vit, images = small_vit(**SIZES, **changes), uint8(3, 24, 24, 3)
     path = ijepa(tmp_path / "IN1K-vit.h.14-300e.pth.tar", vit)
-    with caplog.at_level(logging.WARNING):
-        encoder = load(path)
-        load(path)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"{path}: weights under CC BY-NC 4.0") and "no commercial use" in said
+    encoder = load(path)
+    assert encoder.license is not None and encoder.license.startswith("CC BY-NC 4.0")
     pixels = images.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in IMAGENET)
     expected = vit((pixels - mean) / std)
@@ -204,6 +197,10 @@ def others(state: dict[str, Tensor]) -> dict[str, dict]:
         "dino": {"student": prefixed(zeros(dino), "module."), "teacher": dino, "args": flags},
         "ema": {"model": zeros(state), "model_ema": state},
         "solo": {"state_dict": prefixed(state, "backbone.")},
+        "moco": {
+            "state_dict": prefixed({**state, **head}, "module.base_encoder.")
+            | prefixed(zeros(state), "module.momentum_encoder.")
+        },
         "compiled": prefixed(state, "_orig_mod."),
     }
 
@@ -212,7 +209,9 @@ def others(state: dict[str, Tensor]) -> dict[str, dict]:
 def test_files_of_other_programs(kind: str, tmp_path: Path) -> None:
     state = small_vit(**SIZES, **LEARNED).state_dict()
     torch.save(others(state)[kind], tmp_path / "x.pth")
-    assert_weights(load(tmp_path / "x.pth"), state)
+    encoder = load(tmp_path / "x.pth")
+    assert_weights(encoder, state)
+    assert encoder.architecture["num_heads"] == (12 if kind == "moco" else 3)
 
 
 def test_a_file_in_torchs_old_format(tmp_path: Path) -> None:
