@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sparsejepa.config import ENCODER_SIZES
-from sparsejepa.model.encoder import sincos_position_embedding
+from sparsejepa.model.vit import sincos_position_embedding
 
 NUM_TARGETS, MOMENTUM = 4, 0.996
 _READY = 8  # masks that are drawn beforehand on a GPU

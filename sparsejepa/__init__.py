@@ -15,7 +15,7 @@ _EXPORTS = {
     "Config": "sparsejepa.config",
     "preset": "sparsejepa.config",
     "UserError": "sparsejepa.errors",
-    "ViT": "sparsejepa.model.encoder",
+    "ViT": "sparsejepa.model.vit",
     "MaskSampler": "sparsejepa.model.masks",
     "GroupMap": "sparsejepa.model.groups",
     "SparseJEPA": "sparsejepa.model.jepa",
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from sparsejepa.evaluation.features import embed as embed
     from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
     from sparsejepa.explain.run import run_explain as run_explain
-    from sparsejepa.model.encoder import ViT as ViT
     from sparsejepa.model.groups import GroupMap as GroupMap
     from sparsejepa.model.jepa import SparseJEPA as SparseJEPA
     from sparsejepa.model.masks import MaskSampler as MaskSampler
+    from sparsejepa.model.vit import ViT as ViT
     from sparsejepa.study import pretrain as pretrain
     from sparsejepa.study.sweep import run_sweep as run_sweep
     from sparsejepa.training.build import build_model as build_model

@@ -1,9 +1,8 @@
 """The processes of one job: who this one is, how they meet, and what they tell each other.
 
 Started by torchrun or SLURM, several processes train one model: each step's images, masks and
-draws are those of the global batch, of which every process takes its rows. What a model's forward
-pass exchanges, with gradients, is in `model.collectives`. Imports torch only when it is used: the
-command line reads this module before anything heavy.
+draws are those of the global batch, of which every process takes its rows. Imports torch only when
+it is used: the command line reads this module before anything heavy.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import time
@@ -243,7 +241,7 @@ def launch_name(variables: Mapping[str, str] = os.environ) -> str:
 
 
 def on_main(world: World, work: Callable[[], Any]) -> Any:
-    """Return on every process what `work` returns on the main one, JSON-able, or its UserError."""
+    """Return on every process what `work` returns on the main one, or raise its UserError."""
     if world.size == 1:
         return work()
     message: dict[str, Any] = {}
@@ -252,7 +250,9 @@ def on_main(world: World, work: Callable[[], Any]) -> Any:
             message = {"value": work()}
         except UserError as error:
             message = {"error": str(error)}
-    message = json.loads(_from_main(world, json.dumps(message)))
+    told = [message]
+    _engine().broadcast_object_list(told, 0)
+    message = told[0]
     if "error" in message:
         raise UserError(message["error"])
     return message["value"]
@@ -317,14 +317,56 @@ def mean_of(x: Tensor) -> Tensor:
 
 def gather_texts(text: str) -> list[str]:
     """Return the texts of all processes in the order of ranks."""
-    import torch
+    world = current()
+    texts = [text] * world.size
+    if world.size > 1:
+        _engine().all_gather_object(texts, text)
+    return texts
 
-    world, words = current(), text.encode()
-    lengths = gather_rows(torch.tensor([len(words)]), world.size).tolist()
-    padded = bytearray(words.ljust(max(1, *lengths), b" "))
-    rows = gather_rows(torch.frombuffer(padded, dtype=torch.uint8)[None], world.size)
-    pairs = zip(rows, lengths, strict=True)
-    return [bytes(row[:length].numpy()).decode() for row, length in pairs]
+
+def alone() -> bool:
+    """Return whether this process is the only one that is connected."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+def gather(x: Tensor) -> Tensor:
+    """Return the rows of x [n, ...] of all processes, [k n, ...] in the order of ranks.
+
+    n is the same everywhere. The gradient of the rows is summed over the processes. Gradients of
+    parameters are averaged over them afterwards: with L the mean of the processes' losses, what
+    comes out is then the gradient of L, as if one process had seen all rows.
+    """
+    return x if alone() else _gathering()(x)
+
+
+def local(x: Tensor) -> Tensor:
+    """Return this process's part of a parameter that is shared out, any other as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _gathering() -> Callable[[Tensor], Tensor]:
+    """Return `gather` for several processes, which compilers leave alone."""
+    import torch
+    import torch.distributed as dist
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+            ctx.rows = len(x)
+            out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+            dist.all_gather_into_tensor(out, x.contiguous())
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad)
+            return grad[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+    return torch.compiler.disable(Gather.apply)
 
 
 class Agreement:
@@ -405,16 +447,3 @@ def _is_lost_connection(error: Exception) -> bool:
     words = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
     network = isinstance(error, dist.DistError) or type(error) is RuntimeError
     return network and any(word in str(error) for word in words)
-
-
-def _from_main(world: World, text: str) -> str:
-    """Return the main process's text on every process."""
-    import torch
-    import torch.distributed as dist
-
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    length = torch.tensor(len(data))
-    dist.broadcast(length, 0)
-    data = data if world.main else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, 0)
-    return bytes(data.numpy()).decode()

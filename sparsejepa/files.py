@@ -1,14 +1,18 @@
-"""Files that are whole or not there: atomic text and safetensors, no pickle.
+"""Files that are whole or not there, and one job at a time in a folder.
 
 A file is written beside its final name, synced and renamed, so a kill or a full disk at any moment
-leaves the previous version whole.
+leaves the previous version whole. Text, JSON and safetensors; no pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +25,8 @@ from torch import Tensor
 from sparsejepa.errors import UserError
 
 FORMAT = 1
+LOCK = ".lock"
+"""In a folder at work: pid and host of the job that holds it. It is gone when no job does."""
 
 
 @contextmanager
@@ -102,3 +108,71 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep `folder`, made if it is not there, for this process while the context lasts.
+
+    The lock lies on the open file, not in its content: the system frees it when the process ends,
+    however it ends, and no process that it forks holds it. Where the system or the file system
+    cannot lock, nothing is locked and a warning says so.
+
+    Raises UserError that names the holder's pid and host.
+    """
+    handle = _take(folder / LOCK)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            # Removed while it is still locked: whoever has it open sees that it is gone.
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _take(path: Path) -> int | None:
+    """Return the open, locked file; None where the system cannot lock."""
+    try:
+        import fcntl
+    except ImportError:
+        warnings.warn(f"{path}: this system has no file locks; start no second job", stacklevel=4)
+        return None
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the holder before has just removed the folder
+            continue
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(handle)
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"{path.parent} is in use by {holder}; wait until it has ended, stop it, or "
+                    "name another place with --out"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            warnings.warn(
+                f"{path}: this file system cannot lock ({error.strerror}); start no second job",
+                stacklevel=4,
+            )
+            return None
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            with contextlib.suppress(OSError):  # a full disk: only the message is poorer then
+                os.ftruncate(handle, 0)
+                about = {"pid": os.getpid(), "host": socket.gethostname()}
+                os.write(handle, json.dumps(about).encode())
+            return handle
+        os.close(handle)  # the holder before removed it meanwhile
+
+
+def _holder(handle: int) -> str:
+    try:
+        about = json.loads(os.pread(handle, 1000, 0))
+        return f"process {int(about['pid'])} on {about['host']}"
+    except (OSError, ValueError, LookupError, TypeError):  # it is just writing that
+        return "another process"

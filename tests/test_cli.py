@@ -141,7 +141,7 @@ def test_a_settings_file_with_mistakes_is_named(
         ('preset = "nanno"', "a.toml: --preset nanno"),
         ('epochs = "ten"', "a.toml: --epochs: invalid literal"),
         ("flip = 3", "a.toml: no setting takes 3"),
-        ('[loss]\nloss = "minute"', "a.toml: --loss: invalid choice 'minute'"),
+        ('[loss]\nloss = "minute"', "a.toml: invalid choice 'minute'"),
     ]:
         file.write_text(text)
         line = error_line(*call(capsys, f"pretrain scenes --config {file}"))

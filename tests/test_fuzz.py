@@ -32,7 +32,7 @@ from sparsejepa.explain.compare import compare_runs
 from sparsejepa.explain.run import ACTIVATIONS, METRICS
 from sparsejepa.explain.subject import read_names
 from sparsejepa.files import save_tensors
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 from sparsejepa.results import read_checked, read_results, read_rows
 from sparsejepa.study.figures import points
 from sparsejepa.study.tasks import row_key

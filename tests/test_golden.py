@@ -35,10 +35,10 @@ from sparsejepa.evaluation.features import embed, pixel_features
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import labelled_share
 from sparsejepa.model import jepa
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.jepa import Losses, SparseJEPA
 from sparsejepa.model.losses import KLParts, aggregate_kl
 from sparsejepa.model.masks import MaskSampler
+from sparsejepa.model.vit import ViT
 from sparsejepa.training import schedule
 from sparsejepa.training import step as step_module
 from sparsejepa.training.build import build_model

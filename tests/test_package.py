@@ -26,7 +26,6 @@ FLOORS = [
         "rng",
         "environment",
         "distributed",
-        "lock",
         "terminal",
     ],
     ["model"],

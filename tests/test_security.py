@@ -32,7 +32,7 @@ from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.explain.subject import run_folder
 from sparsejepa.files import write_text
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 from sparsejepa.report.explain import _json
 from sparsejepa.study.figures import STYLE, inline_svg
 from sparsejepa.study.page import Page, Table, resource, write_page

@@ -21,10 +21,10 @@ from sparsejepa.data.augment import normalize
 from sparsejepa.environment import has_bf16
 from sparsejepa.errors import UserError
 from sparsejepa.files import load_tensors, read_json, save_tensors, write_text
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, Kind, group_norms
 from sparsejepa.model.losses import full
 from sparsejepa.model.masks import MaskSampler
+from sparsejepa.model.vit import ViT
 from sparsejepa.rng import derive_seed
 
 RGB = tuple[float, float, float]

@@ -38,7 +38,7 @@ from sparsejepa.encoders.encoder import (
 from sparsejepa.encoders.load import CARD, MODEL, NAME, QKV, TRANSFORMERS, folder_of, plain
 from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 
 ACTIVATIONS, ONNX = "group_activations.safetensors", "model.onnx"
 BATCHES = (1, 2, 5)

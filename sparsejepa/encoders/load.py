@@ -36,7 +36,7 @@ from sparsejepa.encoders.encoder import (
     rgb,
 )
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.model.encoder import ViT, sincos_position_embedding
+from sparsejepa.model.vit import ViT, sincos_position_embedding
 from sparsejepa.rng import derive_seed
 
 ENDINGS = (".pth.tar", ".pth", ".pt", ".safetensors")

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsejepa.distributed import alone, gather
 from sparsejepa.errors import UserError
-from sparsejepa.model.collectives import alone, gather
-from sparsejepa.model.encoder import attend, sincos_position_embedding
 from sparsejepa.model.losses import full
+from sparsejepa.model.vit import attend, sincos_position_embedding
 
 Kind = Literal["region", "concept", "feature"]
 

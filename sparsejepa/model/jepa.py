@@ -21,9 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsejepa.config import LossConfig
-from sparsejepa.distributed import Share
-from sparsejepa.model.collectives import gather, local
-from sparsejepa.model.encoder import ViT, patchify
+from sparsejepa.distributed import Share, gather, local
 from sparsejepa.model.groups import DensityController, GroupMap, largest
 from sparsejepa.model.losses import (
     RunningMoments,
@@ -35,6 +33,7 @@ from sparsejepa.model.losses import (
     prediction_loss,
 )
 from sparsejepa.model.masks import Masks, MaskSampler
+from sparsejepa.model.vit import ViT, patchify
 from sparsejepa.rng import generator
 
 RIDGE = 1e-3

@@ -3,7 +3,7 @@
 The widely copied sampler never uses the last row and column, cuts every context to the batch
 minimum by keeping the first indices, and ties aspect ratio to scale. Here blocks lie uniformly over
 all places where they fit, scale and aspect ratio are independent, and each context is a random
-subset of a stated size, so that all images of a step have equal shapes. `coverage.audit` compares
+subset of a stated size, so that all images of a step have equal shapes. `audit.audit` compares
 what a sampler does with the exact enumeration of what it should do.
 """
 

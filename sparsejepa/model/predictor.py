@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsejepa.model.encoder import Block, Linear, init_weights, sincos_position_embedding
+from sparsejepa.model.vit import Block, Linear, init_weights, sincos_position_embedding
 
 
 class TransformerPredictor(nn.Module):

@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sparsejepa.files import atomic_path
-from sparsejepa.model.coverage import CoverageAudit
+from sparsejepa.model.audit import CoverageAudit
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.study.verdict import BySeed, Summary, mark, mean_sd
 

@@ -22,17 +22,16 @@ from sparsejepa.config import ENCODER_SIZES, Config, check_pattern
 from sparsejepa.data.augment import Augment
 from sparsejepa.data.store import ImageSet
 from sparsejepa.data.stream import ImageStream
-from sparsejepa.distributed import World, first_here
+from sparsejepa.distributed import World, first_here, local
 from sparsejepa.encoders.encoder import GROUPS, RGB, vit_arguments
 from sparsejepa.encoders.load import load, plain
 from sparsejepa.errors import TooFewImages, UserError
 from sparsejepa.files import load_tensors, read_json, write_text
-from sparsejepa.model.collectives import local
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
+from sparsejepa.model.vit import ViT
 from sparsejepa.rng import derive_seed
 from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule

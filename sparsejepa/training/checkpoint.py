@@ -32,8 +32,7 @@ from sparsejepa import __version__, version
 from sparsejepa.config import Config, load_toml
 from sparsejepa.distributed import World
 from sparsejepa.errors import UserError, flag
-from sparsejepa.files import partial_files, read_json, sync, sync_folder, write_text
-from sparsejepa.lock import LOCK
+from sparsejepa.files import LOCK, partial_files, read_json, sync, sync_folder, write_text
 
 FORMAT = 2
 """Of a checkpoint's folder."""

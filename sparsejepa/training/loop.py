@@ -46,11 +46,10 @@ from sparsejepa.encoders.encoder import (
 from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError
-from sparsejepa.files import partial_files, read_json, write_text
-from sparsejepa.lock import run_lock
-from sparsejepa.model.encoder import ViT
+from sparsejepa.files import partial_files, read_json, run_lock, write_text
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
+from sparsejepa.model.vit import ViT
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
     Images,
@@ -140,7 +139,8 @@ def train(
             start, own, image_set = prepare(config, images, run_dir, world)
             model = build_model(own, image_set.img_size, total_steps(own, len(image_set)), start)
             on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
-            with run_lock(run_dir, world), _stop_on_signal() as stop:
+            with contextlib.ExitStack() as held, _stop_on_signal() as stop:
+                on_main(world, lambda: held.enter_context(run_lock(run_dir)))
                 # Another job may have begun or finished here while the images were loaded.
                 summary = on_main(world, look)
                 if summary is None:

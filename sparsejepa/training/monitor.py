@@ -28,8 +28,8 @@ from sparsejepa.data.stream import ImageStream, StreamImages
 from sparsejepa.distributed import World, gather_rows, own_rows
 from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.vit import ViT
 from sparsejepa.training.quality import knn_accuracy, rankme, std_per_dimension
 
 METRICS = "metrics.jsonl"

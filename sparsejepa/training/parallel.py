@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsejepa.model.collectives import local
-from sparsejepa.model.encoder import ViT
+from sparsejepa.distributed import local
 from sparsejepa.model.jepa import SparseJEPA
+from sparsejepa.model.vit import ViT
 
 
 def spread(

@@ -128,7 +128,7 @@ def masks(args: Masks, console: Console) -> dict[str, Any]:
     )
     size = image_size(args.img_size) or (32, 32)
     config.check().check_image(size)
-    from sparsejepa.model.coverage import audit
+    from sparsejepa.model.audit import audit
     from sparsejepa.study.figures import mask_audit_figure, mask_preview_figure, save_png
     from sparsejepa.training.build import build_sampler
 

@@ -25,7 +25,7 @@ from sparsejepa.data.catalog import stream_dataset
 from sparsejepa.data.crew import Decoder, Shared
 from sparsejepa.data.readers import MEMORY, Members, Names, Rows
 from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 from sparsejepa.training.monitor import OnlineEvaluation, _of_few
 
 Save = Callable[..., np.ndarray]

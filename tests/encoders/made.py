@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsejepa.encoders.encoder import save_encoder, save_groups
 from sparsejepa.encoders.export import Export
 from sparsejepa.encoders.load import load
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.vit import ViT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 KINDS = ("region", "concept", "feature")

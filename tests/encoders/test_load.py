@@ -24,7 +24,7 @@ from sparsejepa.encoders.encoder import IMAGENET, Encoder, save_groups
 from sparsejepa.encoders.export import Export, write_export
 from sparsejepa.encoders.load import TimmViT, choose_part, load, plain
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 
 from .made import MEAN, STD, noise, random_map, small_vit, uint8, write_run
 

@@ -9,8 +9,8 @@ import torch
 
 import sparsejepa
 from sparsejepa.encoders.encoder import Encoder, save_encoder, save_groups
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.vit import ViT
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 

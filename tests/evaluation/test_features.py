@@ -31,8 +31,8 @@ from sparsejepa.evaluation.features import (
     pixel_features,
     target,
 )
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.groups import GroupMap
+from sparsejepa.model.vit import ViT
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 

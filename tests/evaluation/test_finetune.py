@@ -8,7 +8,7 @@ from sparsejepa.data.store import ImageSet, Target
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.finetune import FineTune, Recipe, layer_groups
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 SHORT = Recipe(passes=2, least_steps=80, batch_size=32)

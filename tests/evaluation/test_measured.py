@@ -31,7 +31,7 @@ from sparsejepa.evaluation.measured import (
     leading,
     measure,
 )
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 from sparsejepa.training.quality import rankme
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)

@@ -28,7 +28,7 @@ from sparsejepa.evaluation.probe import (
     split_protocol,
 )
 from sparsejepa.evaluation.stats import wilson_interval
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 

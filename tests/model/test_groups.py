@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import sincos_position_embedding
 from sparsejepa.model.groups import (
     LAM_UNIT,
     TRAVEL,
@@ -24,6 +23,7 @@ from sparsejepa.model.groups import (
     prox_group_lasso,
     prox_sphere,
 )
+from sparsejepa.model.vit import sincos_position_embedding
 
 KINDS = ("region", "concept", "feature")
 GRID, D, G, P, B, C = (4, 4), 24, 4, 3, 5, 6

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import sincos_position_embedding
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
+from sparsejepa.model.vit import sincos_position_embedding
 
 GRID, D = (4, 6), 20
 

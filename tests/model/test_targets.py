@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsejepa.config import preset
-from sparsejepa.model.encoder import ViT
 from sparsejepa.model.jepa import SparseJEPA, make_targets
+from sparsejepa.model.vit import ViT
 from sparsejepa.training.build import build_model
 
 

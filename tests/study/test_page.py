@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsejepa.model.coverage import audit
+from sparsejepa.model.audit import audit
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.study.figures import (
     INK,

@@ -12,7 +12,7 @@ import torch
 from sparsejepa.config import preset
 from sparsejepa.encoders.encoder import save_encoder
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training import loop

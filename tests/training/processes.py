@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from sparsejepa.config import Config, preset
 from sparsejepa.data.augment import Augment
-from sparsejepa.distributed import World, joined
+from sparsejepa.distributed import World, gather, joined
 from sparsejepa.errors import UserError
-from sparsejepa.model.collectives import gather
 from sparsejepa.study import pretrain
 from sparsejepa.training.build import build_model
 from sparsejepa.training.step import TrainStep

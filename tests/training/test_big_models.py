@@ -118,7 +118,7 @@ import torch
 from sparsejepa.config import Config, preset
 from sparsejepa.data.augment import Augment
 from sparsejepa.distributed import World, joined
-from sparsejepa.model.collectives import local
+from sparsejepa.distributed import local
 from sparsejepa.training.build import build_model
 from sparsejepa.training.step import TrainStep
 

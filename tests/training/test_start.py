@@ -15,7 +15,7 @@ from sparsejepa.config import Config
 from sparsejepa.data.catalog import load_images
 from sparsejepa.encoders.encoder import Encoder, save_encoder
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import ViT
+from sparsejepa.model.vit import ViT
 from sparsejepa.study import pretrain
 from sparsejepa.training import loop
 from sparsejepa.training.build import build_model, find_start

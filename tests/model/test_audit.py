@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparsejepa.errors import UserError
-from sparsejepa.model import coverage
-from sparsejepa.model.coverage import audit, exact_coverage, symmetries
+from sparsejepa.model import audit as auditing
+from sparsejepa.model.audit import audit, exact_coverage, symmetries
 from sparsejepa.model.masks import Masks, MaskSampler
 
 
@@ -146,7 +146,7 @@ def test_audit_without_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit the expectation is a Monte-Carlo estimate, close to the exact one."""
     sampler = MaskSampler((8, 8))
     exact = exact_coverage(sampler)
-    monkeypatch.setattr(coverage, "MAX_SETS", 10)
+    monkeypatch.setattr(auditing, "MAX_SETS", 10)
     with pytest.raises(UserError, match="too many to enumerate"):
         exact_coverage(sampler)
     found = audit(sampler, batch_size=32, batches=20, seed=0)

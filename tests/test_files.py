@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from sparsejepa.errors import UserError
-from sparsejepa.lock import LOCK, run_lock
+from sparsejepa.files import LOCK, run_lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from sparsejepa.lock import run_lock
+from sparsejepa.files import run_lock
 with run_lock(Path(sys.argv[1])):
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.write(1, b"%d\\n" % os.getpid())  # one write, or the lines of the two may mix
@@ -87,7 +87,7 @@ def test_a_lock_file_that_goes_away_between_opening_and_locking_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The holder before ends just then: a lock on its removed file would lock nothing."""
-    flock = fcntl.flock
+    flock = fcntl.lockf
 
     def late(handle: int, operation: int) -> None:
         flock(handle, operation)
@@ -96,7 +96,7 @@ def test_a_lock_file_that_goes_away_between_opening_and_locking_is_made_anew(
         calls.append(handle)
 
     calls: list[int] = []
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "lockf", late)
     with run_lock(tmp_path):
         assert len(calls) == 2 and str(os.getpid()) in (tmp_path / LOCK).read_text()
 
@@ -123,7 +123,7 @@ def test_a_file_system_without_locks_is_said_and_works(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="cannot lock"), run_lock(tmp_path):
         pass
 
@@ -133,7 +133,7 @@ def test_of_many_that_start_at_once_one_works_at_a_time(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from sparsejepa.errors import UserError
-from sparsejepa.lock import run_lock
+from sparsejepa.files import run_lock
 folder, end = Path({str(tmp_path)!r}), time.time() + 2
 turns = 0
 while time.time() < end:

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sparsejepa.config import ENCODER_SIZES
 from sparsejepa.errors import UserError
-from sparsejepa.model.encoder import (
+from sparsejepa.model.vit import (
     Attention,
     Block,
     Linear,
