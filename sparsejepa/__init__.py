@@ -26,7 +26,7 @@ _EXPORTS = {
     "LogisticProbe": "sparsejepa.evaluation.classifiers",
     "RidgeProbe": "sparsejepa.evaluation.classifiers",
     "KNNProbe": "sparsejepa.evaluation.classifiers",
-    "PostHocGroups": "sparsejepa.evaluation.posthoc",
+    "PostHocGroups": "sparsejepa.explain.posthoc",
     "pretrain": "sparsejepa.study",
     "build_model": "sparsejepa.training.build",
     "run_sweep": "sparsejepa.study.sweep",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sparsejepa.evaluation.classifiers import LogisticProbe as LogisticProbe
     from sparsejepa.evaluation.classifiers import RidgeProbe as RidgeProbe
     from sparsejepa.evaluation.features import embed as embed
-    from sparsejepa.evaluation.posthoc import PostHocGroups as PostHocGroups
+    from sparsejepa.explain.posthoc import PostHocGroups as PostHocGroups
     from sparsejepa.explain.run import run_explain as run_explain
     from sparsejepa.model.groups import GroupMap as GroupMap
     from sparsejepa.model.jepa import SparseJEPA as SparseJEPA

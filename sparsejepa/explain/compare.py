@@ -11,8 +11,8 @@ import numpy as np
 import tomli_w
 
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.concepts import match_groups
 from sparsejepa.explain.columns import REFERENCES, RUN, SHUFFLED, short_name
+from sparsejepa.explain.concepts import match_groups
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, without_none
 from sparsejepa.explain.subject import read_names
 from sparsejepa.files import load_tensors, read_json

@@ -13,12 +13,12 @@ from sparsejepa.data.store import ImageSet
 from sparsejepa.encoders.encoder import Encoder, load_groups
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation import concepts
 from sparsejepa.evaluation.classifiers import LogisticProbe
 from sparsejepa.evaluation.features import pixel_features
-from sparsejepa.evaluation.objects import patch_labels
 from sparsejepa.evaluation.stats import Estimate, from_draws
+from sparsejepa.explain import concepts
 from sparsejepa.explain.columns import DIRECTIONS, RUN, SHUFFLED, Column
+from sparsejepa.explain.objects import patch_labels
 from sparsejepa.explain.readout import evenly, read, read_train
 from sparsejepa.explain.subject import Subject
 from sparsejepa.report.explain import GroupView, MeasureRow

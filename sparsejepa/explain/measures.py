@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from sparsejepa.data.store import ImageSet
-from sparsejepa.evaluation import disentangle, information, objects
-from sparsejepa.evaluation.concepts import monosemanticity, sparsity
+from sparsejepa.evaluation import disentangle, information
 from sparsejepa.evaluation.features import pixel_features
-from sparsejepa.evaluation.pairs import pair_information, pair_sharing
 from sparsejepa.evaluation.stats import Estimate, undefined
+from sparsejepa.explain import objects
 from sparsejepa.explain.columns import (
     ALL,
     CEILING,
@@ -26,6 +25,8 @@ from sparsejepa.explain.columns import (
     Column,
     Columns,
 )
+from sparsejepa.explain.concepts import monosemanticity, sparsity
+from sparsejepa.explain.objects import pair_information, pair_sharing
 from sparsejepa.report.explain import MeasureRow
 from sparsejepa.training.quality import rankme
 

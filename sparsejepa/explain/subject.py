@@ -20,8 +20,8 @@ from sparsejepa.data.store import ImageSet
 from sparsejepa.encoders.encoder import Encoder, Precision, load_groups
 from sparsejepa.encoders.load import folder_of, load
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.evaluation.stats import Estimate
+from sparsejepa.explain.posthoc import PostHocGroups
 from sparsejepa.explain.readout import token_batches
 from sparsejepa.files import read_json, write_text
 from sparsejepa.model.groups import GroupMap, Kind

@@ -17,8 +17,8 @@ from sparsejepa.encoders.encoder import FITTED
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import find_groups
-from sparsejepa.evaluation.posthoc import PostHocGroups
 from sparsejepa.explain.columns import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
+from sparsejepa.explain.posthoc import PostHocGroups
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, Options, _independent, run_explain
 from sparsejepa.explain.subject import PostHoc, run_folder
 from sparsejepa.files import load_tensors, save_tensors

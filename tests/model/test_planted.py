@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsejepa.config import Config, LossConfig
-from sparsejepa.evaluation.posthoc import PostHocGroups
+from sparsejepa.explain.posthoc import PostHocGroups
 from sparsejepa.model.groups import GroupMap, largest, partition_cells, prox_sphere
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.masks import MaskSampler

@@ -17,9 +17,9 @@ from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from sparsejepa.evaluation import concepts
 from sparsejepa.evaluation.classifiers import LogisticProbe
-from sparsejepa.evaluation.concepts import (
+from sparsejepa.explain import concepts
+from sparsejepa.explain.concepts import (
     associations,
     correlations,
     duplicate_groups,

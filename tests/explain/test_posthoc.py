@@ -15,8 +15,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sparsejepa.encoders.encoder import load_activations
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation import posthoc
-from sparsejepa.evaluation.posthoc import PostHocGroups
+from sparsejepa.explain import posthoc
+from sparsejepa.explain.posthoc import PostHocGroups
 
 BLOCKS = np.arange(12) // 3
 

@@ -15,6 +15,7 @@ T hidden patches.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from sparsejepa.encoders.encoder import GROUPS, load_groups, save_groups
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.fitted import ABOUT, Fit, read_fit, write_fit
+from sparsejepa.files import load_tensors, read_json, save_tensors, write_text
 from sparsejepa.model.groups import (
     TRAVEL,
     DensityController,
@@ -56,7 +58,9 @@ _HIDDEN = 32
 _FLAT = 1e-6
 # A score takes each image as often as gives about so many.
 _SCORED = 2048
-# What `save` keeps beside the map, and the attributes that hold it.
+# What `save` writes beside the map.
+ABOUT, STATE = "posthoc.json", "posthoc.safetensors"
+# The attributes that posthoc.safetensors holds.
 _STATE = {
     "unit": "_unit", "rms": "rms_", "mean": "mean_", "scale": "scale_",
     "patch_mean": "_patch_mean", "patch_scale": "_patch_scale", "loss_curve": "loss_curve_",
@@ -173,9 +177,19 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         """Write the fit to a folder: groups.safetensors, as a run directory has it, and the rest in
         posthoc.safetensors and posthoc.json."""
         check_is_fitted(self)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_groups(folder, self.map_, self._unit)
         tensors = {key: torch.as_tensor(getattr(self, name)) for key, name in _STATE.items()}
-        fit = Fit(self.get_params(), self._grid, self.n_features_in_, self.map_, tensors)
-        write_fit(Path(folder), fit)
+        save_tensors(folder / STATE, tensors, {})
+        about = {
+            "params": self.get_params(),
+            "grid_size": self._grid,
+            "n_features": self.n_features_in_,
+        }
+        # A search may have set numbers of numpy's.
+        text = json.dumps(about, indent=1, default=lambda number: number.item())
+        write_text(folder / ABOUT, text + "\n")
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -183,17 +197,28 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
 
         Raises UserError for files that are missing, damaged or of two fits.
         """
-        fit = read_fit(Path(folder))
+        folder = Path(folder)
+        about, (tensors, _) = read_json(folder / ABOUT), load_tensors(folder / STATE)
         try:
-            model = cls(**fit.params)
-            model._grid, model.n_features_in_ = fit.grid_size, fit.n_features
+            params: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in about["params"].items()
+            }
+            rows, cols = about["grid_size"]
+            model = cls(**params)
+            model._grid, model.n_features_in_ = (rows, cols), int(about["n_features"])
+            for key, name in _STATE.items():
+                value = tensors[key]
+                setattr(model, name, value if name.startswith("_") else value.numpy())
+            latents = len(model.mean_)
+            if model._patch_mean.shape != (rows * cols, latents):
+                raise ValueError(f"a grid of {rows}x{cols} is that of another fit")
+            groups = load_groups(folder, (rows, cols))
+            if groups is None or groups.W.shape[::2] != (model.num_groups, latents):
+                raise ValueError(f"{GROUPS} is missing or that of another fit")
             model._sampler = model._masks()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{Path(folder) / ABOUT}: damaged ({error}); fit again") from None
-        for key, name in _STATE.items():
-            value = fit.tensors[key]
-            setattr(model, name, value if name.startswith("_") else value.numpy())
-        model.map_ = fit.groups
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / ABOUT}: damaged ({error}); fit the groups again") from None
+        model.map_ = groups.requires_grad_(False)
         model._describe()
         return model
 
