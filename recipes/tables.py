@@ -63,7 +63,6 @@ SPECS = {
     1: Spec(list(TASKS), by_task=True),
     2: Spec([CIFAR100, GROUPS]),
     3: Spec([CIFAR100, CORRELATION, DCI, GROUPS, WRONG]),
-    4: Spec([CIFAR100]),
     5: Spec([CIFAR100]),
     6: Spec([CIFAR100, GROUPS, DEAD, WRONG], controls=("lam=0",)),
     7: Spec([CIFAR10, FAR, NEARER], by_task=True),
@@ -120,10 +119,10 @@ def render(*lines: Sequence[str]) -> str:
     return re.sub(r" (?=±)|(?<=±) |(?<=\d,) (?=[+-])", "\N{NO-BREAK SPACE}", table)
 
 
-def table(study: Study, number: int) -> str:
-    """Return a table: a part for each recipe; where nothing was run yet, what is planned."""
+def table(study: Study, number: int, arm: str = "") -> str:
+    """Return a table: a part for each recipe (that has `arm`); of no runs what is planned."""
     parts = []
-    for block in study.blocks(number):
+    for block in (b for b in study.blocks(number) if arm in ("", *b.planned)):
         parts.append(scale(block))
         if block.all_rows:
             parts += [layout(SPECS[number], block), block.apart]
@@ -161,6 +160,7 @@ def regions(study: Study) -> dict[str, str]:
     tally = [[name, *(f"{found[v]}" for v in VERDICTS)] for name, found in counts.items()]
     verdicts = render(["scale", *VERDICTS], *tally)
     made = {f"table-{number}": table(study, number) for number in SPECS}
+    made["headline"] = table(study, 1, SPARSE)
     return made | {"claims": claims, "verdicts": verdicts, "searches": searched(study),
                    "versions": study.left_out}  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Every code block of README.md and docs/ is run: small stand-in data, few steps, no network.
+"""Code in README.md and docs/: commands parse, and each block runs on small stand-in data.
 
 Python blocks of a page share their names and run in this process. A line of a shell block is a
 process of its own, in the page's folder, where the stand-ins lie under the names that the pages
-use. What cannot run here is in `NOT_RUN` with its reason; the flags of all commands are
-read by the parser of the command line as they are written.
+use. What cannot run here is in `NOT_RUN` with its reason. Running is slow, so only `make test-all`
+does it; that commands parse and files exist is tested always.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import run as runner
 from PIL import Image
 
 from sparsejepa import cli
@@ -39,15 +40,14 @@ COUNTS = {"train": 64, "test": 32}
 
 NOT_RUN = {
     r"make\b": "sets up .venv from the network",
-    r"(python3? -m )?(venv|pip|build)\b": "installs from the network",
+    r"(python3? -m )?(venv|pip)\b": "installs from the network",
     r"(torchrun|srun)\b": "several processes: tests/training/test_distributed.py starts them",
-    r"sparsejepa demo\b": "minutes: tests/test_sweep.py runs the quick one from end to end",
+    r"sparsejepa demo\b": "minutes: tests/study runs the quick one from end to end",
     r"python bench/\w+\.py": "minutes: tests/test_bench.py runs each at a tiny size",
     r"python recipes/(run|search)\.py .*--budget": "minutes: tests/test_runner.py, test_search.py",
     r"python recipes/tables\.py": "writes these pages: tests/test_tables.py",
-    r"sparsejepa sweep .*--cluster slurm": "needs SLURM: tests/test_cluster.py has a stand-in",
+    r"sparsejepa sweep .*--cluster slurm": "needs SLURM, for which tests have a stand-in",
     r"tensorboard\b": "serves until it is stopped",
-    r"(kill|ls)\b": "part of a transcript",
 }
 """What is not run: how a command begins, and why."""
 
@@ -97,32 +97,29 @@ class Block:
     text: str
 
     def commands(self) -> list[tuple[int, str]]:
-        """Return (line, command) of a shell block; of a transcript those after the prompt."""
-        prompted, found, number = "\n$ " in f"\n{self.text}", [], self.line
+        """Return (line, command) of a shell block."""
+        found, number = [], self.line
         lines = iter(self.text.splitlines())
         for line in lines:
             start, text = number, line
             number += 1
-            if prompted and not line.startswith("$ "):
-                continue
             while text.endswith("\\") or _open_quote(text):
                 text = f"{text.removesuffix(chr(92))} {next(lines).strip()}"
                 number += 1
-            text = text.removeprefix("$ ").strip()
+            text = text.strip()
             if text and not text.startswith("#"):
                 found.append((start, text))
         return found
 
 
 def blocks(page: str) -> list[Block]:
-    """Return the blocks of a page, with the files that it includes in their place."""
+    """Return the fenced blocks of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     fence = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.S | re.M)
     found = []
     for match in fence.finditer(text):
         line = text.count("\n", 0, match.start()) + 2
-        body = re.sub(r'^--8<-- "(.+)"$', lambda m: (ROOT / m[1]).read_text(), match[2], flags=re.M)
-        found.append(Block(page, line, match[1].strip(), body))
+        found.append(Block(page, line, match[1].strip(), match[2]))
     assert text.count("```") == 2 * len(found), f"{page}: a fence is open or indented"
     return found
 
@@ -135,10 +132,8 @@ def _open_quote(text: str) -> bool:
     return False
 
 
-def words_of(command: str, variables: dict[str, str]) -> list[str]:
-    """Return a command as words, with variables and the reader's own names filled in."""
-    for name, value in variables.items():
-        command = re.sub(rf"\${name}\b", lambda _, value=value: value, command)
+def words_of(command: str) -> list[str]:
+    """Return a command as words, with the reader's own names filled in."""
     words = shlex.split(command, comments=True)
     for name, value in NAMES.items():
         end = r"(?![\w-])" if name[-1].isalnum() else ""
@@ -325,9 +320,21 @@ def folder(
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_every_command_of_a_page_parses(page: str) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, page, "exec")
+        elif block.language in SHELL:
+            for line, command in block.commands():
+                parse(f"{page}:{line}", words_of(command))
+        else:
+            assert block.language in SHOWN, f"{page}:{block.line}: language {block.language}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_blocks_of_a_page_run(page: str, folder: Path, server: Server) -> None:
     names: dict[str, Any] = {"__name__": "docs"}
-    variables: dict[str, str] = {}
     fresh = {path for path in folder.glob("runs/*")}  # ours until the page makes its own
     for block in blocks(page):
         if block.language == "python":
@@ -338,39 +345,15 @@ def test_the_blocks_of_a_page_run(page: str, folder: Path, server: Server) -> No
             exec(compile(where + source, str(ROOT / page), "exec"), names)
         elif block.language == "toml":
             tomllib.loads(block.text)
-        elif block.language == "json":
-            json.loads(block.text)
         elif block.language in SHELL:
             for line, command in block.commands():
-                run_line(f"{page}:{line}", command, variables, folder, server, fresh)
-        else:
-            assert block.language in SHOWN, f"{page}:{block.line}: language {block.language}"
+                run_line(f"{page}:{line}", command, folder, server, fresh)
 
 
-def run_line(
-    where: str, command: str, variables: dict[str, str], folder: Path, server: Server, fresh: set
-) -> None:
-    """Check a command's flags and run it, shortened, unless `NOT_RUN` says why not."""
-    assignment = re.fullmatch(r"(\w+)=(['\"])(.*)\2", command)
-    if assignment:
-        variables[assignment[1]] = assignment[3]
-        return
-    words = words_of(command, variables)
-    if words[-1] == "&":
-        words.pop()
-    while re.match(r"[A-Z_]+=", words[0]):  # NAME=value before a command
-        words.pop(0)
-    parse(where, words)
+def run_line(where: str, command: str, folder: Path, server: Server, fresh: set) -> None:
+    """Run a command, shortened, unless `NOT_RUN` says why not."""
+    words = words_of(command)
     if any(re.match(beginning, command) for beginning in NOT_RUN):
-        return
-    if "|" in words or ">" in words or "&&" in words:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path}
-        done = subprocess.run(
-            ["bash", "-ec", shlex.join(words).replace("'|'", "|").replace("'>'", ">")],
-            cwd=folder, env=env, text=True, capture_output=True,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{where}: {command}\n{done.stdout}{done.stderr}"
         return
     if words[0] == "sparsejepa":
         name = words[1]
@@ -399,13 +382,11 @@ def parse(where: str, words: list[str]) -> None:
     elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets), f"{where}: no such target"
-    elif words[:2] == ["python", "-m"]:
-        module = ROOT / f"{words[2].replace('.', '/')}.py"
-        assert not words[2].startswith("sparsejepa.") or module.exists(), where
+    elif words[:2] == ["python", "recipes/run.py"]:
+        runner.parse(words[2:])
     elif words[0] in ("python", "pytest"):
         for word in words[1:]:
-            if word.endswith(".py"):
-                assert (ROOT / word).exists(), f"{where}: {word} is not there"
+            assert not word.endswith(".py") or (ROOT / word).exists(), f"{where}: no {word}"
 
 
 def test_names_of_files_in_the_text_exist() -> None:

@@ -283,10 +283,6 @@ def computed() -> dict[str, float]:
     )
     for n in (512, 2_000, 10_000):
         values[f"bias: {n:,} points"] = wishart_bias(n, 192)
-    rng = np.random.default_rng(0)
-    x = math.sqrt(0.5) * (rng.normal(size=(2000, 40)) + rng.normal(size=(2000, 1)))
-    values["40 dimensions: truth"] = -(39 * math.log(0.5) + math.log(20.5)) / 2
-    values["40 dimensions: ranked Gaussian"] = total_correlation(x, resamples=0).value or math.nan
     return values
 
 
