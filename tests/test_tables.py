@@ -187,7 +187,7 @@ def test_rows_with_other_settings_are_kept_apart_and_named() -> None:
 
 
 def test_arms_and_machines_are_no_other_settings() -> None:
-    arms = ["dense", "lam=0.01", f"{SPARSE}+pattern=random", "dense+beta=0+crop_scale=0.1,0.2"]
+    arms = ["dense", "lam=0.01", f"{SPARSE}+pattern=random", "dense+beta=0"]
     rows = [make_row(SMALL, a, s, changed={"threads": 1 + s}) for a in arms for s in range(3)]
     found = block(rows)
     assert [len(found.rows[arm]) for arm in arms] == [3] * 4
