@@ -294,32 +294,6 @@ def test_torchrun_starts_anew_and_goes_on(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("standalone", [True, False])
-def test_a_restart_does_not_take_over_what_the_start_refused(
-    folder: Path, tmp_path: Path, standalone: bool
-) -> None:
-    config, out = small(folder, steps=8), tmp_path / "run"
-    where = ["--standalone"] if standalone else ["--master-port", str(free_port())]
-    launcher = ["-m", "torch.distributed.run", *where, "--nproc-per-node", "2"]
-
-    def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *launcher, "--max-restarts", "1", *map(str, words)],
-            capture_output=True, text=True, timeout=240,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-
-    settings = json.dumps({**config.to_dict(), "how": "kill"})
-    done = launched(SCRIPT, "fail", tmp_path, "6", settings)
-    assert done.returncode == 0, done.stderr  # what this very job began is gone on with
-    (out / "summary.json").unlink()
-    before = (out / "environment.json").read_bytes()
-    done = launched(*command(config, out))
-    assert done.returncode != 0 and done.stderr.count("already holds a run") == 2, done.stderr
-    assert (out / "environment.json").read_bytes() == before
-
-
-@pytest.mark.slow
 def test_probing_and_embedding_together(tiny_images: Path, tmp_path: Path) -> None:
     config = small(tiny_images / "train", steps=4, precision="fp32")
     out = pretrain(config, out=tmp_path / "run").path

@@ -186,22 +186,6 @@ def test_patches_must_be_square_and_tile_the_images(folder: Path, tmp_path: Path
         pretrain(config_of(folder, init=str(tmp_path / "b")), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ("24,2", "width, depth and heads"),
-        ("24,0,3", "width, depth and heads"),
-        ("24,2,x", "width, depth and heads"),
-        ("24,2,5", "a multiple of 4 and of the heads"),
-        ((1 << 17, 2, 1), "width, depth and heads"),
-        ("tinny", "unknown .did you mean 'tiny'"),
-    ],
-)
-def test_sizes_that_no_encoder_has(sizes: Any, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        Config().replace(encoder=sizes).check()
-
-
 def test_sizes_of_ones_own(folder: Path, tmp_path: Path) -> None:
     run = pretrain(config_of(folder, encoder=(36, 2, 3), steps=1), out=tmp_path / "run")
     architecture = run.encoder().architecture
