@@ -277,13 +277,16 @@ def _load_folder(path: Path) -> Encoder:
     encoder = _transformers_folder(path, config) if "model_type" in config else load_run(path)
     if encoder.license is None and (path / CARD).is_file():
         card = (path / CARD).read_text(encoding="utf-8", errors="replace")
-        found = re.match(r"---\n(?:.*\n)*?license:\s*['\"]?([\w.-]+)(?=.*\n(?:.*\n)*?---\n)", card)
+        head = card.split("\n---")[0] if card.startswith("---\n") else ""
+        found = re.search(r"^license:\s*['\"]?([\w.-]+)", head, re.MULTILINE)
         encoder.license = found and found[1]
     return encoder
 
 
-def _transformers_folder(folder: Path, config: Mapping[str, Any]) -> Encoder:
+def _transformers_folder(folder: Path, config: dict[str, Any]) -> Encoder:
     """Load an ``IJepaModel`` or ``ViTModel`` of transformers, or a model on top of one."""
+    config = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12} | config
+    config = {"image_size": 224} | config  # transformers' own values of what is not said
     try:
         if config["model_type"] not in ("ijepa", "vit") or config["hidden_act"] != "gelu":
             raise ValueError(f"model_type {config['model_type']!r} is not read, only ijepa and vit")
