@@ -28,10 +28,6 @@ from sparsejepa.data.folders import read_folder
 from sparsejepa.encoders.encoder import save_encoder
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.explain.compare import compare_runs
-from sparsejepa.explain.run import ACTIVATIONS, METRICS
-from sparsejepa.explain.subject import read_names
-from sparsejepa.files import save_tensors
 from sparsejepa.model.vit import ViT
 from sparsejepa.results import read_checked, read_results, read_rows
 from sparsejepa.study.figures import points
@@ -255,45 +251,6 @@ def test_curves_are_drawn(count: int, run: Path) -> None:
     # Lines that cannot be read are left out, so little is refused.
     survive(count, path, path.read_bytes(), read, json_too=True, least=0.02)
     assert len(drawn) > count and all(np.isfinite(curve).all() for curve in drawn)
-
-
-@pytest.mark.parametrize("count", CASES)
-def test_names_of_groups(count: int, tmp_path: Path) -> None:
-    path = tmp_path / "groups.json"
-    whole = json.dumps({"names": {"3": "wheels", "11": "edges", "0": ""}}).encode()
-    survive(count, path, whole, lambda: read_names(tmp_path, 12), json_too=True)
-
-
-@pytest.mark.parametrize("count", CASES)
-def test_reports_are_compared(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "note": ""}
-    row = {
-        "section": "Objects",
-        "name": "mBO",
-        "about": "",
-        "unit": "",
-        "values": {"run": estimate},
-    }
-    metrics = {
-        "run": "runs/x", "data": "scenes", "fingerprint": "ab", "command": "sparsejepa explain",
-        "images": {"train": 20, "test": 20}, "measures": [row, {**row, "name": "R²"}],
-        "environment": {"commit": None}, "options": {"limit": 3, "control": None, "factors": ["a"]},
-    }  # fmt: skip
-    whole = json.dumps(metrics).encode()
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / METRICS).write_bytes(whole)
-        tensors = {"activations": torch.rand(20, 4, 3), "block_norms": torch.rand(3, 8)}
-        save_tensors(tmp_path / name / ACTIVATIONS, tensors, {})
-    # Pictures take most of the time, and nothing of the file is in them.
-    monkeypatch.setattr("sparsejepa.explain.compare._pictures", lambda *_: [])
-    survive(
-        count // 3,
-        tmp_path / "b" / METRICS,
-        whole,
-        lambda: compare_runs(tmp_path / "a", tmp_path / "b"),
-        json_too=True,
-    )
 
 
 # Lines of results

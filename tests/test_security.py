@@ -29,10 +29,10 @@ from sparsejepa.distributed import World
 from sparsejepa.encoders.encoder import load_groups, save_encoder
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
-from sparsejepa.explain.subject import run_folder
+from sparsejepa.explain.page import as_script
+from sparsejepa.explain.run import run_folder
 from sparsejepa.files import write_text
 from sparsejepa.model.vit import ViT
-from sparsejepa.report.explain import _json
 from sparsejepa.study.figures import STYLE, inline_svg
 from sparsejepa.study.page import Page, Table, resource, write_page
 from sparsejepa.training import checkpoint
@@ -397,15 +397,15 @@ def test_pages_allow_no_script_but_their_own_and_no_request(tmp_path: Path) -> N
     assert "<script" not in html and "49" not in html
     assert html.index("Content-Security-Policy") < html.index("<title>")
     # Only what autoescape covers: no value stands in an attribute without quotes or in a script.
-    for name, package in (("page.html", "study"), ("explain.html", "report")):
-        template = str(resource(name, f"sparsejepa.{package}"))
+    for package in ("study", "explain"):
+        template = str(resource("page.html", f"sparsejepa.{package}"))
         assert "|safe" not in template.replace(" ", "") and "autoescape" not in template
         for tag in re.findall(r"<[a-z][^>]*>", re.sub(r"{%.*?%}", "", template)):
             assert "{{" not in re.sub(r'"[^"]*"', "", tag), tag
 
 
 def test_text_cannot_leave_a_script_element() -> None:
-    text = str(_json({TAG: [TAG]}))
+    text = str(as_script({TAG: [TAG]}))
     assert json.loads(text) == {TAG: [TAG]}
     assert "<" not in text and "\u2028" not in text
 

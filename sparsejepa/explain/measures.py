@@ -1,19 +1,34 @@
-"""Every measure of an encoder and its groups, each beside its floors, as rows of a table."""
+"""One table: every measure of an encoder and its groups, each beside its floors.
+
+`SECTIONS` lists the parts of the table. Each is a function that takes a `Reading` and yields rows;
+metrics.json, the page and the terminal all show these rows. A new measure is a line in the
+dictionary of its section, a new section a function in the list.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.errors import UserError
 from sparsejepa.evaluation import disentangle, information
+from sparsejepa.evaluation.classifiers import LogisticProbe
 from sparsejepa.evaluation.features import pixel_features
-from sparsejepa.evaluation.stats import Estimate, undefined
-from sparsejepa.explain import objects
-from sparsejepa.explain.columns import (
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws, undefined
+from sparsejepa.explain import concepts, objects
+from sparsejepa.explain.objects import pair_information, pair_sharing
+from sparsejepa.explain.options import Options
+from sparsejepa.explain.subject import (
     ALL,
     CEILING,
+    DIRECTIONS,
+    FITTED_IMAGES,
     FLOORS,
     KMEANS,
     PCA,
@@ -24,94 +39,167 @@ from sparsejepa.explain.columns import (
     UNTRAINED,
     Column,
     Columns,
+    Subject,
+    fitting_tokens,
 )
-from sparsejepa.explain.concepts import monosemanticity, sparsity
-from sparsejepa.explain.objects import pair_information, pair_sharing
-from sparsejepa.report.explain import MeasureRow
+from sparsejepa.model.jepa import make_targets
+from sparsejepa.training.build import build_sampler
 from sparsejepa.training.quality import rankme
 
-Values = dict[str, Estimate]
+PREDICTED_IMAGES = 1_000
+"""Images whose hidden patches are predicted, at most."""
+
+Values = Mapping[str, Estimate]
+Labels = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Values of the training and of the test images, [n] and [n'], by target."""
 
 
-def structure_rows(columns: Columns) -> Iterator[MeasureRow]:
-    """Sparsity of W. Exact numbers of one matrix: no intervals."""
-    about = {
-        "density": ("share of (group, latent) blocks that are not zero", ""),
-        "groups_per_latent": ("mean number of groups that a latent feeds; 1 is disjoint", "groups"),
-        "latents_per_group_min": ("latents that feed the smallest group", "latents"),
-        "latents_per_group_max": ("latents that feed the largest group", "latents"),
-        "dead_groups": ("groups that no latent feeds", "groups"),
-        "usage_entropy": ("entropy of the groups' shares of ||W||^2; 1: all alike", ""),
-        "hoyer": ("Hoyer sparseness of a latent's block norms; 1: one group each", ""),
-    }
-    found = {
-        name: sparsity(np.linalg.norm(column.W, axis=1))
-        for name, column in columns.items()
-        if column.W is not None and name not in FLOORS
-    }
-    for key, (text, unit) in about.items():
-        values = {name: Estimate(float(numbers[key])) for name, numbers in found.items()}
-        yield MeasureRow("Sparsity of W", key.replace("_", " "), text, unit, values)
+@dataclass(frozen=True)
+class Row:
+    """One measure; `values` maps a column's name to its estimate."""
+
+    section: str
+    name: str
+    about: str
+    """One line: what it is, where it comes from, whether up or down is better."""
+    unit: str
+    values: Values
+    """A column that is missing has no such measure."""
 
 
-def information_rows(columns: Columns) -> Iterator[MeasureRow]:
+@dataclass(frozen=True)
+class Reading:
+    """A subject and its floors, read on images: what the sections measure."""
+
+    subject: Subject
+    options: Options
+    train: ImageSet
+    test: ImageSet
+    labels: Labels
+    columns: Columns
+
+    @property
+    def run(self) -> Column:
+        """The column of the subject itself."""
+        return self.columns[RUN]
+
+    @cached_property
+    def silenced(self) -> list[concepts.SilenceEffect] | None:
+        """What a probe of the first label loses without each group; None if there is no probe."""
+        if not self.labels:
+            return None
+        train, test = next(iter(self.labels.values()))
+        try:
+            probe = LogisticProbe().fit(self.run.train.z, train)
+        except UserError:  # too few images of some class to choose the penalty on
+            return None
+        return concepts.silence_effects(probe, self.run.test.z, test, self.subject.W.numpy())
+
+    @cached_property
+    def look(self) -> np.ndarray:
+        """[n, E]: the centred pixels of the test images, a view that no encoder is part of."""
+        pixels = pixel_features(self.test).x
+        return pixels - pixels.mean(0)
+
+
+HIDDEN, FITTED_R2 = "R² of hidden patches", "held-out R² of fitted groups"
+SILENCED = "accuracy lost by silencing a group"
+GROUP_UNITS = "Disentanglement, groups as units"
+ABOUT = {
+    "density": "share of (group, latent) blocks that are not zero",
+    "groups per latent": "mean number of groups that a latent feeds; 1 is disjoint",
+    "latents per group min": "latents that feed the smallest group",
+    "latents per group max": "latents that feed the largest group",
+    "dead groups": "groups that no latent feeds",
+    "usage entropy": "entropy of the groups' shares of ||W||^2; 1: all alike",
+    "hoyer": "Hoyer sparseness of a latent's block norms; 1: one group each",
+    "RankMe": "effective rank of the pooled latents (Garrido et al. 2023); higher uses more "
+    "dimensions",
+    "token variance between images": "share of the tokens' variance: what all patches of an image "
+    "have in common; where this is large, groups of patches tell images apart rather than objects",
+    "token variance between places": "share of the tokens' variance: what patches at one place "
+    "have in common",
+    "total correlation, latents": "Gaussian-copula multi-information of the pooled latents, bias "
+    "removed; lower is less shared. PCA shows what is left without linear dependence",
+    "total correlation, groups": "the same of the groups' activations ||W^(g) z||, G numbers an "
+    "image",
+    "overlap of W": "closed form: multi-information of the groups W^(g) z + 0.1 noise for "
+    "independent latents z ~ N(0, I), so what the overlap of W alone creates; 0 for disjoint "
+    "groups",
+    HIDDEN: "share of the variance of hidden tokens around their place's mean that "
+    "the groups predict from the context; 0 knows the place only",
+    FITTED_R2: "the groups were fitted to frozen tokens; random zeros: the "
+    "same fit with as many connections in random places, which the learned pattern must beat",
+    "MIG": "gap between the two units that know most of a factor (Chen et al. 2018); higher is "
+    "better",
+    "SAP": "gap between the two units that predict a factor best (Kumar et al. 2018); higher is "
+    "better",
+    "modularity": "does a unit know one factor only (Ridgeway and Mozer 2018); higher is better",
+    "explicitness": "can a linear map read the factors (Ridgeway and Mozer 2018); higher is better",
+    "IRS": "do units stay put when other factors change (Suter et al. 2019); higher is better",
+    "FactorVAE score": "does a fixed factor still one unit (Kim and Mnih 2018); higher is better",
+    "DCI: disentanglement": "each unit predicts one factor (Eastwood and Williams 2018), forest of "
+    "30 trees; higher is better",
+    "DCI: completeness": "each factor is predicted by one unit; higher is better",
+    "DCI: informativeness": "accuracy of the forest's prediction; higher is better",
+    "monosemanticity": "mean cosine of the centred pixels of images that excite one group (Pach et "
+    "al. 2025), mean over groups; higher is purer. Shuffled: a group that is always on",
+    "FG-ARI": "adjusted Rand index over object pixels (Greff et al. 2019): are pixels of one "
+    "object, and only they, in one group; on a coarse grid blocks of places do well; higher is "
+    "better",
+    "mBO": "mean IoU of each object with its best segment (Pont-Tuset et al. 2017); higher is "
+    "better",
+    "I(patch; patch), one object": "mutual information of the tokens of pairs within an object",
+    "I(patch; patch), two objects": "mutual information of pairs across objects, at the same "
+    "distances",
+    "I(patch; patch), gap": "one object less two; above 0: the paper's premise",
+    "same group, one object": "share of pairs within an object that are in one group",
+    "same group, two objects": "share of pairs across objects that are, at the same distances",
+    "same group, gap": "one object less two; above 0: patches of one object come to share groups",
+}
+"""What each measure is, where it comes from, and whether up or down is better."""
+NATS = ("total correlation", "overlap", "I(")
+"""What the names of measures in nats begin with; all others have no unit."""
+
+
+def make_rows(section: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """Yield a row per measure of `ABOUT` from numbers or estimates by column, then by measure."""
+    for name, about in ABOUT.items():
+        values = {
+            column: e if isinstance(e := numbers[name], Estimate) else Estimate(float(e))
+            for column, numbers in found.items()
+            if name in numbers
+        }
+        if values:
+            yield Row(section, name, about, "nats" if name.startswith(NATS) else "", values)
+
+
+def sparsity_rows(x: Reading) -> Iterator[Row]:
+    """Sparsity of W. Exact numbers of one matrix: no intervals, and no floors."""
+    found = {}
+    for name, column in x.columns.items():
+        if column.W is not None and name not in FLOORS:
+            numbers = concepts.sparsity(np.linalg.norm(column.W, axis=1))
+            found[name] = {key.replace("_", " "): value for key, value in numbers.items()}
+    yield from make_rows("Sparsity of W", found)
+
+
+def information_rows(x: Reading) -> Iterator[Row]:
     """Collapse and multi-information, of latents and of groups."""
-    section = "Information"
-    yield MeasureRow(
-        section, "RankMe",
-        "effective rank of the pooled latents (Garrido et al. 2023); higher uses more dimensions",
-        "", {
-            name: Estimate(rankme(column.raw))
-            for name, column in columns.items()
-            if name != PCA
-        },
-    )  # fmt: skip
-
-    shares = {
-        name: variance_shares(column.test.tokens) for name, column in columns.items() if name != PCA
-    }
-    for i, (name, about) in enumerate(
-        {
-            "token variance between images": "what all patches of an image have in common; where "
-            "this is large, groups of patches tell images apart rather than objects",
-            "token variance between places": "what patches at one place have in common",
-        }.items()
-    ):
-        values = {column: Estimate(share[i]) for column, share in shares.items()}
-        yield MeasureRow(section, name, f"share of the tokens' variance: {about}", "", values)
-
-    def each(
-        measure: Callable[[Column], Estimate], wanted: Callable[[Column], bool] = lambda c: True
-    ) -> Values:
-        return {name: measure(c) for name, c in columns.items() if wanted(c)}
-
-    yield MeasureRow(
-        section, "total correlation, latents",
-        "Gaussian-copula multi-information of the pooled latents, bias removed; lower is less "
-        "shared. PCA shows what is left without linear dependence",
-        "nats",
-        each(lambda c: information.total_correlation(c.test.z)),
-    )  # fmt: skip
-    yield MeasureRow(
-        section, "total correlation, groups",
-        "the same of the groups' activations ||W^(g) z||, G numbers an image",
-        "nats",
-        each(
-            lambda c: information.total_correlation(c.test.pooled_activations),
-            lambda c: c.W is not None,
-        ),
-    )  # fmt: skip
-
-    yield MeasureRow(
-        section, "overlap of W",
-        "closed form: multi-information of the groups W^(g) z + 0.1 noise for independent latents "
-        "z ~ N(0, I), so what the overlap of W alone creates; 0 for disjoint groups",
-        "nats",
-        each(
-            lambda c: Estimate(information.overlap_information(c.W)),
-            lambda c: c.W is not None and c is not columns.get(UNTRAINED),
-        ),
-    )  # fmt: skip
+    found: dict[str, dict[str, Any]] = {}
+    for name, column in x.columns.items():
+        z, groups = column.test.z, column.test.pooled_activations
+        numbers = found[name] = {"total correlation, latents": information.total_correlation(z)}
+        if name != PCA:  # it shares the run's tokens
+            between_images, between_places = variance_shares(column.test.tokens)
+            numbers["RankMe"] = rankme(column.raw)
+            numbers["token variance between images"] = between_images
+            numbers["token variance between places"] = between_places
+        if column.W is not None:
+            numbers["total correlation, groups"] = information.total_correlation(groups)
+            if name != UNTRAINED:  # it has the run's W
+                numbers["overlap of W"] = information.overlap_information(column.W)
+    yield from make_rows("Information", found)
 
 
 def variance_shares(tokens: np.ndarray) -> tuple[float, float]:
@@ -124,68 +212,158 @@ def variance_shares(tokens: np.ndarray) -> tuple[float, float]:
     return float(tokens.mean(1).var(0).sum()) / whole, float(tokens.mean(0).var(0).sum()) / whole
 
 
-DISENTANGLEMENT = {
-    "mig": ("MIG", "gap between the two units that know most of a factor (Chen et al. 2018)"),
-    "sap": ("SAP", "gap between the two units that predict a factor best (Kumar et al. 2018)"),
-    "modularity": ("modularity", "does a unit know one factor only (Ridgeway and Mozer 2018)"),
-    "explicitness": ("explicitness", "can a linear map read the factors (Ridgeway and Mozer 2018)"),
-    "irs": ("IRS", "do units stay put when other factors change (Suter et al. 2019)"),
-    "factor_vae": ("FactorVAE score", "does a fixed factor still one unit (Kim and Mnih 2018)"),
-    "dci_disentanglement": ("DCI: disentanglement", "each unit predicts one factor (Eastwood and "
-                            "Williams 2018), forest of 30 trees"),
-    "dci_completeness": ("DCI: completeness", "each factor is predicted by one unit"),
-    "dci_informativeness": ("DCI: informativeness", "accuracy of the forest's prediction"),
-}  # fmt: skip
-
-
-def disentanglement_rows(
-    columns: Columns, train: np.ndarray, test: np.ndarray, *, quick: bool
-) -> Iterator[MeasureRow]:
-    """Disentanglement for factors train [n, F] and test, with a latent and with a group as unit.
-
-    A group's columns are its vector W^(g) z.
-    """
-    levels: dict[str, dict[str, dict[str, Estimate]]] = {"latents": {}, "groups": {}}
-    for name, column in columns.items():
-        levels["latents"][name] = disentangle.disentanglement(
-            column.train.z, train, column.test.z, test, quick=quick
+def prediction_rows(x: Reading) -> Iterator[Row]:
+    """Held-out R^2 of masked prediction: of the run's own groups, or of fitted ones."""
+    section, subject = "Masked prediction", x.subject
+    if subject.groups is not None and subject.config is not None:
+        overall, cells = masked_r2(subject, x.test.subset(PREDICTED_IMAGES))
+        yield from make_rows(section, {RUN: {HIDDEN: overall}})
+        known = [e.value for e in cells if e.value is not None]
+        if known:
+            text = f"from {min(known):.2f} to {max(known):.2f} over the {len(cells)} regions"
+            values = {RUN: Estimate(float(np.mean(known)))}
+            yield Row(
+                section, "R² of a region's own patches", f"mean over regions; {text}", "", values
+            )
+    elif subject.estimator is not None and not x.options.quick:
+        found = subject.estimator.random_pattern_scores(
+            fitting_tokens(subject.encoder, x.train, FITTED_IMAGES),
+            fitting_tokens(subject.encoder, x.test, FITTED_IMAGES // 2),
         )
+        fits = found["random"]
+        chance = Estimate(sum(fits) / len(fits), min(fits), max(fits), f"range of {len(fits)} fits")
+        numbers = {RUN: found["learned"], RANDOM: chance, ALL: found["unpenalised"]}
+        yield from make_rows(section, {name: {FITTED_R2: e} for name, e in numbers.items()})
+
+
+@torch.no_grad()
+def masked_r2(
+    subject: Subject, images: ImageSet, *, batch_size: int = 128, resamples: int = 200
+) -> tuple[Estimate, list[Estimate]]:
+    """Return R^2 of the groups' predictions of hidden patches: of all, and of each region's own.
+
+    As in training, the groups see the latents of the context alone and predict the run's targets,
+    by default the normalised tokens of the whole image; the EMA encoder serves as context and as
+    target encoder. SST is around the mean token of each *place*: to know where a patch lies scores
+    0. Intervals resample images. The second list is empty unless groups are regions.
+
+    Raises ValueError for a subject whose groups were fitted post hoc.
+    """
+    if subject.groups is None or subject.config is None:
+        raise ValueError("the groups were fitted post hoc and are scored there")
+    encoder, device = subject.encoder, subject.encoder.device
+    model: Any = encoder.model
+    groups = subject.groups.to(device)
+    source = DeviceImages(images, device)
+    sampler = build_sampler(subject.config, encoder.grid_size)
+    N = encoder.grid_size[0] * encoder.grid_size[1]
+
+    targets, errors = [], []
+    for step, index in enumerate(torch.arange(len(images)).split(batch_size)):
+        pixels = encoder.pixels(source.take(index))
+        masks = sampler.sample(len(index), seed=0, step=step, device=device)
+        hidden = torch.ones(len(index), N, device=device).scatter_(1, masks.context, 0)
+        query = hidden.argsort(dim=1, descending=True, stable=True)
+        query = query[:, : N - masks.context.shape[1]]
+        target = make_targets(model, pixels, subject.config.loss.predict)
+        wanted = target.gather(1, query[..., None].expand(-1, -1, target.shape[-1]))
+        predicted = groups(model(pixels, masks.context), masks.context, query)
+        error = (predicted - wanted).square().sum(-1)
+        errors.append(torch.full_like(hidden, torch.nan).scatter_(1, query, error).cpu())
+        targets.append(target.half().cpu())
+    wanted, error = torch.cat(targets).float(), torch.cat(errors)  # error: NaN at the context
+    spread = (wanted - wanted.mean(0)).square().sum(-1).masked_fill(error.isnan(), 0)
+    top, bottom = error.nan_to_num().double().numpy(), spread.double().numpy()  # [n, N]
+    weights = bootstrap_weights(len(images), resamples)
+
+    def r2(places: Any) -> Estimate:
+        e, s = top[:, places].sum(1), bottom[:, places].sum(1)
+        draws = 1 - weights @ e / np.maximum(weights @ s, 1e-12)
+        return from_draws(1 - e.sum() / max(s.sum(), 1e-12), draws)
+
+    return r2(slice(None)), [r2(cell) for cell in subject.cells() if cell]
+
+
+def disentanglement_rows(x: Reading) -> Iterator[Row]:
+    """Disentanglement of the labels, with a latent and with a group as unit of the code.
+
+    A group's columns are its vector W^(g) z. Labels that follow from another are left out.
+    """
+    kept = independent(x.labels)[0]
+    if not kept:
+        return
+    train, test = (np.stack([pair[i] for pair in kept.values()], 1) for i in (0, 1))
+
+    def scores(mine: np.ndarray, held_out: np.ndarray, units: Any = None) -> dict[str, Estimate]:
+        found = disentangle.disentanglement(
+            mine, train, held_out, test, units=units, quick=x.options.quick
+        )
+        return {DISENTANGLEMENT[key]: e for key, e in found.items()}
+
+    latents, groups = {}, {}
+    for name, column in x.columns.items():
+        latents[name] = scores(column.train.z, column.test.z)
         if column.W is not None:
             G, P, _ = column.W.shape
-            vectors = (part.vectors.reshape(-1, G * P) for part in (column.train, column.test))
-            mine, held_out = vectors
-            levels["groups"][name] = disentangle.disentanglement(
-                mine, train, held_out, test, units=np.repeat(np.arange(G), P), quick=quick
+            both = (part.vectors.reshape(-1, G * P) for part in (column.train, column.test))
+            groups[name] = scores(*both, units=np.repeat(np.arange(G), P))
+    yield from make_rows("Disentanglement, latents as units", latents)
+    yield from make_rows(GROUP_UNITS, groups)
+
+
+DISENTANGLEMENT = {
+    "mig": "MIG",
+    "sap": "SAP",
+    "modularity": "modularity",
+    "explicitness": "explicitness",
+    "irs": "IRS",
+    "factor_vae": "FactorVAE score",
+    "dci_disentanglement": "DCI: disentanglement",
+    "dci_completeness": "DCI: completeness",
+    "dci_informativeness": "DCI: informativeness",
+}
+"""How the table calls what `disentangle.disentanglement` gives."""
+
+
+def independent(labels: Labels) -> tuple[Labels, list[str]]:
+    """Leave out labels that follow from an earlier one: no code could tell them apart.
+
+    Returns those that are kept, and a line about each of the others.
+    """
+    kept: Labels = {}
+    left_out = []
+    for name, (train, test) in labels.items():
+        finer = next((k for k, (other, _) in kept.items() if _follows(train, other)), None)
+        if finer is None:
+            kept[name] = train, test
+        else:
+            left_out.append(
+                f"'{name}' follows from '{finer}' and is left out of disentanglement, which is for "
+                "factors that vary on their own."
             )
-    for level, found in levels.items():
-        for key, (name, about) in DISENTANGLEMENT.items():
-            values = {column: scores[key] for column, scores in found.items() if key in scores}
-            if values:
-                section = f"Disentanglement, {level} as units"
-                yield MeasureRow(section, name, f"{about}; higher is better", "", values)
+    return kept, left_out
 
 
-def factor_rows(
-    columns: Columns,
-    factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    *,
-    random_state: int = 0,
-) -> Iterator[MeasureRow]:
-    """What single groups know of each factor, given its labels of training and test images.
+def _follows(coarse: np.ndarray, fine: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([coarse, fine]), axis=1)
+    return pairs.shape[1] == len(np.unique(fine))
+
+
+def factor_rows(x: Reading) -> Iterator[Row]:
+    """What single groups know of each factor.
 
     The group is chosen on training images, so that the choice does not flatter the test images.
     """
-    rng = np.random.default_rng(random_state)
-    section = "Groups and factors"
-    for factor, (train, test) in factors.items():
+    rng = np.random.default_rng(x.options.seed)
+    for factor, (train, test) in x.labels.items():
         values = {
             name: _best_group(column, train, test)
-            for name, column in columns.items()
+            for name, column in x.columns.items()
             if column.W is not None
         }
-        values[SHUFFLED] = _best_group(columns[RUN], rng.permutation(train), rng.permutation(test))
-        yield MeasureRow(
-            section,
+        values[SHUFFLED] = _best_group(x.run, rng.permutation(train), rng.permutation(test))
+        yield Row(
+            "Groups and factors",
             f"I(group; {factor})",
             "mutual information of the factor and the activation of the group that knows most of "
             "it on training images; higher is better. On few images all columns are too high: read "
@@ -193,30 +371,6 @@ def factor_rows(
             "nats",
             values,
         )
-
-
-def purity_rows(columns: Columns, images: ImageSet) -> Iterator[MeasureRow]:
-    """How alike the test images are that excite the same group; needs no labels."""
-    pixels = pixel_features(images).x
-    pixels = pixels - pixels.mean(0)
-
-    def purity(activations: np.ndarray) -> Estimate:
-        found = [v for v in monosemanticity(activations, pixels) if v is not None]
-        return Estimate(float(np.mean(found))) if found else undefined("no group is ever on")
-
-    values = {
-        name: purity(column.test.mean_activations)
-        for name, column in columns.items()
-        if column.W is not None
-    }
-    yield MeasureRow(
-        "Groups and images",
-        "monosemanticity",
-        "mean cosine of the centred pixels of images that excite one group (Pach et al. 2025), "
-        "mean over groups; higher is purer. Shuffled: a group that is always on",
-        "",
-        values | {SHUFFLED: purity(np.ones((len(images), 1)))},
-    )
 
 
 def _best_group(column: Column, train: np.ndarray, test: np.ndarray) -> Estimate:
@@ -229,102 +383,106 @@ def _best_group(column: Column, train: np.ndarray, test: np.ndarray) -> Estimate
     return information.mutual_information(column.test.pooled_activations[:, best], test)
 
 
-def object_rows(
-    columns: Columns,
-    masks: np.ndarray,
-    *,
-    regions: bool = False,
-    random_state: int = 0,
-) -> Iterator[MeasureRow]:
-    """Groups of patches against object masks [n, H, W] of all test images.
+def silencing_rows(x: Reading) -> Iterator[Row]:
+    """What a linear probe loses when what one group reads is projected out."""
+    if x.silenced is None:
+        return
+    draws = np.mean([s.draws for s in x.silenced], axis=0)
+    drop = float(np.mean([s.drop.value or 0.0 for s in x.silenced]))
+    yield Row(
+        "Groups and factors",
+        SILENCED,
+        f"share of {next(iter(x.labels))} labels that a linear probe no longer gets when what one "
+        "group reads is projected out, mean over groups; random directions: of equal rank",
+        "",
+        {
+            RUN: from_draws(drop, draws),
+            DIRECTIONS: Estimate(float(np.mean([s.chance for s in x.silenced]))),
+        },
+    )
 
-    `regions`: the run's groups are cells of the image, so W gives no map of patches and its columns
-    stay empty; what is left are the tokens' own clusters and the information of pairs.
+
+def purity_rows(x: Reading) -> Iterator[Row]:
+    """How alike the test images are that excite the same group; needs no labels."""
+
+    def purity(activations: np.ndarray) -> Estimate:
+        found = [v for v in concepts.monosemanticity(activations, x.look) if v is not None]
+        return Estimate(float(np.mean(found))) if found else undefined("no group is ever on")
+
+    found = {
+        name: purity(column.test.mean_activations)
+        for name, column in x.columns.items()
+        if column.W is not None
+    }
+    found[SHUFFLED] = purity(np.ones((len(x.test), 1)))
+    named = {name: {"monosemanticity": e} for name, e in found.items()}
+    yield from make_rows("Groups and images", named)
+
+
+def object_rows(x: Reading) -> Iterator[Row]:
+    """Groups of patches against the object masks of the test images, where there are any."""
+    if x.test.masks is None:
+        return
+    run, seed = x.run, x.options.seed
+    masks, grid = x.test.masks[run.test.kept], run.grid
+    owner = objects.patch_labels(masks, grid)
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, labels in groupings(x).items():
+        own_grid = x.columns[name].grid if name in x.columns else grid
+        found[name] = _segments(masks, labels, own_grid)
+        if labels.shape == owner.shape:  # a control may have other patches
+            shared = pair_sharing(owner, labels, grid, random_state=seed)
+            found[name] |= _pairs("same group", shared)
+    # Object pixels alone count for FG-ARI, so there the best cut gives no patch to the background.
+    best = objects.patch_labels(masks, grid, background=False)
+    found[CEILING] = _segments(masks, owner, grid)
+    found[CEILING]["FG-ARI"] = _segments(masks, best, grid)["FG-ARI"]
+    pairs = pair_information(run.test.tokens, owner, grid, random_state=seed)
+    found[RUN] = found.get(RUN, {}) | _pairs("I(patch; patch)", pairs)
+    yield from make_rows("Groups and objects", found)
+
+
+def _segments(masks: np.ndarray, labels: np.ndarray, grid: tuple[int, int]) -> dict[str, Estimate]:
+    scores = objects.object_scores(masks, labels, grid)
+    names = {"fg_ari": "FG-ARI", "mbo": "mBO"}
+    return {name: scores[key] for key, name in names.items()}
+
+
+def _pairs(what: str, found: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    names = {"within": "one object", "across": "two objects", "gap": "gap"}
+    return {f"{what}, {name}": found[key] for key, name in names.items()}
+
+
+def groupings(x: Reading) -> dict[str, np.ndarray]:
+    """Return the group of each patch [m, N] of the kept test images, by column and blind floor.
+
+    Region groups are cells of the image: W gives no map of patches then and no column has one.
     """
-    run = columns[RUN]
-    assert run.W is not None
-    masks, grid, G = masks[run.test.kept], run.grid, len(run.W)
-    n, fitting_tokens = len(masks), run.train.tokens
-    groupings = {
+    run, seed, G = x.run, x.options.seed, len(x.subject.W)
+    regions = x.subject.kind == "region"
+    tokens = run.train.tokens
+    found = {
         name: objects.assign_patches(column.test.activations[run.test.kept].astype(np.float32))
-        for name, column in columns.items()
+        for name, column in x.columns.items()
         if column.W is not None and not regions
     }
-    groupings[KMEANS] = objects.kmeans_patches(
-        fitting_tokens.reshape(-1, fitting_tokens.shape[2]), run.test.tokens, G, random_state
+    found[KMEANS] = objects.kmeans_patches(
+        tokens.reshape(-1, tokens.shape[2]), run.test.tokens, G, seed
     )
-    groupings[PLACES] = objects.position_blocks(grid, n, G, random_state)
+    found[PLACES] = objects.position_blocks(run.grid, len(run.test.kept), G, seed)
     if not regions:
-        groupings[SHUFFLED] = objects.permuted_patches(groupings[RUN], random_state)
-    scores = {
-        name: objects.object_scores(masks, labels, columns[name].grid if name in columns else grid)
-        for name, labels in groupings.items()
-    }
-    owner = objects.patch_labels(masks, grid)
-    # Object pixels alone count for FG-ARI, so there the best cut gives no patch to the background.
-    best = objects.object_scores(masks, objects.patch_labels(masks, grid, background=False), grid)
-    whole = objects.object_scores(masks, owner, grid)
-    scores[CEILING] = {**whole, "fg_ari": best["fg_ari"]}
-    about = {
-        "fg_ari": (
-            "FG-ARI",
-            "adjusted Rand index over object pixels (Greff et al. 2019): are pixels of one object, "
-            "and only they, in one group; on a coarse grid blocks of places do well",
-        ),
-        "mbo": ("mBO", "mean IoU of each object with its best segment (Pont-Tuset et al. 2017)"),
-    }
-    section = "Groups and objects"
-    for key, (name, text) in about.items():
-        values = {column: found[key] for column, found in scores.items()}
-        yield MeasureRow(section, name, f"{text}; higher is better", "", values)
-    found = pair_information(run.test.tokens, owner, grid, random_state=random_state)
-    about = {
-        "within": ("one object", "of the tokens of pairs within an object"),
-        "across": ("two objects", "of pairs across objects, at the same distances"),
-        "gap": ("gap", "one object less two; above 0: the paper's premise"),
-    }
-    for key, (name, text) in about.items():
-        name, text = f"I(patch; patch), {name}", f"mutual information {text}"
-        yield MeasureRow(section, name, text, "nats", {RUN: found[key]})
-    pairs = {
-        name: pair_sharing(owner, labels, grid, random_state=random_state)
-        for name, labels in groupings.items()
-        if labels.shape == owner.shape  # a control may have other patches
-    }
-    about = {
-        "within": ("one object", "share of pairs within an object that are in one group"),
-        "across": ("two objects", "share of pairs across objects that are, at the same distances"),
-        "gap": ("gap", "one object less two; above 0: patches of one object come to share groups"),
-    }
-    for key, (name, text) in about.items():
-        values = {column: shared[key] for column, shared in pairs.items()}
-        yield MeasureRow(section, f"same group, {name}", text, "", values)
+        found[SHUFFLED] = objects.permuted_patches(found[RUN], seed)
+    return found
 
 
-def prediction_rows(
-    overall: Estimate | None, cells: Sequence[Estimate], fitted: Mapping[str, Estimate]
-) -> Iterator[MeasureRow]:
-    """Held-out R^2 of masked prediction: of the run's own groups, or of fitted ones."""
-    section = "Masked prediction"
-    if overall is not None:
-        yield MeasureRow(
-            section, "R² of hidden patches",
-            "share of the variance of hidden tokens around their place's mean that the groups "
-            "predict from the context; 0 knows the place only",
-            "", {RUN: overall},
-        )  # fmt: skip
-    known = [e.value for e in cells if e.value is not None]
-    if known:
-        text = f"from {min(known):.2f} to {max(known):.2f} over the {len(cells)} regions"
-        yield MeasureRow(
-            section, "R² of a region's own patches", f"mean over regions; {text}", "",
-            {RUN: Estimate(float(np.mean(known)))},
-        )  # fmt: skip
-    if fitted:
-        names = {"learned": RUN, "random": RANDOM, "unpenalised": ALL}
-        yield MeasureRow(
-            section, "held-out R² of fitted groups",
-            "the groups were fitted to frozen tokens; random zeros: the same fit with as many "
-            "connections in random places, which the learned pattern must beat",
-            "", {names.get(key, key): value for key, value in fitted.items()},
-        )  # fmt: skip
+SECTIONS: dict[str, Callable[[Reading], Iterator[Row]]] = {
+    "sparsity of W": sparsity_rows,
+    "information": information_rows,
+    "masked prediction": prediction_rows,
+    "disentanglement": disentanglement_rows,
+    "groups and factors": factor_rows,
+    "silencing groups": silencing_rows,
+    "groups and images": purity_rows,
+    "groups and objects": object_rows,
+}
+"""The sections of the table by what they are called while they are measured."""

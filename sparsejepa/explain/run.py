@@ -4,74 +4,64 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 
 from sparsejepa import __version__, version
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
-from sparsejepa.encoders.encoder import FITTED, Precision
+from sparsejepa.encoders.encoder import FITTED
 from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.features import read_fitting, target
-from sparsejepa.explain import measures
-from sparsejepa.explain.columns import REFERENCES, RUN, build_columns, short_name
-from sparsejepa.explain.groups import MATCHED_IMAGES, gallery, patch_maps, sibling_stability
-from sparsejepa.explain.prediction import masked_r2
+from sparsejepa.evaluation.features import read_fitting
+from sparsejepa.evaluation.stats import Estimate
+from sparsejepa.explain.groups import make_gallery, patch_maps
+from sparsejepa.explain.measures import (
+    FITTED_R2,
+    GROUP_UNITS,
+    HIDDEN,
+    SECTIONS,
+    SILENCED,
+    Labels,
+    Reading,
+    Row,
+    Values,
+    independent,
+)
+from sparsejepa.explain.options import Options
+from sparsejepa.explain.page import ExplainPage, write_explain_page
 from sparsejepa.explain.readout import evenly
 from sparsejepa.explain.subject import (
-    NAMES,
-    PostHoc,
+    DIRECTIONS,
+    FLOORS,
+    RANDOM,
+    REFERENCES,
+    RUN,
     Subject,
-    is_public,
+    build_columns,
     open_subject,
-    read_names,
-    run_folder,
-    write_names,
+    short_name,
 )
-from sparsejepa.explain.verdict import verdict
 from sparsejepa.files import save_tensors, write_text
-from sparsejepa.report.explain import ExplainPage, MeasureRow, write_explain_page
 from sparsejepa.results import read_rows
-from sparsejepa.study.page import Picture, sweep_pictures
-from sparsejepa.study.sweep import RESULTS
-from sparsejepa.study.verdict import summarise, usable
 from sparsejepa.training.checkpoint import train_version
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"
-PREDICTED_IMAGES = 1_000
 LEAST_IMAGES = 16
-
-Targets = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is read and how; every field is a flag of the command."""
-
-    targets: tuple[str, ...] = ()
-    factors: tuple[str, ...] = ()
-    control: str | None = None
-    limit: int = 10_000
-    test_limit: int = 5_000
-    img_size: tuple[int, int] | None = None
-    upscale: bool = False
-    quick: bool = False
-    posthoc: PostHoc = field(default_factory=PostHoc)
-    seed: int = 0
-    data_root: Path | None = None
-    device: str = "auto"
-    precision: Precision = "bf16"
+MATCHED_IMAGES = 500
+"""Test images whose activations are kept, for `compare`."""
 
 
 def run_explain(
@@ -79,8 +69,6 @@ def run_explain(
     data: str,
     *,
     options: Options | None = None,
-    out: Path | None = None,
-    names: Mapping[int, str] | None = None,
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -89,8 +77,6 @@ def run_explain(
     Args:
         ref: a run directory or ``timm:NAME``. Without groups of its own it gets fitted ones.
         data: a data set's name or folder; labels, factors and masks are used where there are any.
-        out: where report.html and metrics.json go; the run directory if None.
-        names: for groups; added to groups.json.
         command: what repeats this, for the page.
         say: is told what is being done.
 
@@ -98,100 +84,38 @@ def run_explain(
     cannot be used.
     """
     ref, options = str(ref), options or Options()
-    device = resolve_device(options.device)
-    home = run_folder(ref)
-    out = out or home
-    clock = _Clock(say)
-    with clock("images"):
-        train, test = read_fitting(
-            lambda *view: (
-                _images(data, "train", options, view),
-                _images(data, "test", options, view),
-            ),
-            data,
-            [ref],
-            lambda: [load(ref).img_size],
-            img_size=options.img_size,
-            upscale=options.upscale,
-            say=say,
-        )
-        targets, left_out = _targets(train, test, options)
-    for images, flag in ((train, "--limit"), (test, "--test-limit")):
-        if len(images) < LEAST_IMAGES:
-            asked = options.limit if images is train else options.test_limit
-            remedy = (
-                f"use at least {LEAST_IMAGES} ({flag})"
-                if asked < LEAST_IMAGES
-                # A fifth is set aside for testing where the data names no test images.
-                else f"add images, {LEAST_IMAGES} of them for testing (about {5 * LEAST_IMAGES} in "
-                "all if none are named so)"
-            )
-            raise UserError(
-                f"{data}: {len(images)} {images.split} images are too few to measure anything; "
-                f"{remedy}"
-            )
-    if out != home or out.is_dir() or is_public(ref):  # else there is no such run
-        _check_folder(out)
-    with clock("encoder and groups"):
-        subject = open_subject(
-            ref,
-            train,
-            posthoc=options.posthoc,
-            device=device,
-            precision=options.precision,
-            random_state=options.seed,
-            test=None if options.quick else test,
-        )
-    if names:
-        write_names(out, dict(names), len(subject.W))
-    given = {g: n for f in (home, out) for g, n in read_names(f, len(subject.W)).items()}
-    with clock("reading images"):
-        # A control without groups gets fitted ones, as many as the run has.
-        fit = replace(options.posthoc, num_groups=len(subject.W))
-        columns = build_columns(
-            subject,
-            train,
-            test,
-            control=options.control,
-            posthoc=None if options.quick and subject.groups is not None else fit,
-            random_state=options.seed,
-        )
-    rows = [*measures.structure_rows(columns)]
-    with clock("information"):
-        rows += measures.information_rows(columns)
-    cells = []
-    if subject.groups is not None and subject.config is not None:
-        with clock("masked prediction"):
-            overall, cells = masked_r2(subject, test.subset(PREDICTED_IMAGES))
-            rows += measures.prediction_rows(overall, cells, {})
-    rows += measures.prediction_rows(None, [], subject.fitted)
-    if targets:
-        with clock("disentanglement"):
-            factors, nested = _independent(targets)
-            left_out += nested
-            stacked = (np.stack([pair[i] for pair in factors.values()], 1) for i in (0, 1))
-            rows += measures.disentanglement_rows(columns, *stacked, quick=options.quick)
-        with clock("groups and factors"):
-            rows += measures.factor_rows(columns, targets, random_state=options.seed)
-    rows += measures.purity_rows(columns, test)
-    if test.masks is not None:
-        with clock("objects"):
-            rows += measures.object_rows(
-                columns,
-                test.masks,
-                regions=subject.kind == "region",
-                random_state=options.seed,
-            )
-    with clock("groups"):
-        run = columns[RUN]
-        stability = None if options.quick else sibling_stability(subject, train, test)
-        shown = gallery(subject, run, test, targets, names=given, stability=stability)
-        rows += shown.rows
-    found = verdict(subject, rows, left_out)
-    maps = patch_maps(subject, columns[RUN])
+    options.check()
+    out, device = options.out or run_folder(ref), resolve_device(options.device)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        say(name)
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 2)
+
+    with part("images"):
+        train, test = _images(ref, data, options, say)
+        labels, remarks = _labels(train, test)
+        remarks += independent(labels)[1]
+    if options.out or out.is_dir() or is_public(ref):  # else there is no such run
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):  # better before the work than after it
+            raise UserError(f"{out}: cannot write a report there; name another folder with --out")
+    with part("encoder and groups"):
+        subject = open_subject(ref, train, options, device)
+    with part("reading images"):
+        columns = build_columns(subject, train, test, options)
+        reading = Reading(subject, options, train, test, labels, columns)
+    rows: list[Row] = []
+    for name, section in SECTIONS.items():
+        with part(name):
+            rows += section(reading)
+    with part("groups"):
+        gallery = make_gallery(reading)
+    text, more = verdict(subject, rows)
     about = environment()
-    command = command or shlex.join(["sparsejepa", "explain", ref, "--data", data])
-    out.mkdir(parents=True, exist_ok=True)
     metrics = {
         "format": 1,
         "sparsejepa": __version__,
@@ -202,154 +126,157 @@ def run_explain(
         "images": {"train": len(train), "test": len(test)},
         "fingerprint": test.fingerprint,
         "groups": {"kind": subject.kind, "post_hoc": subject.groups is None},
-        "verdict": found.text,
-        "remarks": list(found.remarks),
-        "measures": [_json(row) for row in rows],
-        "group_list": [_json(view) for view in shown.views],
-        "command": command,
-        "options": _json({k: v for k, v in asdict(options).items() if k != "data_root"}),
+        "verdict": text,
+        "remarks": remarks + more,
+        "measures": rows,
+        "group_list": gallery.cards,
+        "command": command or shlex.join(["sparsejepa", "explain", ref, "--data", data]),
+        "options": settings_of(options),
         "environment": about,
-        "seconds": clock.seconds,
+        "seconds": seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    save_tensors(
-        out / ACTIVATIONS,
-        {
-            "activations": torch.from_numpy(maps[evenly(len(test), MATCHED_IMAGES)]),
-            "block_norms": torch.from_numpy(subject.norms),
-        },
-        {"fingerprint": test.fingerprint, "data": data},
-    )
+    metrics = _json(metrics)
+    tensors = {
+        "activations": torch.from_numpy(patch_maps(reading)[evenly(len(test), MATCHED_IMAGES)]),
+        "block_norms": torch.from_numpy(subject.norms),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(out / ACTIVATIONS, tensors, {"fingerprint": test.fingerprint, "data": data})
     if subject.estimator is not None:
         subject.estimator.save(out / FITTED)
     write_text(out / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    trained = {} if subject.config is None else subject.config.replace(data_root=None).to_dict()
+    used = {name for row in rows for name in row.values}
     write_explain_page(
         out / REPORT,
         ExplainPage(
             title=f"What {short_name(ref)} has learned",
             subtitle=_subtitle(subject, data, train, test),
-            verdict=found.text,
-            remarks=found.remarks,
-            columns=_order(rows, columns),
-            measures=rows,
+            verdict=text,
+            remarks=metrics["remarks"],
+            columns=[c for c in dict.fromkeys([*columns, *REFERENCES]) if c in used],
+            rows=rows,
             block_norms=subject.norms,
-            images=shown.images,
-            image_labels=shown.image_labels,
-            activations=shown.activations,
+            images={i: np.asarray(test.images[i]) for i in gallery.shown},
+            image_labels={i: _label(test, i) for i in gallery.shown},
+            activations=gallery.activations,
             grid=subject.encoder.grid_size,
-            explorer=shown.explorer,
-            groups=shown.views,
+            explorer=gallery.explorer,
+            cards=gallery.cards,
             curves=read_rows(Path(ref) / "metrics.jsonl"),
-            pictures=_sweep_pictures(ref),
-            command=command,
-            environment=_about(about, metrics),
-            settings=_settings(subject, options),
-            names_file=str(out / NAMES),
-            floors=REFERENCES,
+            command=metrics["command"],
+            about={
+                "commit": about["commit"] or "not a source checkout",
+                "versions": ", ".join(f"{k} {about[k]}" for k in ("sparsejepa", "torch", "python")),
+                "hardware": ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores",
+                "seconds": f"{sum(seconds.values()):.0f}",
+                "finished": metrics["finished"],
+            },
+            settings=tomli_w.dumps({"explain": metrics["options"], "pretrain": trained}),
         ),
     )
     return metrics
 
 
-class _Clock:
-    """Says what is being done and keeps how long each part took."""
+def run_folder(ref: str) -> Path:
+    """Return where the report of an encoder goes if no folder is named: the run directory."""
+    if not is_public(ref) and not Path(ref).is_file():
+        return Path(ref)
+    name = ref.partition(":")[2] if is_public(ref) else Path(ref).name
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return Path("runs") / f"explain-{name}"
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.seconds = say, dict[str, float]()
 
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        self.say(part)
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = round(time.perf_counter() - start, 2)
+def is_public(ref: str) -> bool:
+    """Whether an encoder is named by where it is published, not by a path."""
+    return ref.startswith(("timm:", "hub:"))
+
+
+def settings_of(options: Options) -> dict[str, Any]:
+    """Return options as TOML knows them: without what is not set and the place of the data."""
+    given = {field.name: getattr(options, field.name) for field in fields(Options)}
+    return {k: _json(v) for k, v in given.items() if v is not None and k != "data_root"}
 
 
 def _images(
-    data: str, split: str, options: Options, view: tuple[tuple[int, int] | None, bool]
-) -> ImageSet:
-    """Load a split; `view` is the size that images are read at and whether small ones grow."""
-    images = load_dataset(
+    ref: str, data: str, options: Options, say: Callable[[str], None]
+) -> tuple[ImageSet, ImageSet]:
+    """Load both splits at the size that suits the encoder.
+
+    Raises UserError for data that cannot be read or are too few.
+    """
+
+    def both(size: tuple[int, int] | None, upscale: bool) -> list[ImageSet]:
+        return [
+            load_dataset(
+                data,
+                split,
+                img_size=size,
+                data_root=options.data_root,
+                upscale=upscale,
+                truth=split == "test",
+                factors=options.factor_names,
+            ).subset(most, options.seed)
+            for split, most in (("train", options.limit), ("test", options.test_limit))
+        ]
+
+    train, test = read_fitting(
+        both,
         data,
-        split,
-        img_size=view[0],
-        data_root=options.data_root,
-        upscale=view[1],
-        truth=split == "test",
-        factors=options.factors,
+        [ref],
+        lambda: [load(ref).img_size],
+        img_size=options.size,
+        upscale=options.upscale,
+        say=say,
     )
-    return images.subset(options.limit if split == "train" else options.test_limit, options.seed)
+    for images, flag in ((train, "--limit"), (test, "--test-limit")):
+        if len(images) < LEAST_IMAGES:
+            raise UserError(
+                f"{data}: {len(images)} {images.split} images are too few to measure anything; "
+                f"use at least {LEAST_IMAGES} ({flag}), or about {5 * LEAST_IMAGES} in all if none "
+                "are named for testing"
+            )
+    return train, test
 
 
-def _targets(train: ImageSet, test: ImageSet, options: Options) -> tuple[Targets, list[str]]:
+def _labels(train: ImageSet, test: ImageSet) -> tuple[Labels, list[str]]:
     """Return the labels (train [n], test [n']) by target, and why others are left out."""
-    shared = tuple(name for name in train.targets if name in test.targets)
-    found: Targets = {}
+    found: Labels = {}
     left_out = []
-    for name in options.targets or shared:
-        both = [target(images.targets, name, images.name).values for images in (train, test)]
+    least = min(len(train), len(test))
+    for name in [name for name in train.targets if name in test.targets]:
+        both = train.targets[name].values, test.targets[name].values
         levels = [len(np.unique(values)) for values in both]
         if min(levels) < 2:
             left_out.append(f"'{name}' has one value only here, so nothing is measured on it.")
-        elif max(levels) > min(map(len, both)) / 2:
+        elif max(levels) > least / 2:
             left_out.append(
-                f"'{name}' has {max(levels):,} values for {min(map(len, both)):,} images, too many "
-                "to measure anything on; use more images or a coarser label."
+                f"'{name}' has {max(levels):,} values for {least:,} images, too many to measure "
+                "anything on; use more images or a coarser label."
             )
         else:
-            found[name] = both[0], both[1]
+            found[name] = both
     return found, left_out
 
 
-def _independent(targets: Targets) -> tuple[Targets, list[str]]:
-    """Leave out factors that follow from an earlier one: no code could tell them apart."""
-    kept: Targets = {}
-    left_out = []
-    for name, (train, test) in targets.items():
-        finer = next((k for k, (other, _) in kept.items() if _follows(train, other)), None)
-        if finer is None:
-            kept[name] = train, test
-        else:
-            left_out.append(
-                f"'{name}' follows from '{finer}' and is left out of disentanglement, which is for "
-                "factors that vary on their own."
-            )
-    return kept, left_out
-
-
-def _follows(coarse: np.ndarray, fine: np.ndarray) -> bool:
-    pairs = np.unique(np.stack([coarse, fine]), axis=1)
-    return pairs.shape[1] == len(np.unique(fine))
-
-
-def _check_folder(out: Path) -> None:
-    """Raise UserError before the work, not after it, if nothing can be written to `out`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / f".{METRICS}", "")
-        (out / f".{METRICS}").unlink()
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot write a report there ({error.strerror}); name another folder with --out"
-        ) from None
-
-
-def _order(rows: Sequence[MeasureRow], columns: Mapping[str, Any]) -> list[str]:
-    """Return the names of all columns that some row fills: models first, then floors."""
-    used = {name for row in rows for name in row.values}
-    return [name for name in dict.fromkeys([*columns, *REFERENCES]) if name in used]
+def _label(test: ImageSet, image: int) -> str:
+    """Return the file and the labels of an image, as the page shows them."""
+    parts = [test.files[image]] if test.files else [f"test image {image}"]
+    parts += [f"{k} {t.names[int(t.values[image])]}" for k, t in list(test.targets.items())[:4]]
+    return ", ".join(parts)
 
 
 def _json(value: Any) -> Any:
     """Return a value as JSON knows it; what is not finite becomes null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(k): _json(v) for k, v in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [_json(v) for v in value]
     if isinstance(value, np.generic):
-        return _json(value.item())
-    if is_dataclass(value) and not isinstance(value, type):
-        return _json(asdict(value))
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
@@ -368,43 +295,119 @@ def _subtitle(subject: Subject, data: str, train: ImageSet, test: ImageSet) -> s
     )
 
 
-def _about(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
-    hardware = ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores"
-    seconds = metrics["seconds"]
-    return {
-        "commit": about["commit"] or "not a source checkout",
-        "versions": ", ".join(f"{k} {about[k]}" for k in ("sparsejepa", "torch", "python")),
-        "hardware": hardware,
-        "seconds": ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
-        + f"; {sum(seconds.values()):.0f} in all",
-        "finished": metrics["finished"],
-    }
+# ---- the verdict ---------------------------------------------------------------------------------
 
 
-def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as TOML knows them: what is not set is left out, paths are text."""
-    return {
-        k: without_none(v) if isinstance(v, Mapping) else str(v) if isinstance(v, Path) else v
-        for k, v in values.items()
-        if v is not None
-    }
+def verdict(subject: Subject, rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """Say in two sentences what the groups are worth against their floors, and what limits that.
+
+    The first is about W: how sparse it is and whether its groups know the factors better than the
+    best floor. The second is about images: whether patches of one object share a group, or where
+    there are no masks, how well the groups predict; and whether to silence one matters.
+    """
+    found = {(row.section, row.name): row.values for row in rows}
+    on = subject.norms > 0
+    first = (
+        f"W keeps {100 * on.mean():.0f} % of the connections between latents and groups "
+        f"({on.sum(0).mean():.1f} of {len(on)} groups per latent)"
+    )
+    # MIG, as its interval is over images; DCI's is over the trees of one fit.
+    mig = found.get((GROUP_UNITS, "MIG"))
+    if mig and mig[RUN].value is not None:
+        first += f", and as units of code its groups {against_floors('have a MIG', mig)}"
+    else:
+        first += "; without labels nothing is known of what the groups stand for"
+    named = {row.name: row.values for row in rows}
+    return f"{first}. {_on_images(subject, named)}.", _remarks(subject, named)
 
 
-def _settings(subject: Subject, options: Options) -> str:
-    """Return what the encoder was trained with, if that is known, and what it was read with."""
-    import tomli_w
+def _on_images(subject: Subject, named: Mapping[str, Values]) -> str:
+    text = "There are no object masks and no prediction to judge the groups of patches by"
+    r2 = named.get(HIDDEN) or named.get(FITTED_R2) or {}
+    measure = next((m for m in ("FG-ARI", "mBO") if _value(named, m) is not None), None)
+    if measure and subject.kind != "region":
+        text = against_floors(f"As segments of objects they reach an {measure}", named[measure])
+    elif r2 and (value := r2[RUN].value) is not None:
+        text = "From the context they predict hidden patches no better than their place does"
+        if value > 0:
+            text = f"From the context they predict {100 * value:.0f} % of the variance of hidden "
+            text += "patches that their place does not tell"
+            if (chance := r2.get(RANDOM)) and chance.value is not None:
+                text += f", against {100 * chance.value:.0f} % for random patterns"
+    if (cost := _value(named, SILENCED)) is not None:
+        text += "; to silence one costs the probe "
+        chance = named[SILENCED][DIRECTIONS]
+        if _above(named[SILENCED][RUN], chance):
+            text += f"{100 * cost:.1f} points on average, random directions of equal rank "
+            text += f"{100 * (chance.value or 0):.1f}"
+        else:
+            text += "not clearly more than random directions of equal rank"
+    return text
 
-    found = {"explain": without_none(asdict(options))}
-    if subject.config is not None:
-        found["pretrain"] = subject.config.replace(data_root=None).to_dict()
-    return tomli_w.dumps(found)
+
+def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
+    remarks, on = [], subject.norms > 0
+    if subject.groups is None:
+        remarks.append(
+            "The groups were fitted to the frozen encoder by masked prediction; the encoder was "
+            "not trained with them."
+        )
+        fitted = named.get(FITTED_R2)
+        if fitted and not _above(fitted[RUN], fitted[RANDOM]):
+            remarks.append(
+                "The learned pattern of zeros predicts hidden patches no better than random "
+                "patterns like it: do not read meaning into which latent feeds which group."
+            )
+    elif not on.all():
+        remarks.append(
+            "The encoder adapted to its pattern of zeros, whichever it is. Whether the learned one "
+            "is worth more than a random one shows beside a run that was trained with --pattern "
+            "random and the same density: give it as --control, or to `sparsejepa compare`."
+        )
+    if on.all():
+        remarks.append(
+            "No connection is zero: every latent feeds every group, so the groups differ by their "
+            "directions only, not by their latents."
+        )
+    if dead := int((~on.any(1)).sum()):
+        remarks.append(f"{dead} of {len(on)} groups are dead: no latent feeds them.")
+    remarks.append(
+        "Intervals resample images (those of DCI's disentanglement and completeness the trees of "
+        "its forest) and say nothing of other seeds. A difference between columns is called clear "
+        "where the 95 % intervals do not meet."
+    )
+    return remarks
 
 
-def _sweep_pictures(ref: str) -> list[Picture]:
-    """Return the Pareto plots of the sweep that a run belongs to, if it belongs to one."""
-    found = [] if is_public(ref) else read_rows(Path(ref).resolve().parent / RESULTS)
-    rows = [row for row in found if usable(row)]
-    if not rows:
-        return []
-    pictures = sweep_pictures(summarise(rows), {}, None)
-    return [picture for picture in pictures if picture.name == "pareto"]
+def against_floors(what: str, values: Values) -> str:
+    """Return "WHAT of 0.31, clearly above every floor (the best, PCA: 0.22)" and the like."""
+    run = values[RUN]
+    floors = {k: e for k, e in values.items() if k in FLOORS and e.value is not None}
+    if not floors:
+        return f"{what} of {_number(run)}"
+    name = max(floors, key=lambda k: floors[k].value or 0.0)
+    best = floors[name]
+    if all(_above(run, floor) for floor in floors.values()):
+        how = "clearly above every floor"
+    elif _above(best, run):
+        how = "clearly below the best floor"
+    else:
+        how = "not clearly apart from the best floor"
+    return f"{what} of {_number(run)}, {how} ({name}: {_number(best)})"
+
+
+def _value(named: Mapping[str, Values], name: str) -> float | None:
+    estimate = named.get(name, {}).get(RUN)
+    return None if estimate is None else estimate.value
+
+
+def _number(estimate: Estimate) -> str:
+    """Two decimals, or two digits where that would hide a small value."""
+    value = estimate.value or 0.0
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def _above(a: Estimate, b: Estimate) -> bool:
+    """Whether a lies above b by more than their intervals."""
+    assert a.value is not None and b.value is not None
+    return (a.low if a.low is not None else a.value) > (b.high if b.high is not None else b.value)

@@ -1,15 +1,19 @@
 """What is explained: an encoder with the groups that it was trained with, or with fitted ones.
 
-A dense run and a public encoder have no groups of their own; `PostHocGroups` then learns them on
-the frozen tokens.
+Beside it stand its columns: the run, a control and the floors, each an encoder with a W. A floor is
+measured exactly as the run is: the untrained encoder keeps W; PCA keeps the encoder and puts other
+directions in the place of W. Random zeros on the run's own encoder are no column: an encoder adapts
+to whatever pattern it was trained with, so even a pattern that was its random start beats shuffles
+of it. What tells is an encoder that was trained with a random pattern, as control.
+
+Letters as in `readout`.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,38 +21,38 @@ from torch import Tensor
 
 from sparsejepa.config import Config
 from sparsejepa.data.store import ImageSet
-from sparsejepa.encoders.encoder import Encoder, Precision, load_groups
+from sparsejepa.encoders.encoder import Encoder, load_groups
 from sparsejepa.encoders.load import folder_of, load
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.stats import Estimate
+from sparsejepa.explain.options import Options
 from sparsejepa.explain.posthoc import PostHocGroups
-from sparsejepa.explain.readout import token_batches
-from sparsejepa.files import read_json, write_text
+from sparsejepa.explain.readout import Readout, Scale, read, read_train, token_batches
 from sparsejepa.model.groups import GroupMap, Kind
 from sparsejepa.training.loop import read_config
 
-NAMES = "groups.json"
-FITTED_IMAGES, TOKEN_BYTES = 2_000, 256 * 2**20
-"""Training images that groups are fitted on and the memory of their tokens, at most."""
+RUN, UNTRAINED, PCA = "this run", "untrained", "PCA"
+RANDOM, DIRECTIONS = "random zeros", "random directions"
+"""Of some measures only: groups that were fitted with random zeros, and subspaces of equal rank."""
+KMEANS, PLACES, SHUFFLED, ALL = "k-means", "places", "shuffled", "all connections"
+FLOORS = (UNTRAINED, PCA, RANDOM, DIRECTIONS, KMEANS, PLACES, SHUFFLED)
+"""In the order of the tables."""
+CEILING = "ceiling"
+"""The best that any grouping of whole patches can do; no model."""
+REFERENCES = (*FLOORS, ALL, CEILING)
+
+KEPT_IMAGES = 1_000
+"""Test images whose tokens are kept, at most; of training images half as many."""
+FITTED_IMAGES = 2_000
+"""Training images that groups are fitted on, at most."""
+TOKEN_BYTES = 256 * 2**20
+"""Memory of the tokens of either, at most."""
 MAX_GROUPS = 254
 """What the page can tell apart."""
 
 
 @dataclass(frozen=True)
-class PostHoc:
-    """How groups are fitted on an encoder that has none; as `PostHocGroups` takes them."""
-
-    num_groups: int = 16
-    # Groups that predict parts of their own beat random patterns clearly; where predictions add up
-    # (concept) nearly any pattern passes everything on.
-    kind: Kind = "feature"
-    density: float = 0.25
-    steps: int = 600
-
-
-@dataclass(frozen=True)
 class Subject:
-    """An encoder, its group map and what is known of both. Letters as in `readout`."""
+    """An encoder, its group map and what is known of both."""
 
     ref: str
     encoder: Encoder
@@ -60,8 +64,6 @@ class Subject:
     """The settings of the run; None for a public encoder."""
     kind: Kind
     """What a group is."""
-    fitted: dict[str, Estimate] = field(default_factory=dict)
-    """Held-out R^2 of post-hoc groups: learned, unpenalised, and random patterns like theirs."""
     estimator: PostHocGroups | None = None
     """What the groups were fitted with, if they were."""
 
@@ -78,120 +80,158 @@ class Subject:
         return [np.flatnonzero(cells == g).tolist() for g in range(len(self.W))]
 
 
-def open_subject(
-    ref: str,
-    train: ImageSet,
-    *,
-    posthoc: PostHoc,
-    device: str = "cpu",
-    precision: Precision = "fp32",
-    random_state: int = 0,
-    test: ImageSet | None = None,
-) -> Subject:
+def open_subject(ref: str, train: ImageSet, options: Options, device: str = "cpu") -> Subject:
     """Load an encoder and its groups, or fit groups to it on tokens of `train`.
-
-    With `test`, fitted groups are scored on it against random patterns of equal density.
 
     Raises UserError if there is no such encoder or it has fewer latents than groups are asked for.
     """
-    encoder = load(ref, device, precision)
+    encoder = load(ref, device, options.precision)
     run_dir = folder_of(ref)
     config = read_config(run_dir) if run_dir and (run_dir / "config.toml").exists() else None
     groups = load_groups(run_dir, encoder.grid_size) if run_dir else None
     if groups is not None:
         return Subject(ref, encoder, groups.W.detach().clone(), groups, config, groups.kind)
-    estimator = fit_groups(encoder, train, posthoc, random_state)
-    scores: dict[str, Estimate] = {}
-    if test is not None:
-        found = estimator.random_pattern_scores(
-            _tokens(encoder, train, FITTED_IMAGES), _tokens(encoder, test, FITTED_IMAGES // 2)
-        )
-        fits = found["random"]
-        scores = {
-            "learned": Estimate(found["learned"]),
-            "unpenalised": Estimate(found["unpenalised"]),
-            "random": Estimate(
-                sum(fits) / len(fits), min(fits), max(fits), f"range of {len(fits)} fits"
-            ),
-        }
-    W = torch.as_tensor(estimator.W_).float()
-    return Subject(ref, encoder, W, None, config, posthoc.kind, scores, estimator)
+    fitted = fit_groups(encoder, train, options)
+    W = torch.as_tensor(fitted.W_).float()
+    return Subject(ref, encoder, W, None, config, options.groups, fitted)
 
 
-def fit_groups(
-    encoder: Encoder, train: ImageSet, posthoc: PostHoc, random_state: int = 0
-) -> PostHocGroups:
+def fit_groups(encoder: Encoder, train: ImageSet, options: Options) -> PostHocGroups:
     """Fit groups to an encoder's tokens of training images.
 
     Raises UserError if the encoder has fewer latents than groups are asked for.
     """
-    ref, most = encoder.name, min(encoder.embed_dim, MAX_GROUPS)
-    if not 1 <= posthoc.num_groups <= most:
+    D, G = encoder.embed_dim, options.num_groups
+    most = min(D, MAX_GROUPS)
+    if not 1 <= G <= most:
+        raise UserError(f"--num-groups {G}: {encoder.name} has {D} latents; take 1 to {most}")
+    if options.groups == "feature" and D % G:
         raise UserError(
-            f"--num-groups {posthoc.num_groups}: {ref} has {encoder.embed_dim} latents; take 1 to "
-            f"{most}"
+            f"--num-groups {G} does not divide the {D} latents of {encoder.name}; take another "
+            "number, or --groups concept"
         )
-    if posthoc.kind == "feature" and encoder.embed_dim % posthoc.num_groups:
-        raise UserError(
-            f"--num-groups {posthoc.num_groups} does not divide the {encoder.embed_dim} latents of "
-            f"{ref}; take another number, or --groups concept"
-        )
-    settings: dict[str, Any] = {
-        **vars(posthoc), "grid_size": encoder.grid_size, "random_state": random_state
-    }  # fmt: skip
-    return PostHocGroups(**settings).fit(_tokens(encoder, train, FITTED_IMAGES))
+    return PostHocGroups(
+        num_groups=G,
+        kind=options.groups,
+        density=options.density,
+        steps=options.fit_steps,
+        grid_size=encoder.grid_size,
+        random_state=options.seed,
+    ).fit(fitting_tokens(encoder, train, FITTED_IMAGES))
 
 
-def _tokens(encoder: Encoder, images: ImageSet, limit: int) -> Tensor:
-    patches = encoder.grid_size[0] * encoder.grid_size[1]
-    most = max(256, TOKEN_BYTES // (4 * patches * encoder.embed_dim))
-    part = images.subset(min(limit, most))
+def fitting_tokens(encoder: Encoder, images: ImageSet, limit: int) -> Tensor:
+    """Return the tokens [n, N, D] of at most `limit` images, fewer where memory would not do."""
+    part = images.subset(min(limit, max(256, _images_in(TOKEN_BYTES, encoder))))
     return torch.cat([x.cpu() for x in token_batches(encoder, part)])
 
 
-def is_public(ref: str) -> bool:
-    """Whether an encoder is named by where it is published, not by a path."""
-    return ref.startswith(("timm:", "hub:"))
+@dataclass(frozen=True)
+class Column:
+    """An encoder's readout of both splits under one W; W is None where there are no groups."""
+
+    W: np.ndarray | None
+    train: Readout
+    test: Readout
+    raw: np.ndarray
+    """[n, D]: pooled latents of the test images as the encoder gives them."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
 
 
-def run_folder(ref: str) -> Path:
-    """Return where the report of an encoder goes if no folder is named: the run directory."""
-    if not is_public(ref) and not Path(ref).is_file():
-        return Path(ref)
-    name = ref.partition(":")[2] if is_public(ref) else Path(ref).name
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return Path("runs") / f"explain-{name}"
+Columns = Mapping[str, Column]
 
 
-def read_names(folder: Path, num_groups: int) -> dict[int, str]:
-    """Return the names that a person gave to groups, from groups.json in `folder`.
+def build_columns(
+    subject: Subject, train: ImageSet, test: ImageSet, options: Options
+) -> dict[str, Column]:
+    """Read both splits through the run, a control and the floors, in the order of the tables.
 
-    Raises UserError if the file is damaged or names a group that does not exist.
+    Where the run's groups were fitted, the untrained encoder gets fitted ones too.
+
+    Raises UserError if there is no such control.
     """
-    path = folder / NAMES
-    if not path.exists():
-        return {}
-    try:
-        names = {int(group): str(name) for group, name in read_json(path)["names"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(
-            f'{path}: not a list of names; it should look like {{"names": {{"3": "wheels"}}}}'
-        ) from None
-    for group in names:
-        _check_group(group, num_groups, str(path))
-    return names
+    encoder, W = subject.encoder, subject.W.numpy()
+    G, P = W.shape[:2]
+    keep = _kept(encoder)
+    scale, mine = read_train(encoder, train, keep_tokens=keep // 2)
+    axes = principal_axes(mine.z)
+    pca = _runs_of(axes, G, P)
+    # One pass for the two that share the encoder: their W are stacked.
+    padded = np.pad(pca, ((0, 0), (0, P - pca.shape[1]), (0, 0)))
+    stacked = torch.from_numpy(np.concatenate([W, padded])).float()
+    theirs = read(encoder, test, stacked, scale, keep_tokens=keep)
+    own, other = theirs.part(slice(G)).under(W), theirs.part(slice(G, None)).under(pca)
+    raw, grid = _raw(theirs, scale), encoder.grid_size
+
+    columns = {RUN: Column(W, mine.under(W), own, raw, grid)}
+    if options.control is not None:
+        columns |= _control(options.control, subject, train, test, options)
+    fresh = encoder.untrained(options.seed)
+    if subject.groups is None:
+        W = fit_groups(fresh, train, replace(options, num_groups=G)).W_
+    columns[UNTRAINED] = _read_both(fresh, W, train, test)
+    # The units of PCA are the axes themselves.
+    both = (replace(readout, z=readout.z @ axes.T) for readout in (mine.under(pca), other))
+    columns[PCA] = Column(pca, *both, raw, grid)
+    return columns
 
 
-def write_names(folder: Path, names: dict[int, str], num_groups: int) -> None:
-    """Add names to groups.json in `folder`; an empty name takes one away."""
-    for group in names:
-        _check_group(group, num_groups, "--name")
-    kept = {g: n for g, n in (read_names(folder, num_groups) | names).items() if n}
-    text = {"names": {str(g): kept[g] for g in sorted(kept)}}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / NAMES, json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+def principal_axes(z: np.ndarray) -> np.ndarray:
+    """Return the principal axes of z [n, D] as rows, [D, D], the largest variance first."""
+    return np.linalg.eigh(np.cov(z, rowvar=False))[1][:, ::-1].T.astype(np.float32)
 
 
-def _check_group(group: int, num_groups: int, source: str) -> None:
-    if not 0 <= group < num_groups:
-        raise UserError(f"{source}: no group {group}; there are groups 0 to {num_groups - 1}")
+def _runs_of(axes: np.ndarray, num_groups: int, group_dim: int) -> np.ndarray:
+    """Give group g the g-th run of principal axes: [G, P', D], P' = P unless G P exceeds D.
+
+    With more groups than axes the last ones are zero.
+    """
+    D = len(axes)
+    width = max(1, min(group_dim, D // num_groups))
+    padded = np.pad(axes, ((0, max(0, num_groups - D)), (0, 0)))
+    return padded[: num_groups * width].reshape(num_groups, width, D)
+
+
+def _control(
+    ref: str, subject: Subject, train: ImageSet, test: ImageSet, options: Options
+) -> dict[str, Column]:
+    """Read another run; one without groups gets fitted ones, as many as the subject has."""
+    encoder = load(ref, subject.encoder.device, options.precision)
+    folder = folder_of(ref)
+    groups = None if folder is None else load_groups(folder, encoder.grid_size)
+    name, W = f"control {short_name(ref)}", None
+    if groups is not None:
+        W = groups.W.detach().cpu().numpy()
+    elif not options.quick:
+        G = len(subject.W)
+        kind = "concept" if encoder.embed_dim % G else options.groups
+        W = fit_groups(encoder, train, replace(options, num_groups=G, groups=kind)).W_
+        name += " (fitted groups)"
+    return {name: _read_both(encoder, W, train, test)}
+
+
+def _read_both(encoder: Encoder, W: np.ndarray | None, train: ImageSet, test: ImageSet) -> Column:
+    """Read both splits through an encoder under W."""
+    used = np.zeros((1, 1, encoder.embed_dim), np.float32) if W is None else W
+    scale, mine = read_train(encoder, train)
+    theirs = read(encoder, test, torch.from_numpy(used), scale, keep_tokens=_kept(encoder))
+    return Column(W, mine.under(used), theirs, _raw(theirs, scale), encoder.grid_size)
+
+
+def short_name(ref: str) -> str:
+    """Return what tables call an encoder: the last part of a path, a timm name without prefix."""
+    return ref.removeprefix("timm:") if ref.startswith("timm:") else Path(ref).resolve().name
+
+
+def _kept(encoder: Encoder) -> int:
+    return min(KEPT_IMAGES, max(50, _images_in(TOKEN_BYTES, encoder)))
+
+
+def _images_in(memory: int, encoder: Encoder) -> int:
+    return memory // (4 * encoder.grid_size[0] * encoder.grid_size[1] * encoder.embed_dim)
+
+
+def _raw(readout: Readout, scale: Scale) -> np.ndarray:
+    """Undo the standardisation of the pooled latents."""
+    return readout.z * scale.pooled_std.numpy() + scale.pooled_mean.numpy()

@@ -12,10 +12,10 @@ from sklearn.decomposition import PCA
 
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.store import ImageSet
-from sparsejepa.explain.columns import principal_axes
-from sparsejepa.explain.prediction import masked_r2
+from sparsejepa.explain.measures import masked_r2
+from sparsejepa.explain.options import Options
 from sparsejepa.explain.readout import read, read_train, standardise
-from sparsejepa.explain.subject import PostHoc, open_subject
+from sparsejepa.explain.subject import open_subject, principal_axes
 from sparsejepa.model.losses import normalize_targets
 from sparsejepa.training.build import build_sampler
 
@@ -26,7 +26,7 @@ def images(folder: Path) -> ImageSet:
 
 
 def test_readout_is_the_plain_computation(runs: dict[str, Path], images: ImageSet) -> None:
-    subject = open_subject(str(runs["concept"]), images, posthoc=PostHoc())
+    subject = open_subject(str(runs["concept"]), images, Options(precision="fp32"))
     tokens = subject.encoder.tokens(torch.as_tensor(images.images.copy())).double().numpy()
     scale, train = read_train(subject.encoder, images, keep_tokens=7)
     flat = tokens.reshape(-1, tokens.shape[2])
@@ -58,7 +58,7 @@ def test_principal_axes_are_scikit_learns() -> None:
 
 
 def test_masked_r2_is_the_plain_computation(runs: dict[str, Path], images: ImageSet) -> None:
-    subject = open_subject(str(runs["region"]), images, posthoc=PostHoc())
+    subject = open_subject(str(runs["region"]), images, Options(precision="fp32"))
     part = images.subset(40)
     overall, cells = masked_r2(subject, part, batch_size=16)
     groups, encoder = subject.groups, subject.encoder
