@@ -36,6 +36,7 @@ from sparsejepa.model.groups import (
     DensityController,
     GroupMap,
     Kind,
+    Phase,
     group_norms,
     mean_momentum,
     ramp,
@@ -331,17 +332,17 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             optimizer.step()
             optimizer.zero_grad()
             w_rate, way = TRAVEL * float(rates[step] / rates.sum()), ramp(step / self.steps)
-            lam, keep = self.lam * way, None
-            if not searching:
-                keep = groups.block_norms() > 0
-            elif controller is not None and self.density is not None:
-                if step == self.steps - 1:
-                    keep = groups.strongest(self.density, w_rate)
-                now = (groups.block_norms() > 0).float().mean()
-                controller.step(now, 1 + (self.density - 1) * way)
-                lam = controller.lam
-            momentum = mean_momentum(step, self.steps)
-            groups.proximal_step(w_rate, lam, momentum=momentum, keep=keep)
+            last = step == self.steps - 1
+            phase: Phase = "frozen" if not searching else "freeze" if last else "penalised"
+            final = 1.0 if self.density is None else self.density
+            groups.steered_step(
+                w_rate,
+                self.lam * way,
+                mean_momentum(step, self.steps),
+                phase,
+                controller,
+                final if last else 1 + (final - 1) * way,
+            )
             losses.append(loss.detach())
         return torch.stack(losses).cpu().numpy()
 

@@ -24,6 +24,7 @@ from sparsejepa.model.losses import full
 from sparsejepa.model.vit import attend, sincos_position_embedding
 
 Kind = Literal["region", "concept", "feature"]
+Phase = Literal["penalised", "freeze", "frozen"]
 
 # Block norms start at 1/sqrt(G) give or take 14 %: exactly equal norms are a fixed point of the
 # spherical prox.
@@ -424,6 +425,32 @@ class GroupMap(nn.Module):
         if keep is not None:
             W, t = W * keep[:, None], 0.0
         self.W.copy_(prox_sphere(W, t) if self.sphere else prox_group_lasso(W, t))
+
+    def steered_step(
+        self,
+        rate: float,
+        lam: float,
+        momentum: float,
+        phase: Phase,
+        controller: DensityController | None = None,
+        density: float = 1.0,
+    ) -> None:
+        """Take the `proximal_step` of a phase of a run.
+
+        penalised: under `lam`, or under that with which `controller` steers to `density`; freeze:
+        a controller's last step, which brings the pattern to `density` exactly; frozen: the zeros
+        stay where they are and nothing shrinks.
+        """
+        keep: Tensor | None = None
+        penalty: float | Tensor = lam
+        if phase == "frozen":
+            keep = self.block_norms() > 0
+        elif controller is not None and phase == "freeze":
+            keep = self.strongest(density, rate)
+        elif controller is not None:
+            controller.step((self.block_norms() > 0).float().mean(), density)
+            penalty = controller.lam
+        self.proximal_step(rate, penalty, momentum=momentum, keep=keep)
 
     def strongest(self, density: float, rate: float) -> Tensor:
         """Return the share `density` of the blocks to keep, bool [G, D], at least one per latent.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsejepa.config import LossConfig
 from sparsejepa.distributed import Share, gather, local
-from sparsejepa.model.groups import DensityController, GroupMap, largest
+from sparsejepa.model.groups import DensityController, GroupMap, Phase, largest
 from sparsejepa.model.losses import (
     RunningMoments,
     aggregate_kl,
@@ -48,8 +48,7 @@ class Rates(Protocol):
     def w_momentum(self, step: int) -> float: ...
     def lam(self, step: int) -> float: ...
     def wanted_density(self, step: int) -> float: ...
-    def freezes(self, step: int) -> bool: ...
-    def frozen(self, step: int) -> bool: ...
+    def phase(self, step: int) -> Phase: ...
 
 
 @dataclass
@@ -240,18 +239,15 @@ class SparseJEPA(nn.Module):
         )
 
     def _move_w(self, step: int, groups: GroupMap) -> None:
-        rate, lam, keep = self.rates.w_rate(step), self.rates.lam(step), None
-        density = self.rates.wanted_density(step)
+        rates = self.rates
+        rate, momentum = rates.w_rate(step), rates.w_momentum(step)
+        density = rates.wanted_density(step)
         if self.order is not None:
-            keep = largest(self.order, density)
-        elif self.controller is not None and self.rates.freezes(step):
-            keep = groups.strongest(density, rate)
-        elif self.rates.frozen(step):
-            keep = groups.block_norms() > 0
-        elif self.controller is not None:
-            self.controller.step((groups.block_norms() > 0).float().mean(), density)
-            lam = self.controller.lam
-        groups.proximal_step(rate, lam, momentum=self.rates.w_momentum(step), keep=keep)
+            groups.proximal_step(rate, 0.0, momentum=momentum, keep=largest(self.order, density))
+            return
+        groups.steered_step(
+            rate, rates.lam(step), momentum, rates.phase(step), self.controller, density
+        )
 
     def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return (matrices, the rest) of all that AdamW trains: everything but W and the target.

@@ -283,7 +283,7 @@ def _metrics(
     row |= dict(zip(TERMS[1:], values[1:], strict=True))
     row |= {"lr": schedule.lr(step), "ema": schedule.ema(step)}
     if model.groups is not None:
-        steered = model.controller is not None and not schedule.frozen(step)
+        steered = model.controller is not None and step < schedule.penalised_steps
         row["lam"] = float(model.controller.lam) if steered else schedule.lam(step)  # type: ignore[union-attr]
     return row | group_state(model.groups)
 

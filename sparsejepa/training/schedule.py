@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from sparsejepa.config import Config
-from sparsejepa.model.groups import TRAVEL, mean_momentum, ramp, strength
+from sparsejepa.model.groups import TRAVEL, Phase, mean_momentum, ramp, strength
 
 LR_FINAL = 1e-6
 """Learning rate at the end of the cosine."""
@@ -66,13 +66,18 @@ class Schedule:
         """Steps before the debias part, in which lambda acts."""
         return max(1, self.total - round(self.config.groups.debias * self.total))
 
-    def freezes(self, step: int) -> bool:
-        """Whether the zero pattern is brought to the wanted density exactly, and frozen, here."""
-        return step == min(self.penalised_steps, self.total - 1)
+    def phase(self, step: int) -> Phase:
+        """What W is under at this step, see `GroupMap.steered_step`.
 
-    def frozen(self, step: int) -> bool:
-        """Whether the zero pattern of W is frozen and lambda is 0: while debiasing."""
-        return step >= self.penalised_steps and self.config.penalised
+        A density is reached exactly where the debias part begins, or at the last step; while
+        debiasing the zero pattern is frozen and lambda is 0.
+        """
+        if not self.config.penalised:
+            return "penalised"
+        steered = self.config.groups.density is not None
+        if steered and step == min(self.penalised_steps, self.total - 1):
+            return "freeze"
+        return "frozen" if step >= self.penalised_steps else "penalised"
 
     def w_rate(self, step: int) -> float:
         """How far W goes at this step under the average pull; the sum is `TRAVEL`.
@@ -89,7 +94,7 @@ class Schedule:
 
     def lam(self, step: int) -> float:
         """Group-lasso penalty when it is fixed, see `ramp`; 0 where the pattern is frozen."""
-        acts = self.config.penalised and not self.frozen(step)
+        acts = self.config.penalised and step < self.penalised_steps
         return self.config.groups.lam * ramp(step / self.penalised_steps) if acts else 0.0
 
     def too_weak(self, smallest: float) -> str:

@@ -53,10 +53,15 @@ def test_w_travels_as_far_whatever_the_length_and_settles(total: int, debias: fl
     assert schedule.lam(0) == 0 <= schedule.lam(count - 1) <= 0.1
     if count > 10:
         assert schedule.lam(count - 1) == 0.1
-    assert not debias or sum(schedule.freezes(s) for s in range(total)) == 1
-    if count < total:
-        assert schedule.lam(count) == 0
-        assert schedule.frozen(count) and schedule.freezes(count)
+    steered = Schedule(schedule.config.replace(density=0.5), total)
+    freeze = min(count, total - 1)
+    for course, there in (
+        (schedule, "frozen" if count < total else "penalised"),
+        (steered, "freeze"),
+    ):
+        phases = [course.phase(s) for s in range(total)]
+        assert phases == ["penalised"] * freeze + [there] + ["frozen"] * (total - freeze - 1)
+    assert count == total or schedule.lam(count) == 0
 
 
 def test_the_momentum_of_w_is_the_plain_mean_first_and_then_that_of_a_fifth_of_the_run() -> None:
@@ -71,7 +76,7 @@ def test_the_momentum_of_w_is_the_plain_mean_first_and_then_that_of_a_fifth_of_t
 
 def test_the_lambda_0_arm_is_never_frozen() -> None:
     schedule = Schedule(preset("best").replace(lam=0.0), 100)
-    assert not any(schedule.frozen(s) for s in range(100))
+    assert {schedule.phase(s) for s in range(100)} == {"penalised"}
 
 
 def test_wanted_density_goes_from_one_to_the_setting() -> None:
