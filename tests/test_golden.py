@@ -3,7 +3,7 @@
 Twenty steps in float64 of every kind of arm from fixed weights and images, the masks and the order
 of the images, and probes on fixed features, against the values in tests/golden/. Refactoring moves
 none of them. If a change is meant to, raise `TRAIN_VERSION` (train.json) or `EVAL_VERSION`
-(probe.json) in sparsejepa/version.py by hand and write the values anew::
+(probe.json, posthoc.json) in sparsejepa/version.py by hand and write the values anew::
 
     python tests/test_golden.py
 """
@@ -34,6 +34,7 @@ from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProb
 from sparsejepa.evaluation.features import embed, pixel_features
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import labelled_share
+from sparsejepa.explain.posthoc import PostHocGroups
 from sparsejepa.model import jepa
 from sparsejepa.model.jepa import Losses, SparseJEPA
 from sparsejepa.model.losses import KLParts, aggregate_kl
@@ -271,6 +272,40 @@ def probes() -> dict[str, Any]:
     return found
 
 
+class FixedStart(PostHocGroups):
+    """Groups whose weights begin at fixed values instead of torch's draws."""
+
+    def _start(self, x: Tensor, purpose: str) -> None:
+        super()._start(x, purpose)
+        with torch.no_grad():
+            for name, parameter in self.map_.named_parameters():
+                values = draw(f"{purpose}, {name}", *parameter.shape)
+                parameter.copy_(torch.from_numpy(values / np.sqrt(parameter.shape[-1])))
+            self.map_.W.div_(self.map_.W.square().sum((0, 1)).sqrt())  # latents on the sphere
+
+
+def posthoc() -> dict[str, Any]:
+    """What groups fitted to fixed float64 tokens are, under lam and at a density."""
+    common = np.repeat(draw("common", 40, 1, 3), 16, axis=1) @ draw("mix", 3, 12)
+    tokens = common + draw("tokens", 40, 16, 12) + draw("place", 16, 12)
+    found: dict[str, Any] = {}
+    arms: dict[str, dict[str, Any]] = {
+        "feature, lam": {"kind": "feature", "lam": 0.02},
+        "concept, density": {"kind": "concept", "density": 0.5},
+    }
+    for name, settings in arms.items():
+        groups = FixedStart(4, steps=STEPS, batch_size=16, random_state=3, **settings)
+        groups.fit(tokens[:30])
+        parts = dict(groups.map_.named_parameters())
+        found[name] = {
+            "groups of each latent": [row.nonzero()[0].tolist() for row in groups.block_norms_.T],
+            "weights": {key: projections(key, value) for key, value in parts.items()},
+            "losses": groups.loss_curve_.tolist(),
+            "score": groups.score(tokens[30:]),
+        }
+    return found
+
+
 def close(found: Any, golden: Any, where: str, relative: float) -> list[str]:
     """Where two trees of values differ: floats by more than `relative`, others at all."""
     if isinstance(golden, dict) and isinstance(found, dict) and set(found) == set(golden):
@@ -337,7 +372,12 @@ def test_probes_compute_what_they_did() -> None:
     assert not close(plain(probes()), read("probe.json"), "probes", 1e-4)[:5]
 
 
+def test_groups_are_fitted_as_before() -> None:
+    assert not close(plain(posthoc()), read("posthoc.json"), "posthoc", 1e-9)[:5]
+
+
 if __name__ == "__main__":
     write("train.json", {arm: train(arm) for arm in ARMS})
     write("draws.json", draws())
     write("probe.json", probes())
+    write("posthoc.json", posthoc())

@@ -71,7 +71,8 @@ _STATE = {
 class PostHocGroups(TransformerMixin, BaseEstimator):
     """Group map fitted to frozen tokens [n, N, D], a transformer of scikit-learn's.
 
-    Tokens are an array or a tensor on any device. Tables are taken too: each row [N * D] is an
+    Tokens are an array or a tensor on any device; the fit is in double precision where they are,
+    otherwise in single. Tables are taken too: each row [N * D] is an
     image, the tokens of its patches side by side, and activations come as a table [n, N * G] then.
 
     A hidden token is the target: per dimension, less the mean token of its patch, in units of
@@ -143,7 +144,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         x = self._check(X)
         rms = torch.as_tensor(self.rms_, device=x.device)
         parts = [self._activations(part) / rms.clamp_min(1e-30) for part in x.split(BLOCK)]
-        found = torch.cat(parts).cpu().numpy()
+        found = torch.cat(parts).float().cpu().numpy()
         return found.reshape(len(found), -1) if _is_table(X) else found
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -280,10 +281,12 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         squares = torch.zeros(self.num_groups, dtype=torch.float64, device=x.device)
         for part in x.split(BLOCK):
             squares += self._activations(part).double().square().sum((0, 1))
-        self.rms_ = (squares / (len(x) * x.shape[1])).sqrt().float().cpu().numpy()
+        self.rms_ = (squares / (len(x) * x.shape[1])).sqrt().to(_precision(x)).cpu().numpy()
         self._unit = torch.as_tensor(self.rms_)
         if self.kind == "region":  # groups that read the mean token are measured on it
-            pooled = torch.cat([part.float().mean(1, keepdim=True) for part in x.split(BLOCK)])
+            pooled = torch.cat(
+                [part.to(_precision(x)).mean(1, keepdim=True) for part in x.split(BLOCK)]
+            )
             self._unit = self.map_.group_activations(pooled).square().mean((0, 1)).sqrt().cpu()
         return self
 
@@ -301,7 +304,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             self.map_ = GroupMap(
                 self.kind, x.shape[2], self._grid, self.num_groups, width, hidden=_HIDDEN
             )
-        self.map_.eval().to(x.device)
+        self.map_.eval().to(x.device, _precision(x))
         self._place_norm(x)
 
     def _train(self, x: Tensor, *, searching: bool) -> np.ndarray:
@@ -348,7 +351,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
 
     def _predict(self, tokens: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Return predictions and targets [B, T, D] of the hidden patches of tokens [B, N, D]."""
-        tokens = tokens.float()
+        tokens = tokens.to(self.map_.W.dtype)
         hidden = masks.targets[:, 0]
         context = gather_tokens(tokens, masks.context)
         target = gather_tokens((tokens - self._patch_mean) / self._patch_scale, hidden)
@@ -376,7 +379,9 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
     def _activations(self, tokens: Tensor) -> Tensor:
         """Return ||W^(g) z|| [B, N, G] of tokens [B, N, D]."""
         scale = torch.as_tensor(self.scale_, device=tokens.device)
-        z = (tokens.float() - torch.as_tensor(self.mean_, device=tokens.device)) / scale
+        z = (
+            tokens.to(self.map_.W.dtype) - torch.as_tensor(self.mean_, device=tokens.device)
+        ) / scale
         return group_norms(self.map_.W.detach(), z)
 
     def _measure(self, x: Tensor) -> None:
@@ -395,10 +400,11 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
                 "check the encoder and its images"
             )
         # What rounding leaves of a constant is not to be blown up.
-        self._patch_mean = mean.float()
-        self._patch_scale = within.masked_fill(within <= _FLAT * size, math.inf).float()
-        self.mean_ = mean.mean(0).float().cpu().numpy()
-        self.scale_ = std.masked_fill(std <= _FLAT * size, 1.0).float().cpu().numpy()
+        kind = _precision(x)
+        self._patch_mean = mean.to(kind)
+        self._patch_scale = within.masked_fill(within <= _FLAT * size, math.inf).to(kind)
+        self.mean_ = mean.mean(0).to(kind).cpu().numpy()
+        self.scale_ = std.masked_fill(std <= _FLAT * size, 1.0).to(kind).cpu().numpy()
 
     def _place_norm(self, x: Tensor) -> None:
         """Give the map's normalisation the statistics of what it sees: tokens, or context means."""
@@ -407,7 +413,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         if self.kind == "region":
             parts = torch.arange(len(x)).split(self.batch_size)
             pooled = torch.cat([
-                gather_tokens(x[index].float(), masks.context).mean(1)
+                gather_tokens(x[index].to(_precision(x)), masks.context).mean(1)
                 for index, masks in self._batches(x, parts, "posthoc-norm")
             ])  # fmt: skip
             mean, spread = pooled.mean(0), pooled.std(0, correction=0)
@@ -500,6 +506,11 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
 def _is_table(tokens: Any) -> bool:
     """Whether tokens come as a matrix, or as what scikit-learn is to judge: lists, sparse ones."""
     return getattr(tokens, "ndim", 2) == 2
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """Return what a fit to tokens x is computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _as_tokens(tokens: Any) -> Tensor:
