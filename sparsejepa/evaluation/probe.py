@@ -41,7 +41,7 @@ from sparsejepa.evaluation.features import (
 )
 from sparsejepa.evaluation.finetune import FineTune
 from sparsejepa.evaluation.stats import wilson_interval
-from sparsejepa.files import write_text
+from sparsejepa.files import read_json, write_text
 
 PROTOCOLS = ("logistic", "ridge", "knn", "finetune")
 """Ways to use an encoder; each also as NAME:PERCENT%, on a share of the labels."""
@@ -286,13 +286,12 @@ class _Bench:
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
         path = self.cache_dir / f"{digest.hexdigest()}.json"
         # Of several processes one reads and writes: all must agree on whether there is work to do.
-        kept = on_main(current(), lambda: _read_scores(path))
-        if kept is not None:
-            return {(name, protocol): _Score(**score) for name, protocol, score in kept}
-        found = self.scores(features, encoder)
-        lines = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
-        on_main(current(), lambda: _keep_scores(path, lines))
-        return found
+        kept = on_main(current(), lambda: read_json(path) if path.exists() else None)
+        if kept is None:
+            found = self.scores(features, encoder)
+            kept = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
+            on_main(current(), lambda: _write_beside(path, json.dumps(kept) + "\n"))
+        return {(name, protocol): _Score(**score) for name, protocol, score in kept}
 
     def rows(
         self, encoder: str, found: Scores, untrained: Scores, pixels: Scores, about: dict[str, Any]
@@ -335,21 +334,9 @@ class _Bench:
         return rows
 
 
-def _read_scores(path: Path) -> list[Any] | None:
-    """Return kept scores as plain values, None if they are not there or damaged."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return [[name, protocol, asdict(_Score(**score))] for name, protocol, score in kept]
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _keep_scores(path: Path, lines: list[Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(lines) + "\n")
-    except OSError as error:
-        raise UserError(f"{path.parent}: cannot keep floors ({error.strerror})") from None
+def _write_beside(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def check_protocols(protocols: Sequence[str]) -> None:

