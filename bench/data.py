@@ -25,7 +25,6 @@ from torchvision import transforms as v1
 
 from sparsejepa.data.augment import Augment
 from sparsejepa.data.catalog import stream_dataset
-from sparsejepa.data.stream import open_images
 from sparsejepa.rng import generator
 
 _AHEAD = 6  # batches before counting begins: more than any of the contenders decodes ahead
@@ -60,7 +59,7 @@ def main(settings: Settings) -> None:
         def ours() -> Iterator[Tensor]:
             order = (torch.randperm(len(stream)).split(batch) for _ in range(10**6))
             flat = chain.from_iterable(order)
-            yield from open_images(stream, "cpu", settings.workers).batches(flat)
+            yield from stream.open("cpu", settings.workers).batches(flat)
 
         def cropped() -> Iterator[Tensor]:
             return (augment(x, generator(0, 0, "augment")) for x in ours())

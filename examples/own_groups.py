@@ -11,7 +11,7 @@ import argparse
 import torch
 
 import sparsejepa as sj
-from sparsejepa.data.store import DeviceImages
+from sparsejepa.data.images import DeviceImages
 from sparsejepa.model.groups import GroupMap, RegionNetworks
 from sparsejepa.training.build import build_augment
 from sparsejepa.training.step import TERMS, TrainStep

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tomli_w
 import torch
@@ -322,15 +320,6 @@ def csv_text() -> bytes:
 def test_tables_as_csv(count: int, factors: tuple[str, ...], images: Path) -> None:
     path = images / "factors.csv"
     survive(count, path, csv_text(), lambda: read_folder(images, "data", factors))
-
-
-@pytest.mark.parametrize("factors", [(), ("count", "pose")], ids=["labels", "factors"])
-@pytest.mark.parametrize("count", CASES)
-def test_tables_as_parquet(count: int, factors: tuple[str, ...], images: Path) -> None:
-    path = images / "factors.parquet"
-    pose = [[i, i % 2] for i in range(24)]
-    pq.write_table(pa.table({**COLUMNS, "pose": pose}), path)
-    survive(count, path, path.read_bytes(), lambda: read_folder(images, "data", factors))
 
 
 HARD = {

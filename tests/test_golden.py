@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from sparsejepa.config import Config
-from sparsejepa.data.store import ImageSet, Target
-from sparsejepa.data.stream import block_order
+from sparsejepa.data.images import ImageSet, Target, block_order
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
 from sparsejepa.evaluation.features import embed, pixel_features

@@ -23,7 +23,7 @@ from PIL import Image
 from sparsejepa import files
 from sparsejepa.cli import main
 from sparsejepa.config import Config, preset
-from sparsejepa.data import cache, hub
+from sparsejepa.data import hub
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.distributed import World
 from sparsejepa.encoders.encoder import load_groups, save_encoder
@@ -149,17 +149,11 @@ def test_a_pickle_in_the_cache_is_not_unpickled(
     content: str, tmp_path: Path, mark: Path, tiny_images: Path
 ) -> None:
     load_dataset(tiny_images, "train")
-    for meta in (tmp_path / "cache").glob("*/meta.json"):
-        about = json.loads(meta.read_text())
-        for name in about["checksums"]:
-            path = meta.parent / name
-            if content == "objects":
-                np.save(path, np.array([Bomb(mark)], dtype=object), allow_pickle=True)
-            else:
-                path.write_bytes(pickle.dumps(Bomb(mark)))
-            about["checksums"][name] = cache._checksums(path)
-        about.pop("digest")
-        meta.write_text(json.dumps({**about, "digest": cache._digest(about)}))
+    for path in (tmp_path / "cache").glob("*/*.npy"):
+        if content == "objects":
+            np.save(path, np.array([Bomb(mark)], dtype=object), allow_pickle=True)
+        else:
+            path.write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.warns(UserWarning, match="damaged cache"):
         images = load_dataset(tiny_images, "train")
     assert len(images) == 96 and not mark.exists()
@@ -255,18 +249,12 @@ def test_a_name_in_a_run_does_not_become_a_command(
 # Data
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_names_only_files_inside_images(kind: str, tmp_path: Path) -> None:
+def test_a_table_names_only_files_inside_images(tmp_path: Path) -> None:
     secret, root = picture(tmp_path / "secret.png", 200), tmp_path / "data"
     inside = [picture(root / "images" / f"{i}.png", i).name for i in range(8)]
     names = [*inside, "../../secret.png", str(secret), "../images/0.png", "..\\..\\secret.png"]
-    columns = {"file": names, "label": [i % 2 for i in range(len(names))]}
-    if kind == "csv":
-        lines = zip(*columns.values(), strict=True)
-        text = "\n".join(["file,label", *(f"{file},{label}" for file, label in lines)])
-        (root / "factors.csv").write_text(text)
-    else:
-        pq.write_table(pa.table(columns), root / "factors.parquet")
+    text = "\n".join(["file,label", *(f"{file},{i % 2}" for i, file in enumerate(names))])
+    (root / "factors.csv").write_text(text)
     parts = [load_dataset(root, split) for split in ("train", "test")]
     assert sorted(file for part in parts for file in part.files) == sorted(inside)
     assert max(int(np.asarray(part.images).max()) for part in parts) < 8
@@ -323,7 +311,7 @@ def test_code_of_a_hub_repository_is_neither_fetched_nor_run(
     class Api:
         def dataset_info(self, repo: str, **_: Any) -> Any:
             siblings = [type("File", (), {"rfilename": name}) for name in names]
-            return type("Info", (), {"siblings": siblings})
+            return type("Info", (), {"siblings": siblings, "sha": "abc"})
 
     def snapshot(repo: str, **options: Any) -> str:
         if options.get("local_files_only"):

@@ -2,9 +2,9 @@
 
 scenes, scenes:single        made on the spot
 cifar100, cifar10, svhn      from the data root, or fetched from the hub
-clevr-count                  likewise, or the official files in the data root
-inaturalist2018, places365,
-imagenet                     the official files in the data root
+imagenet, places365,
+inaturalist2018, clevr-count what torchvision.datasets reads, from a folder of that name in the
+                             data root
 hub:OWNER/NAME[/CONFIG]      any data set of the hub whose files are parquet
 PATH                         any folder of images, of tar shards (also FILE.tar, x-{000..012}.tar),
                              or of a hub data set's parquet files; also a folder's name inside the
@@ -15,41 +15,33 @@ A name above comes before a folder of the same name: write ./cifar100 for the fo
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from sparsejepa.config import Config
-from sparsejepa.data import cache, scenes, shapes
-from sparsejepa.data.cache import Source
 from sparsejepa.data.corrupt import corrupt
-from sparsejepa.data.decode import EXTENSIONS, Block, size_pair
-from sparsejepa.data.factors import chosen
-from sparsejepa.data.facts import class_counts, measure, one_sided, size_problem
-from sparsejepa.data.folders import read_folder, split_folders
-from sparsejepa.data.hub import fetch, find_copy, list_hub, local_shards, read_hub
-from sparsejepa.data.official import CLEVR_REPO, OFFICIAL, count_objects, read_official
-from sparsejepa.data.sources import Listing, as_source, choose_splits
-from sparsejepa.data.store import ImageSet, Target
-from sparsejepa.data.stream import SAMPLE, ImageStream, open_images, open_stream
-from sparsejepa.data.tables import find_table
-from sparsejepa.data.tars import is_tars, list_tars, tar_splits
+from sparsejepa.data.folders import (
+    Files,
+    Listing,
+    as_source,
+    chosen,
+    divide,
+    find_table,
+    read_folder,
+)
+from sparsejepa.data.hub import fetch, find_copy, list_hub
+from sparsejepa.data.images import EXTENSIONS, Images, ImageSet, Source, Target, load, size_pair
+from sparsejepa.data.scenes import SCENE_COUNTS, SCENES, scene_sources
+from sparsejepa.data.stream import ImageStream, open_stream
+from sparsejepa.data.tars import is_tars, list_tars
 from sparsejepa.errors import SizesDiffer, UserError, nearest
 
-SCENES = {
-    "scenes": "scenes of 3 to 10 objects; labels: count, shape, colour, background",
-    "scenes:single": "single objects on a grid of seven factors, one label per factor",
-}
 HUB: dict[str, tuple[str, str | None]] = {
     "cifar100": ("uoft-cs/cifar100", "cifar100"),
     "cifar10": ("uoft-cs/cifar10", "plain_text"),
@@ -57,7 +49,18 @@ HUB: dict[str, tuple[str, str | None]] = {
 }
 """Name: data set of the hub and its configuration."""
 
-SCENE_COUNTS = {"train": 20_000, "test": 5_000}
+TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "imagenet": ("ImageNet", {"split": "train"}, {"split": "val"}),
+    "places365": (
+        "Places365",
+        {"split": "train-standard", "small": True},
+        {"split": "val", "small": True},
+    ),
+    "inaturalist2018": ("INaturalist", {"version": "2018"}, {}),
+    "clevr-count": ("CLEVRClassification", {"split": "train"}, {"split": "val"}),
+}
+"""Name, which is that of a folder in the data root: the class of torchvision.datasets that reads
+it, and its arguments for train and test; none where the one split is divided."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,6 @@ class DatasetRow:
     source: str
     found: str
     """Where it lies; "" if it would have to be fetched."""
-    splits: tuple[str, ...]
 
 
 def load_dataset(
@@ -81,7 +83,6 @@ def load_dataset(
     upscale: bool = False,
     truth: bool = False,
     factors: Sequence[str] = (),
-    max_unreadable: float = 0.5,
 ) -> ImageSet:
     """Return one split of a data set, decoded, with labels.
 
@@ -102,19 +103,17 @@ def load_dataset(
             look like labels. Any column of numbers or text will do, and lists of one length;
             numbers with many values are cut into bins (`Target.note`). Which images are train and
             which are test does not depend on it.
-        max_unreadable: largest share of images that may be left out because they cannot be read.
 
     Raises UserError: unknown name, missing or empty folder, data that is neither local nor to be
-    had from the hub, images of several sizes or too small, too many unreadable ones, no space for
+    had from the hub, images of several sizes or too small, over half unreadable, no space for
     the cache; a factor that is unknown, incomplete or constant; masks that do not fit their images.
     """
     _check_split(split)
-    img_size = size_pair(img_size)
+    img_size, folder = size_pair(img_size), cache_folder(cache_dir)
     sources = find_sources(str(name), data_root, img_size, factors)
-    folder = cache_folder(cache_dir)
-    train = images = cache.load(sources["train"], folder, img_size, upscale, max_unreadable)
+    train = images = load(sources["train"], folder, img_size, upscale)
     if split == "test":
-        images = cache.load(sources["test"], folder, img_size, upscale, max_unreadable)
+        images = load(sources["test"], folder, img_size, upscale)
         if images.img_size != train.img_size:
             train_size, test_size = ("x".join(map(str, s.img_size)) for s in (train, images))
             raise SizesDiffer(
@@ -122,9 +121,6 @@ def load_dataset(
                 "set --img-size (img_size= in Python)"
             )
         images = replace(images, mean=train.mean, std=train.std)
-    if factors and name in SCENES:  # their targets are all there is: no need to render them again
-        names = chosen(factors, list(images.targets), str(name))
-        images = replace(images, targets={key: images.targets[key] for key in names})
     read_masks = sources[split].masks
     return replace(images, masks=read_masks(images)) if truth and read_masks else images
 
@@ -137,7 +133,6 @@ def stream_dataset(
     data_root: Path | None = None,
     upscale: bool = False,
     factors: Sequence[str] = (),
-    max_unreadable: float = 0.5,
 ) -> ImageStream:
     """Return one split of a data set that is decoded while it is read.
 
@@ -145,11 +140,47 @@ def stream_dataset(
     Raises UserError as well for the built-in scenes, which are not stored anywhere.
     """
     _check_split(split)
-    img_size = size_pair(img_size)
     listings = find_listings(str(name), data_root, factors)
     return open_stream(
-        listings["train"], listings[split], img_size, upscale=upscale, max_unreadable=max_unreadable
+        listings["train"],
+        listings[split],
+        size_pair(img_size),
+        upscale=upscale,
     )
+
+
+def load_images(config: Config) -> Images:
+    """Load the training images of a run, or open their stream, as its settings say.
+
+    Raises UserError as `load_dataset`, and if the images do not suit the settings.
+    """
+    wanted = config.images
+    streamed = wanted.stream or only_streamed(config.data)
+    if streamed and wanted.corruption != "none":
+        raise UserError(
+            f"--corruption {wanted.corruption}: not for streamed images; leave out --stream"
+        )
+    image_set: Images = (stream_dataset if streamed else load_dataset)(
+        config.data,
+        "train",
+        img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
+        data_root=wanted.data_root,
+        upscale=wanted.upscale,
+    )
+    if wanted.holdout:
+        image_set, _ = image_set.split_off(wanted.holdout)
+    if wanted.limit is not None and wanted.limit < len(image_set):
+        image_set = image_set.subset(wanted.limit, 0)
+    if wanted.corruption != "none" and isinstance(image_set, ImageSet):
+        config.check_image(image_set.img_size)
+        image_set = corrupt(
+            image_set,
+            wanted.corruption,
+            seed=0,
+            patch_size=config.model.patch_size,
+            cache_dir=cache_folder(None),
+        )
+    return image_set
 
 
 def only_streamed(name: str) -> bool:
@@ -166,14 +197,18 @@ def find_sources(
 ) -> dict[str, Source]:
     """Return the train and test source of a data set. Raises UserError as `load_dataset`."""
     if name in SCENES:
-        return _scene_sources(name, img_size)
+        sources = scene_sources(name, img_size)
+        if factors:
+            keys = chosen(factors, list(sources["train"].targets), name)
+            sources = {
+                split: replace(source, targets={key: source.targets[key] for key in keys})
+                for split, source in sources.items()
+            }
+        return sources
     place = _find(name, data_folder(data_root))
-    if place.kind == "parquet":
-        folder = place.path or fetch(place.repo, place.config)
-        if name != "clevr-count":
-            return read_hub(folder, place.name, place.config, factors)
-        return count_objects(read_hub(folder, place.name, place.config), factors)
-    return {split: as_source(found) for split, found in _list_files(place, factors).items()}
+    if place.kind == "parquet" and place.path is None:
+        place = place._replace(path=fetch(place.repo, place.config))
+    return {split: as_source(found) for split, found in _list(place, factors).items()}
 
 
 def find_listings(
@@ -185,43 +220,31 @@ def find_listings(
     """
     if name in SCENES:
         raise UserError(f"--stream: the images of {name} are drawn, not read; leave it out")
-    place = _find(name, data_folder(data_root))
-    if place.kind == "parquet":
-        if name == "clevr-count":
-            raise UserError(f"--stream: {name} of the hub is small; leave it out")
-        return list_hub(place.path, place.repo, place.name, place.config, factors)
-    return _list_files(place, factors)
+    return _list(_find(name, data_folder(data_root)), factors)
 
 
 def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
     """Return the data sets of the catalog and those that lie in the data root."""
     root = data_folder(data_root)
-    both = tuple(SCENE_COUNTS)
-    rows = [DatasetRow(name, about, "built in", both) for name, about in SCENES.items()]
+    rows = [DatasetRow(name, about, "built in") for name, about in SCENES.items()]
     repos, plain = dict(HUB), []
-    for folder in _folders(root):
-        if folder.name in OFFICIAL:
-            continue
+    folders = [] if root is None else [p for p in root.iterdir() if p.is_dir()]
+    for folder in sorted(folder for folder in folders if not folder.name.startswith(".")):
         if folder.name.startswith("datasets--"):  # the hub's cache
             found = {"/".join(folder.name.split("--")[1:])}
         else:  # OWNER/NAME/CONFIG/SPLIT-....parquet
             found = {f"{folder.name}/{p.parts[-3]}" for p in folder.glob("*/*/*.parquet")}
-            if not found and not any(repo.endswith(f"/{folder.name}") for repo, _ in HUB.values()):
-                kind = _kind(str(folder), images_first=False)
-                about = {"parquet": "parquet files", "tar": "tar shards"}
-                splits = tar_splits(folder) if kind == "tar" else _splits(folder, None)
-                plain.append(
-                    DatasetRow(
-                        folder.name, about.get(kind, "folder of images"), str(folder), splits
-                    )
-                )
         known = {repo for repo, _ in repos.values()}
         repos |= {f"hub:{repo}": (repo, None) for repo in sorted(found - known)}
-    for name, (repo, config) in repos.items():
-        copy = find_copy(repo, root)
-        splits = _splits(copy, config) if copy else both
-        rows.append(DatasetRow(name, f"hub:{repo}", str(copy or ""), splits))
-    return rows + [_official_row(name, root) for name in OFFICIAL] + plain
+        is_copy = found or any(repo.endswith(f"/{folder.name}") for repo in known)
+        if not is_copy and folder.name not in TORCHVISION:
+            plain.append(DatasetRow(folder.name, "folder in the data root", str(folder)))
+    for name, (repo, _) in repos.items():
+        rows.append(DatasetRow(name, f"hub:{repo}", str(find_copy(repo, root) or "")))
+    for name, (kind, *_) in TORCHVISION.items():
+        copy = root / name if root is not None and (root / name).is_dir() else ""
+        rows.append(DatasetRow(name, f"torchvision.datasets.{kind} in DIR/{name}", str(copy)))
+    return rows + plain
 
 
 def describe(
@@ -235,66 +258,37 @@ def describe(
 ) -> dict[str, Any]:
     """Decode a data set and return what it holds, as plain values. Raises as `load_dataset`.
 
-    Not for the sizes of files: images that are too small, or of several sizes without `img_size`,
-    are counted and not decoded, and `notes` says what to do; mean, std and fingerprints are None.
-    With `stream` only a sample and one batch are decoded: mean and std are estimates, `skipped`
-    has what was met, and `first_batch_seconds` says how long it took until that batch was there.
+    With `stream` only a sample is decoded: mean and std are estimates, `skipped` has what was met.
     """
-    result: dict[str, Any] = {"name": str(name), "splits": {}, "notes": []}
-    common: dict[str, Any] = {"data_root": data_root, "upscale": upscale}
-    img_size = common["img_size"] = size_pair(img_size)
-    listings = _listed(str(name), data_root)
-    sizes = measure(list(listings.values()), img_size, SAMPLE if stream else None)
-    problem = size_problem(sizes, img_size, upscale)
-    if listings and not len(listings["test"].rows) and len(listings["train"].rows) == 1:
-        raise UserError(f"{name}: 1 image: too few to train on; add some")
-    if sizes is not None:
-        result["sizes"] = {"smallest": list(sizes.smallest), "largest": list(sizes.largest)}
-    if listings and listings["test"].about:
-        result["test_split"] = listings["test"].about
-    counts = {}
+    result: dict[str, Any] = {"name": str(name), "splits": {}}
+    common: dict[str, Any] = {"img_size": img_size, "data_root": data_root, "upscale": upscale}
     for split in ("train", "test"):
-        began = time.perf_counter()
-        if problem:
-            images = listings[split]
-            length, skipped = len(images.rows), images.unusable
-        elif stream:
-            images = stream_dataset(name, split, **common)
-            length, skipped = len(images), images.skipped
+        if stream:
+            images: Images = stream_dataset(name, split, **common)
         else:
             images = load_dataset(name, split, cache_dir=cache_dir, **common)
-            length, skipped = len(images), images.skipped
-        counts[split] = class_counts(images.targets)
-        facts = {
-            "images": length,
-            "targets": {key: len(target.names) for key, target in images.targets.items()},
-            "classes": counts[split],
-            "skipped": [list(entry) for entry in skipped],
-            "fingerprint": None if isinstance(images, Listing) else images.fingerprint,
+        result |= {
+            "img_size": list(images.img_size),
+            "mean": list(images.mean),
+            "std": list(images.std),
         }
-        if isinstance(images, ImageStream):
-            batches = open_images(images, "cpu").batches([torch.arange(min(64, len(images)))])
-            next(iter(batches))
-            facts["first_batch_seconds"] = time.perf_counter() - began
-        result["splits"][split] = facts
-        if isinstance(images, Listing):
-            result |= {"img_size": img_size and list(img_size), "mean": None, "std": None}
-        else:
-            result |= {
-                "img_size": list(images.img_size),
-                "mean": list(images.mean),
-                "std": list(images.std),
-            }
-    result["notes"] = [*([problem] if problem else []), *one_sided(counts)]
+        result["splits"][split] = {
+            "images": len(images),
+            "targets": {key: len(target.names) for key, target in images.targets.items()},
+            "classes": {key: _counts(target) for key, target in images.targets.items()},
+            "skipped": [list(entry) for entry in images.skipped],
+            "fingerprint": images.fingerprint,
+        }
+    if str(name) not in SCENES:
+        found = find_listings(str(name), data_root)["test"]
+        result |= {"test_split": found.about} if found.about else {}
     return result
 
 
-def _listed(name: str, data_root: Path | None) -> dict[str, Listing]:
-    """Return the splits of a data set whose images lie in files or tars; empty for others."""
-    if name in SCENES:
-        return {}
-    place = _find(name, data_folder(data_root))
-    return {} if place.kind == "parquet" else _list_files(place, ())
+def _counts(target: Target) -> dict[str, int]:
+    """Return how many images of each class there are; classes without any left out."""
+    counts = np.bincount(target.values, minlength=len(target.names)).tolist()
+    return {name: count for name, count in zip(target.names, counts, strict=True) if count}
 
 
 def data_folder(data_root: Path | None) -> Path | None:
@@ -317,7 +311,7 @@ def cache_folder(cache_dir: Path | None) -> Path:
 class _Place(NamedTuple):
     """Where a data set lies, and as what."""
 
-    kind: Literal["folder", "official", "parquet", "tar"]
+    kind: Literal["folder", "torchvision", "parquet", "tar"]
     name: str
     path: Path | None
     """None for a data set of the hub that is not here."""
@@ -328,8 +322,13 @@ class _Place(NamedTuple):
 def _find(name: str, root: Path | None) -> _Place:
     if name in HUB:
         return _hub_place(name, *HUB[name], root)
-    if name in OFFICIAL:
-        return _official_place(name, root)
+    if name in TORCHVISION:
+        if root is not None and (root / name).is_dir():
+            return _Place("torchvision", name, root / name)
+        raise UserError(
+            f"{name}: not in the data root; make a folder DIR/{name} as torchvision.datasets."
+            f"{TORCHVISION[name][0]} reads it, and set --data-root DIR (or SPARSEJEPA_DATA)"
+        )
     if name.startswith("hub:"):
         owner, _, rest = name.removeprefix("hub:").partition("/")
         repo, _, config = rest.partition("/")
@@ -362,35 +361,85 @@ def _hub_place(name: str, repo: str, config: str | None, root: Path | None) -> _
     return _Place("parquet", name, None, repo, config)
 
 
-def _official_place(name: str, root: Path | None) -> _Place:
-    if root is not None and (root / name).is_dir():
-        return _Place("official", name, root / name)
-    if name == "clevr-count":
-        return _hub_place(name, CLEVR_REPO, None, root)
-    raise UserError(
-        f"{name}: not in the data root; make a folder DIR/{name} with the official files "
-        f"({OFFICIAL[name]}) and set --data-root DIR (or SPARSEJEPA_DATA)"
-    )
-
-
 def _copy_place(folder: Path, name: str, repo: str = "", config: str | None = None) -> _Place:
     """A copy in the data root: parquet files come before images, which may illustrate them."""
-    kind = _kind(str(folder), images_first=False)
-    return _Place(kind, name, folder, repo, config)
+    return _Place(_kind(str(folder), images_first=False), name, folder, repo, config)
 
 
-def _list_files(place: _Place, factors: Sequence[str]) -> dict[str, Listing]:
+def _list(place: _Place, factors: Sequence[str]) -> dict[str, Listing]:
+    if place.kind == "parquet":
+        return list_hub(place.path, place.repo, place.name, place.config, factors)
     assert place.path is not None
     if place.kind == "tar":
         return list_tars(str(place.path), place.name, factors)
-    if place.kind == "official":
-        return read_official(place.name, place.path, factors)
-    if place.name == "clevr-count":  # image files where the hub's copy belongs
-        raise UserError(
-            f"{place.path}: hub:{CLEVR_REPO} has a column label_count with 8 classes, and this "
-            "copy has not; fetch it again"
-        )
+    if place.kind == "torchvision":
+        return _list_torchvision(place.name, place.path, factors)
     return read_folder(place.path, place.name, factors)
+
+
+def _list_torchvision(name: str, root: Path, factors: Sequence[str]) -> dict[str, Listing]:
+    """List what torchvision finds in a folder; nothing is fetched.
+
+    Raises UserError when it finds nothing, and for factors that are no target.
+    """
+    import torchvision.datasets  # takes a second, and hardly anybody asks for these
+
+    kind, *arguments = TORCHVISION[name]
+    listings: dict[str, Listing] = {}
+    for split, own in zip(("train", "test"), arguments, strict=True):
+        if not own:
+            continue
+        try:
+            paths, targets = _named(getattr(torchvision.datasets, kind)(str(root), **own))
+        except Exception as error:  # each class has its own ways to fail
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{root}: not as torchvision.datasets.{kind} reads it ({reason}); its "
+                "documentation says which files belong there (--data PATH reads a plain folder)"
+            ) from None
+        if factors:
+            targets = {key: targets[key] for key in chosen(factors, list(targets), str(root))}
+        files = Files(root, (os.fsencode(os.path.relpath(path, root)) for path in paths))
+        rows = np.arange(len(files))
+        listings[split] = Listing(name, split, str(root), files, rows, targets)
+    if "test" not in listings:
+        whole = listings["train"]
+        test = divide([whole.reader.name(row) for row in whole.rows.tolist()], whole.targets)
+        for split, rows in (("train", np.flatnonzero(~test)), ("test", np.flatnonzero(test))):
+            own = {key: target.take(rows) for key, target in whole.targets.items()}
+            listings[split] = replace(whole, split=split, rows=rows, targets=own)
+    return listings
+
+
+def _named(data: Any) -> tuple[list[str], dict[str, Target]]:
+    """Return paths and targets of one of the classes of `TORCHVISION`."""
+    kind = type(data).__name__
+    if kind == "CLEVRClassification":  # VTAB's CLEVR/Count: 3 to 10 objects
+        counts = tuple(map(str, range(3, 11)))
+        return data._image_files, {"count": Target(np.array(data._labels, np.int64) - 3, counts)}
+    if kind == "INaturalist":
+        categories, supers = data.all_categories, sorted(data.categories_index["super"])
+        number = {name: i for i, name in enumerate(supers)}
+        above = np.array([number[name.partition("/")[0]] for name in categories])
+        species = np.array([i for i, _ in data.index], np.int64)
+        paths = [
+            os.path.join(data.root, categories[category], file) for category, file in data.index
+        ]
+        return paths, {
+            "species": Target(species, tuple(categories)),
+            "supercategory": Target(above[species], tuple(supers)),
+        }
+    labels = np.array([label for _, label in data.imgs], np.int64)
+    if kind == "ImageNet":
+        classes, key = [names[0] for names in data.classes], "class"
+        # Two classes are both called crane.
+        classes = [
+            name if classes.count(name) == 1 else f"{name} ({number})"
+            for name, number in zip(classes, data.wnids, strict=True)
+        ]
+    else:
+        classes, key = [name[3:] for name in data.classes], "scene"  # without the "/a/"
+    return [path for path, _ in data.imgs], {key: Target(labels, tuple(classes))}
 
 
 def _kind(folder: str, images_first: bool = True) -> Literal["folder", "parquet", "tar"]:
@@ -409,122 +458,10 @@ def _kind(folder: str, images_first: bool = True) -> Literal["folder", "parquet"
 
 def _file_names(folder: str) -> Iterator[str]:
     """Yield the names of the files below a folder, in lower case."""
-    waiting = [folder]
-    while waiting:
-        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                else:
-                    yield entry.name.lower()
-
-
-def _official_row(name: str, root: Path | None) -> DatasetRow:
-    about = f"official files in {root or 'DIR'}/{name}: {OFFICIAL[name]}"
-    copy = root / name if root is not None and (root / name).is_dir() else None
-    if name == "clevr-count":
-        about = f"hub:{CLEVR_REPO}, or {about}"
-        copy = copy or find_copy(CLEVR_REPO, root)
-    return DatasetRow(name, about, str(copy or ""), tuple(SCENE_COUNTS))
+    for _, _, files in os.walk(folder):
+        yield from map(str.lower, files)
 
 
 def _check_split(split: str) -> None:
     if split not in SCENE_COUNTS:
         raise UserError(f"split '{split}': there are train and test{nearest(split, SCENE_COUNTS)}")
-
-
-def _folders(root: Path | None) -> list[Path]:
-    if root is None:
-        return []
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _splits(folder: Path, config: str | None) -> tuple[str, ...]:
-    """The splits that lie in a folder, by their own names; "all" if it is to be divided."""
-    try:
-        found = choose_splits(local_shards(folder, config))
-    except UserError:
-        found = {split: path.name for split, path in split_folders(folder).items()}
-    return tuple(found.values()) if "test" in found else ("all",)
-
-
-def _scene_sources(name: str, img_size: tuple[int, int] | None) -> dict[str, Source]:
-    height, width = img_size or (scenes.REFERENCE, scenes.REFERENCE)
-    if height != width:
-        raise UserError(f"--img-size {height} {width}: the built-in scenes are square")
-    # The generator's own text is part of the cache's key: changed code, new pictures.
-    code = inspect.getsource(scenes) + inspect.getsource(shapes)
-    start = 0
-    sources = {}
-    for split, count in SCENE_COUNTS.items():
-        index = np.arange(start, start + count)
-        if name == "scenes:single":
-            grid = np.random.default_rng(0).permutation(len(scenes.SingleObjects()))
-            index = grid[index]
-        read, masks = partial(_render, name, index, height), partial(_masks, name, index, height)
-        sources[split] = Source(name, split, f"{code}/{start}/{count}/{height}", read, masks)
-        start += count
-    return sources
-
-
-def _render(
-    name: str, index: np.ndarray, side: int, *_: object
-) -> tuple[Iterable[Block], dict[str, Target]]:
-    """Images and labels of scenes `index` [N], both in that order."""
-    generator = scenes.Scenes() if name == "scenes" else scenes.SingleObjects()
-    columns = zip(generator.FACTORS.items(), generator.factors(index).T, strict=True)
-
-    def blocks() -> Iterator[Block]:
-        for start in range(0, len(index), 500):
-            part = index[start : start + 500]
-            drawn = generator.render(part, side)
-            images = drawn.images if isinstance(drawn, scenes.SceneBatch) else drawn
-            yield Block(list(images), list(range(start, start + len(part))), [], [])
-
-    return blocks(), {key: Target(values, names) for (key, names), values in columns}
-
-
-def _masks(name: str, index: np.ndarray, side: int, _: ImageSet) -> np.ndarray:
-    """Object masks uint8 [N, S, S] of scenes `index` [N]."""
-    masks = np.empty((len(index), side, side), np.uint8)
-    for start in range(0, len(index), 500):
-        part = slice(start, start + 500)
-        if name == "scenes":
-            masks[part] = scenes.Scenes().render(index[part], side).masks
-        else:
-            masks[part] = scenes.SingleObjects().masks(index[part], side)
-    return masks
-
-
-def load_images(config: Config) -> ImageSet | ImageStream:
-    """Load the training images of a run, or open their stream, as its settings say.
-
-    Raises UserError as `load_dataset`, and if the images do not suit the settings.
-    """
-    wanted = config.images
-    streamed = wanted.stream or only_streamed(config.data)
-    if streamed and wanted.corruption != "none":
-        raise UserError(
-            f"--corruption {wanted.corruption}: not for streamed images; leave out --stream"
-        )
-    image_set = (stream_dataset if streamed else load_dataset)(
-        config.data,
-        "train",
-        img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
-        data_root=wanted.data_root,
-        upscale=wanted.upscale,
-    )
-    if wanted.holdout:
-        image_set, _ = image_set.split_off(wanted.holdout)
-    if wanted.limit is not None and wanted.limit < len(image_set):
-        image_set = image_set.subset(wanted.limit, 0)
-    if wanted.corruption != "none" and isinstance(image_set, ImageSet):
-        config.check_image(image_set.img_size)
-        image_set = corrupt(
-            image_set,
-            wanted.corruption,
-            seed=0,
-            patch_size=config.model.patch_size,
-            cache_dir=cache_folder(None),
-        )
-    return image_set

@@ -18,13 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from sparsejepa.data import cache
-from sparsejepa.data.cache import Source
-from sparsejepa.data.decode import Block
-from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.data.images import Decoded, ImageSet, Source, load
 from sparsejepa.rng import derive_seed
-
-_BLOCK = 256  # images that are in memory at once
 
 Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -58,24 +53,21 @@ def corrupt(
         draw = partial(_shuffle, patch_size=patch_size)
         about = [corruption, patch_size]
 
-    def read(*_: object) -> tuple[Iterator[Block], dict[str, Target]]:
-        return _blocks(image_set, draw, seed, corruption), image_set.targets
+    def read(*_: object) -> Iterator[list[Decoded]]:
+        return _blocks(image_set, draw, seed, corruption)
 
     # This module's own text is part of the cache's key: changed code, new images.
     code = inspect.getsource(sys.modules[__name__])
     stamp = json.dumps([code, image_set.fingerprint, seed, about])
-    source = Source(f"{image_set.name}-{corruption}", image_set.split, stamp, read)
-    drawn = cache.load(source, cache_dir, None, False)
+    name = f"{image_set.name}-{corruption}"
+    source = Source(name, image_set.split, stamp, read, image_set.targets)
+    drawn = load(source, cache_dir, None, False)
     return replace(image_set, images=drawn.images, fingerprint=drawn.fingerprint, masks=None)
 
 
-def _blocks(image_set: ImageSet, draw: Draw, seed: int, purpose: str) -> Iterator[Block]:
-    for start in range(0, len(image_set), _BLOCK):
-        block = image_set.images[start : start + _BLOCK]
-        positions = list(range(start, start + len(block)))
-        generators = (np.random.default_rng(derive_seed(seed, i, purpose)) for i in positions)
-        images = [draw(image, rng) for image, rng in zip(block, generators, strict=True)]
-        yield Block(images, positions, [], [])
+def _blocks(image_set: ImageSet, draw: Draw, seed: int, purpose: str) -> Iterator[list[Decoded]]:
+    for i, image in enumerate(image_set.images):
+        yield [("", draw(image, np.random.default_rng(derive_seed(seed, i, purpose))))]
 
 
 def _noise(

@@ -8,34 +8,127 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-import warnings
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sparsejepa.data.cache import Source
-from sparsejepa.data.decode import Item
-from sparsejepa.data.factors import arrow_columns, chosen, factor_target, may_be_factor
-from sparsejepa.data.readers import REMOTE, Rows, first_line, open_parquet
-from sparsejepa.data.sources import (
+from sparsejepa.data.folders import (
     Listing,
-    Table,
+    Reader,
     category_names,
     choose_splits,
-    in_test,
+    chosen,
+    divide,
+    factor_target,
     index_target,
-    make_source,
 )
-from sparsejepa.data.store import Target
+from sparsejepa.data.images import Target
 from sparsejepa.errors import UserError, nearest
 
 TIMEOUT = 10
 """Seconds to wait for the hub's answer."""
+REMOTE = "hf://"
+"""What an address of a file on the hub begins with, as its client writes it."""
+MEMORY = 2**30
+"""Bytes of row groups that all readers of a stream keep, beside the newest of each."""
+
+
+class Rows(Reader):
+    """Images in a column of parquet files, of which a row group is read at once."""
+
+    def __init__(self, shards: Sequence[str], column: str, groups: Sequence[Sequence[int]]) -> None:
+        """`groups` has the rows of each row group of each shard."""
+        self.shards, self.column = tuple(shards), column
+        self._of = [(s, g) for s, own in enumerate(groups) for g in range(len(own))]
+        self._ends = np.cumsum([rows for own in groups for rows in own], dtype=np.int64)
+        self.memory = MEMORY
+        """Bytes of row groups that stay in memory beside the newest."""
+        self._read: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_read", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _read={}, _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def name(self, row: int) -> str:
+        shard, _ = self._of[int(self.block(np.array([row]))[0])]
+        return f"{self.shards[shard].rpartition('/')[2]} row {row}"
+
+    def source(self, row: int) -> bytes | None:
+        group = int(self.block(np.array([row]))[0])
+        start = int(self._ends[group - 1]) if group else 0
+        value = self._group(group)[row - start].as_py()
+        return value.get("bytes") if isinstance(value, dict) else value
+
+    def block(self, rows: np.ndarray) -> np.ndarray:
+        """Return the row group of each row [n], counted through all files."""
+        return np.searchsorted(self._ends, rows, side="right")
+
+    def parts(self) -> list[bytes]:
+        names = "\n".join(map(os.path.basename, self.shards))
+        return [os.fsencode(names), self._ends.tobytes()]
+
+    def paths(self, rows: np.ndarray) -> Iterable[str]:
+        return self.shards
+
+    def _group(self, group: int) -> Any:
+        with self._lock:
+            column = self._read.pop(group, None)
+            if column is None:
+                column = self._fetch(*self._of[group])
+            while sum(c.nbytes for c in self._read.values()) > self.memory:
+                del self._read[next(iter(self._read))]
+            self._read[group] = column  # the newest is last
+            return column
+
+    def _fetch(self, shard: int, group: int) -> Any:
+        """Read the images of a row group; over a network in three attempts."""
+        path, attempt = self.shards[shard], 0
+        while True:
+            try:
+                with open_parquet(path) as file:
+                    return file.read_row_group(group, [self.column]).column(0)
+            except Exception as error:  # the client has changed its network library, and may again
+                if not path.startswith(REMOTE):
+                    raise OSError(first_line(error)) from None
+                attempt += 1
+                if attempt == 3:
+                    raise UserError(
+                        f"{path}: not to be had from the hub ({first_line(error)}); look after the "
+                        "network, then --resume"
+                    ) from None
+                time.sleep(attempt)
+
+
+def open_parquet(shard: str) -> Any:
+    """Open a parquet file (a context manager) by its path or its address on the hub."""
+    import pyarrow.parquet as pq
+
+    if not shard.startswith(REMOTE):
+        return pq.ParquetFile(shard)
+    from huggingface_hub import HfFileSystem
+
+    return pq.ParquetFile(HfFileSystem().open(shard.removeprefix(REMOTE), "rb"))
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+# --- Finding the files ----------------------------------------------------------------------------
 
 
 def find_copy(repo: str, root: Path | None) -> Path | None:
@@ -52,6 +145,17 @@ def find_copy(repo: str, root: Path | None) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
+def in_hub_cache(repo: str, config: str | None) -> Path | None:
+    """Return the hub's own copy of a data set, if both splits are in it."""
+    import huggingface_hub as hub
+
+    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
+        found = Path(hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
+        if "test" in choose_splits(local_shards(found, config)):
+            return found
+    return None
+
+
 def fetch(repo: str, config: str | None) -> Path:
     """Return the folder of a data set in the hub's own cache; fetch its two splits if need be.
 
@@ -60,59 +164,41 @@ def fetch(repo: str, config: str | None) -> Path:
     """
     import huggingface_hub as hub
 
-    local, splits = _in_cache(repo, config)
-    if local is not None and "test" in splits:
+    local = in_hub_cache(repo, config)
+    if local is not None:
         return local
-    try:
-        info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
-        shards = choose_shards([f.rfilename for f in info.siblings or ()], config, f"hub:{repo}")
+    with _from_hub(repo):
+        shards, _ = _remote_shards(repo, config)
         wanted = [file for split in choose_splits(shards).values() for file in shards[split]]
         return Path(
             hub.snapshot_download(
                 repo, repo_type="dataset", allow_patterns=wanted, etag_timeout=TIMEOUT
             )
         )
+
+
+def _remote_shards(repo: str, config: str | None) -> tuple[dict[str, list[str]], str]:
+    """Return the parquet files of each split and the newest revision."""
+    import huggingface_hub as hub
+
+    with _from_hub(repo):
+        info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
+    files = [sibling.rfilename for sibling in info.siblings or ()]
+    return choose_shards(files, config, f"hub:{repo}"), str(info.sha)
+
+
+@contextlib.contextmanager
+def _from_hub(repo: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # the client has changed its network library, and may again
-        if local is None:
-            raise _not_to_be_had(repo, error) from None
-        reason = first_line(error)
-        warnings.warn(f"hub:{repo}: only one split is in the hub's cache ({reason})", stacklevel=2)
-        return local
-
-
-def _in_cache(repo: str, config: str | None) -> tuple[Path | None, dict[str, str]]:
-    """Return the hub's own copy of a data set and the splits that are in it."""
-    import huggingface_hub as hub
-
-    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        found = Path(hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
-        return found, choose_splits(local_shards(found, config))
-    return None, {}
-
-
-def _remote_shards(repo: str, config: str | None) -> dict[str, list[str]]:
-    """Return the addresses of the parquet files of each split, of the newest revision."""
-    import huggingface_hub as hub
-
-    try:
-        info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
-        shards = choose_shards([f.rfilename for f in info.siblings or ()], config, f"hub:{repo}")
-    except UserError:
-        raise
-    except Exception as error:
-        raise _not_to_be_had(repo, error) from None
-    place = f"{REMOTE}datasets/{repo}@{info.sha}"
-    return {split: [f"{place}/{file}" for file in files] for split, files in shards.items()}
-
-
-def _not_to_be_had(repo: str, error: Exception) -> UserError:
-    return UserError(
-        f"hub:{repo}: not in the data root and not to be had from the hub ({first_line(error)}); "
-        f"either put a copy of its parquet files into DIR/{repo} and set --data-root DIR (or "
-        "SPARSEJEPA_DATA), or run once with access to huggingface.co"
-    )
+        raise UserError(
+            f"hub:{repo}: not in the data root and not to be had from the hub "
+            f"({first_line(error)}); either put a copy of its parquet files into DIR/{repo} and "
+            "set --data-root DIR (or SPARSEJEPA_DATA), or run once with access to huggingface.co"
+        ) from None
 
 
 def local_shards(folder: Path, config: str | None) -> dict[str, list[str]]:
@@ -165,141 +251,148 @@ def choose_shards(files: Iterable[str], config: str | None, origin: str) -> dict
     return found[chosen]
 
 
-def read_hub(
-    folder: Path, name: str, config: str | None = None, factors: Sequence[str] = ()
-) -> dict[str, Source]:
-    """Read a local copy of a hub data set; with `factors`, those columns are the targets.
-
-    Raises UserError when the copy is not complete, and on decoding when a factor is unusable.
-    """
-    paths = _of_splits(local_shards(folder, config), f"{folder}/")
-    files = {split: [Path(path) for path in own] for split, own in paths.items()}
-    stamp = {
-        split: [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in own]
-        for split, own in files.items()
-    }
-    sources = {}
-    for split in ("train", "test"):
-        table = partial(_table, paths, split, str(folder), factors)
-        own = [stamp, *factors] if factors else stamp
-        sources[split] = make_source(name, split, own, str(folder), table)
-    return sources
+# --- Reading them ---------------------------------------------------------------------------------
 
 
 def list_hub(
     folder: Path | None, repo: str, name: str, config: str | None, factors: Sequence[str] = ()
 ) -> dict[str, Listing]:
-    """List a data set of the hub for streaming, from `folder` or else over the network.
+    """List a data set of the hub, from `folder`, or else from the hub's cache or over the network.
 
-    Only footers and labels are read here, and the images by row group when they are needed.
-    Raises UserError as `read_hub`, and when the hub cannot be reached.
+    Only footers and labels are read here, and the images by row group when they are needed. With
+    `factors` those columns are the targets. Raises UserError when the copy is damaged or not
+    complete, when the hub cannot be reached, or when a factor is unusable.
     """
+    folder = folder or in_hub_cache(repo, config)
     if folder is None:
-        folder, splits = _in_cache(repo, config)
-        folder = folder if "test" in splits else None
-    if folder is None:
-        origin, paths = f"hub:{repo}", _of_splits(_remote_shards(repo, config))
+        origin, (found, revision) = f"hub:{repo}", _remote_shards(repo, config)
+        before = f"{REMOTE}datasets/{repo}@{revision}/"
     else:
-        origin, paths = str(folder), _of_splits(local_shards(folder, config), f"{folder}/")
-    listings = {}
-    for split in ("train", "test"):
-        found = _inspect(paths, split, origin, factors)
-        reader = Rows(found.shards, found.image, found.groups)
-        rows = np.flatnonzero(found.keep)
-        listings[split] = Listing(name, split, origin, reader, rows, found.targets)
-    return listings
-
-
-class _Split(NamedTuple):
-    """What the footers and the labels say about one split."""
-
-    shards: list[str]
-    image: str
-    """The column of images."""
-    groups: list[list[int]]
-    """Rows of each row group of each shard."""
-    keep: np.ndarray
-    """[N] bool: which rows are of this split; others where one split serves both."""
-    targets: dict[str, Target]
-
-
-def _of_splits(shards: dict[str, list[str]], before: str = "") -> dict[str, list[str]]:
-    chosen = choose_splits(shards).items()
-    return {split: [before + file for file in shards[theirs]] for split, theirs in chosen}
-
-
-def _table(
-    paths: dict[str, list[str]], split: str, origin: str, factors: Sequence[str] = ()
-) -> Table:
-    """Set up the reading of one split's rows."""
-    found = _inspect(paths, split, origin, factors)
-    return Table(_items(found.shards, found.image, found.keep, origin), found.targets)
-
-
-def _inspect(
-    paths: dict[str, list[str]], split: str, origin: str, factors: Sequence[str] = ()
-) -> _Split:
-    """Find image and label columns, and which rows are of a split."""
-    own = split if split in paths else "train"
-    with _damage(origin), open_parquet(paths["train"][0]) as first:
-        schema = first.schema_arrow
+        origin, found, before = str(folder), local_shards(folder, config), f"{folder}/"
+    splits = choose_splits(found).items()
+    shards = {split: [before + file for file in found[theirs]] for split, theirs in splits}
+    with _undamaged(origin):
+        with open_parquet(shards["train"][0]) as first:
+            schema = first.schema_arrow
         features = _features(schema)
         image, labels = _image_column(schema, features), _label_columns(schema, features)
-        read = {part: _read(shards, list(labels)) for part, shards in paths.items()}
-    values, groups = {part: table for part, (table, _) in read.items()}, read[own][1]
-    if image is None:
-        raise UserError(f"{origin}: no column holds images; there are {', '.join(schema.names)}")
-    targets = {}
-    for label, names in labels.items():
-        if label not in values[own].column_names:  # a test split without labels
-            continue
-        column = values[own][label].to_pylist()
-        if names and all(v is not None and 0 <= v < len(names) for v in column):
-            targets[label] = Target(np.array(column, np.int64), names)
-        elif not names:  # the same classes for all splits
-            labelled = [part[label] for part in values.values() if label in part.column_names]
-            found = category_names(v for part in labelled for v in part.to_pylist())
-            if found:
-                targets[label] = index_target(column, found)
-    keep = np.ones(sum(map(sum, groups)), bool)
-    if "test" not in paths:
-        primary = next(iter(targets.values()), None)
-        labels_of = primary.values if primary else np.zeros(len(keep), np.int64)
-        test = in_test(map(str, range(len(keep))), labels_of)
-        keep = test if split == "test" else ~test
-        targets = {key: target.take(keep) for key, target in targets.items()}
+        if image is None:
+            columns = ", ".join(schema.names)
+            raise UserError(f"{origin}: no column holds images; there are {columns}")
+        wanted = [f.name for f in schema if _may_be_factor(f.type)] if factors else list(labels)
+        tables, groups = {}, {}
+        for split, files in shards.items():
+            tables[split], groups[split] = _read_columns(files, wanted)
+    readers = {split: Rows(files, image, groups[split]) for split, files in shards.items()}
+    rows = {split: np.arange(len(reader)) for split, reader in readers.items()}
+    targets = _label_targets(tables, labels)
+    if "test" not in shards:
+        test = divide(list(map(str, rows["train"])), targets["train"])
+        readers["test"], targets["test"] = readers["train"], targets["train"]
+        rows = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
     if factors:  # after the division, which must not depend on them
-        targets = _factor_targets(paths, keep, split, factors, labels, origin)
-    return _Split(paths[own], image, groups, keep, targets)
+        targets = _factor_targets(tables, rows["train"], factors, labels, origin)
+    return {
+        split: Listing(
+            name,
+            split,
+            origin,
+            readers[split],
+            rows[split],
+            {key: target.take(rows[split]) for key, target in targets[split].items()},
+        )
+        for split in ("train", "test")
+    }
 
 
-def _factor_targets(
-    paths: dict[str, list[str]],
-    keep: np.ndarray,
-    split: str,
-    factors: Sequence[str],
-    classes: dict[str, tuple[str, ...]],
-    origin: str,
-) -> dict[str, Target]:
-    """Make targets of the factors, for the rows `keep` [N] bool if one part serves both splits."""
-    with _damage(origin):
-        with open_parquet(paths["train"][0]) as first:
-            names = [f.name for f in first.schema_arrow if may_be_factor(f.type)]
-        tables = [_read(shards, names)[0] for shards in paths.values()]
-    parts = [arrow_columns(table) for table in tables]
-    shared = [name for name in parts[0] if name in parts[-1]]
-    if len(parts) == 2:
-        keep = np.repeat([split == "train", split == "test"], [table.num_rows for table in tables])
-    train = keep if split == "train" else ~keep
-    targets = {}
-    for name in chosen(factors, shared, origin):
-        values = [value for part in parts for value in part[name]]
-        target = factor_target(name, values, train, origin, classes.get(name, ()))
-        targets[name] = target.take(keep)
+def _label_targets(
+    tables: dict[str, Any], labels: dict[str, tuple[str, ...]]
+) -> dict[str, dict[str, Target]]:
+    """Make targets of the label columns; where the hub names no classes, both splits have theirs.
+
+    A split has no target of a column that it lacks, or in which not all of it is labelled.
+    """
+    targets: dict[str, dict[str, Target]] = {split: {} for split in tables}
+    for label, names in labels.items():
+        columns = {
+            split: table[label].to_pylist()
+            for split, table in tables.items()
+            if label in table.column_names
+        }
+        found = () if names else category_names(v for own in columns.values() for v in own)
+        for split, column in columns.items():
+            if names and all(v is not None and 0 <= v < len(names) for v in column):
+                targets[split][label] = Target(np.array(column, np.int64), names)
+            elif found:
+                targets[split][label] = index_target(column, found)
     return targets
 
 
-def _read(shards: list[str], columns: list[str]) -> tuple[Any, list[list[int]]]:
+def _factor_targets(
+    tables: dict[str, Any],
+    train: np.ndarray,
+    factors: Sequence[str],
+    classes: dict[str, tuple[str, ...]],
+    origin: str,
+) -> dict[str, dict[str, Target]]:
+    """Make targets of the factors; `train` are the rows of the first table that are for training.
+
+    Numbers are cut into bins by those. If there is one table, both splits have its targets.
+    """
+    parts = [arrow_columns(table) for table in tables.values()]
+    shared = [name for name in parts[0] if name in parts[-1]]
+    ends = np.cumsum([table.num_rows for table in tables.values()])
+    targets: dict[str, dict[str, Target]] = {"train": {}, "test": {}}
+    for name in chosen(factors, shared, origin):
+        values = [value for part in parts for value in part[name]]
+        known = np.isin(np.arange(len(values)), train)
+        whole = factor_target(name, values, known, origin, classes.get(name, ()))
+        targets["train"][name] = whole.take(np.arange(ends[0]))
+        targets["test"][name] = whole.take(np.arange(ends[0] if len(ends) == 2 else 0, ends[-1]))
+    return targets
+
+
+def arrow_columns(table: Any) -> dict[str, list[Any]]:
+    """Return the columns of a pyarrow table that can be factors, as lists of values.
+
+    Those are numbers, truth values and text; a list column, if all lists have one length, becomes a
+    column per entry: pose_0, pose_1 and so on.
+    """
+    import pyarrow as pa
+    from pyarrow.compute import call_function
+
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if not _may_be_factor(column.type):
+            continue
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if not hasattr(column.type, "value_type"):
+            columns[name] = _values(column)
+        else:
+            lengths = call_function("list_value_length", [column]).unique().to_pylist()
+            if len(lengths) == 1 and lengths[0]:
+                entries = _values(call_function("list_flatten", [column]))
+                width = lengths[0]
+                columns |= {f"{name}_{i}": entries[i::width] for i in range(width)}
+    return columns
+
+
+def _values(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    if pa.types.is_floating(column.type):  # NumPy's float32 writes 0.6 where Python's float cannot
+        return [None if np.isnan(value) else value for value in column.to_numpy()]
+    return column.to_pylist()
+
+
+def _may_be_factor(kind: Any) -> bool:
+    """Whether a column of this arrow type can be a factor: plain values, or lists of them."""
+    kind = str(getattr(kind, "value_type", kind))
+    return bool(re.fullmatch(r"u?int\d+|halffloat|float|double|bool|(large_)?string", kind))
+
+
+def _read_columns(shards: list[str], columns: list[str]) -> tuple[Any, list[list[int]]]:
     """Read columns of some parquet files as one table; those that a file lacks are left out.
 
     Returns the rows of each file's row groups as well.
@@ -317,20 +410,8 @@ def _read(shards: list[str], columns: list[str]) -> tuple[Any, list[list[int]]]:
     return pa.concat_tables(tables, promote_options="permissive"), [groups for _, groups in found]
 
 
-def _items(shards: list[str], column: str, keep: np.ndarray, origin: str) -> Iterator[Item]:
-    position = 0
-    for shard in shards:
-        with _damage(origin), open_parquet(shard) as file:
-            for batch in file.iter_batches(batch_size=256, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    if keep[position]:
-                        data = value.get("bytes") if isinstance(value, dict) else value
-                        yield f"{Path(shard).name} row {position}", data
-                    position += 1
-
-
 @contextlib.contextmanager
-def _damage(origin: str) -> Iterator[None]:
+def _undamaged(origin: str) -> Iterator[None]:
     import pyarrow as pa
 
     try:

@@ -1,45 +1,84 @@
 """Images that are read and decoded while they are needed, for more than a disk can hold decoded.
 
-An `ImageStream` stands where an `ImageSet` does, without its array of pixels. Which images come
-when is the caller's: the same indices give the same batches whatever the number of processes, so
-that a run resumes at the very next image.
+An `ImageStream` stands where an `ImageSet` does, without its array of pixels. PyTorch's DataLoader
+runs the worker processes. Which images come when is the caller's: the same indices give the same
+batches whatever the number of workers, so that a run resumes at the very next image.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
+import math
 import os
+import shutil
+import signal
+import sys
+import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from sparsejepa.data.crew import Crew, Decoder, Shared
-from sparsejepa.data.decode import check_readable, decode, shown
-from sparsejepa.data.readers import MEMORY, Rows, source_of
-from sparsejepa.data.sources import Listing
-from sparsejepa.data.store import ChannelMoments, DeviceImages, Divisible, ImageSet, Target
+from sparsejepa.data.folders import Listing, Reader
+from sparsejepa.data.images import (
+    Batches,
+    ChannelMoments,
+    Images,
+    Target,
+    check_readable,
+    check_same_size,
+    decode,
+    mixed_blocks,
+    read_image,
+    shown,
+)
 from sparsejepa.distributed import World
 from sparsejepa.errors import UserError
-from sparsejepa.rng import generator
 
 SAMPLE = 1024
 """Images from which mean, standard deviation and, if need be, the size are found."""
-
 _SAMPLE_BLOCKS = 4  # stretches from which they are taken where images come in stretches
-_TASK = 32  # images that a worker decodes at once, at most
-_RING_BYTES = 2**28  # decoded images that wait at once, at most
 _FEW = 100  # images seen before a share of unreadable ones says anything
-_MIXED = 4096  # images of stretches that are mixed with one another, about
-_MIXED_BLOCKS = 8, 64  # stretches that are: enough for some workers; so few that memory holds them
+_AHEAD = 2  # parts of batches that each worker decodes ahead
+_SHARED_MEMORY = "/dev/shm"
+_LESS = "use fewer --workers (0 decodes without processes) or a smaller --batch-size"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How an image of a reader becomes pixels; what differs between two streams of one reader."""
+
+    reader: Reader
+    origin: str
+    """Names the data in errors."""
+    img_size: tuple[int, int]
+    first: str | None
+    """The image whose own size that is; None if others are resized to it."""
+    upscale: bool
+
+    def read(self, row: int) -> np.ndarray | str:
+        """Return the image [H, W, 3] uint8, or the reason why there is none.
+
+        Raises UserError for an image of another size, or too small.
+        """
+        try:
+            source = self.reader.source(row)
+        except OSError as error:
+            return shown(error.strerror or str(error))
+        size = self.img_size if self.first is None else None
+        image = read_image(self.reader.name(row), source, size, self.upscale)
+        if self.first is not None and not isinstance(image, str):
+            first = (self.first, (*self.img_size, 3))
+            check_same_size(first, (self.reader.name(row), image.shape), self.origin)
+        return image
 
 
 class _Names(Sequence[str]):
@@ -62,17 +101,15 @@ class _Names(Sequence[str]):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageStream(Divisible):
+class ImageStream(Images):
     """One split of a data set that is decoded while it is read."""
 
     name: str
     split: str
-    shared: Shared
-    """A `Decoder`."""
+    decoder: Decoder
     rows: np.ndarray
     """[N] int64: which of the reader's images these are."""
     targets: dict[str, Target]
-    """First the primary target; empty if the images are unlabelled."""
     mean: tuple[float, float, float]
     """Per channel, of a fixed sample of the training split, in units of [0, 1]."""
     std: tuple[float, float, float]
@@ -80,16 +117,9 @@ class ImageStream(Divisible):
     """(file, reason) of what is known beforehand not to be usable."""
     fingerprint: str = ""
     """Changes whenever the list of images or a label does."""
-    max_unreadable: float = 0.5
-    """Largest share of images that may be replaced by others because they cannot be read."""
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def decoder(self) -> Decoder:
-        """How an image becomes pixels."""
-        return self.shared.value
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -102,13 +132,21 @@ class ImageStream(Divisible):
         return _Names(self)
 
     @property
-    def blocks(self) -> np.ndarray | None:
+    def blocks(self) -> np.ndarray | None:  # type: ignore[override]
         """Lengths of the stretches of images that are fetched together, if there are any."""
         block = self.decoder.reader.block(self.rows)
         if block is None:
             return None
         starts = np.flatnonzero(np.diff(block, prepend=-1))
         return np.diff(starts, append=len(block))
+
+    def open(self, device: torch.device | str, workers: int | None = None) -> StreamImages:
+        """Return batches on a device, decoded by `workers` processes.
+
+        By default one per CPU core that this process has, shared among those of its job on this
+        machine. With 0 the images are decoded when they are asked for, by threads.
+        """
+        return StreamImages(self, device, _cores() if workers is None else workers)
 
     def _take(self, index: np.ndarray, about: str) -> ImageStream:
         return replace(
@@ -125,337 +163,39 @@ def open_stream(
     img_size: tuple[int, int] | None,
     *,
     upscale: bool = False,
-    max_unreadable: float = 0.5,
 ) -> ImageStream:
     """Return the stream of `listing`, with the mean and standard deviation of `train`.
 
     Those are of `SAMPLE` images, always the same ones, and exact if there are no more. Without
-    `img_size` it is that of the first of them.
+    `img_size` (h, w) it is that of the first of them.
 
     Raises UserError: no images, images of different sizes or too small, too many unreadable ones.
     """
-    train.check()
-    sample = _sample(train)
-    items = ((train.reader.name(row), source_of(train.reader, row)) for row in sample.tolist())
-    moments, first, unreadable = ChannelMoments(), None, []
-    for block in decode(items, img_size, upscale=upscale, origin=train.origin):
-        unreadable += block.skipped
-        if block.images:
-            first = first or (block.names[0], block.images[0].shape)
-            moments.add(np.stack(block.images))
-    check_readable(train.origin, unreadable, len(sample), max_unreadable)
+    sample, moments, first, unreadable = _sample(train), ChannelMoments(), None, []
+    for part in decode(train.items(sample), img_size, upscale=upscale, origin=train.origin):
+        for name, image in part:
+            if isinstance(image, str):
+                unreadable.append((shown(name), image))
+            else:
+                first = first or (name, image.shape)
+                moments.add(image)
+    check_readable(train.origin, unreadable, len(sample))
     assert first is not None  # or else all are unreadable
+    next(listing.items())
     mean, std = moments.result()
     own = first[0] if img_size is None else None
-    decoder = Decoder(listing.check().reader, listing.origin, first[1][:2], own, upscale)
-    if listing is not train:
-        unreadable = []
-    else:
-        _warn_of_huge_groups(train)
+    reader = copy.copy(listing.reader)  # without what is kept in memory of the sample
     return ImageStream(
         listing.name,
         listing.split,
-        Shared(decoder),
+        Decoder(reader, listing.origin, first[1][:2], own, upscale),
         listing.rows,
         listing.targets,
         mean,
         std,
-        skipped=(*listing.unusable, *unreadable),
-        fingerprint=_fingerprint(listing),
-        max_unreadable=max_unreadable,
+        skipped=(*listing.unusable, *(unreadable if listing is train else ())),
+        fingerprint=listing.digest(),
     )
-
-
-def open_images(
-    images: ImageSet | ImageStream, device: torch.device | str, workers: int | None = None
-) -> DeviceImages | StreamImages:
-    """Return batches of images on a device; a stream's are decoded by `workers` processes.
-
-    By default one per CPU core that this process has, shared among those of its job on this
-    machine. With 0, and on Windows always, the images are decoded when they are asked for, by
-    threads.
-    """
-    if isinstance(images, ImageSet):
-        return DeviceImages(images, device)
-    if os.name != "posix":  # no pipes that can be waited for, nor files that children inherit
-        workers = 0
-    return StreamImages(images, device, _cores() if workers is None else workers)
-
-
-def _cores() -> int:
-    """Return the CPU cores for this process; those of a machine are divided among its processes.
-
-    Not once more where each was given its own: by SLURM, or by torchrun's --numa-binding.
-    """
-    count = os.cpu_count() or 1
-    local = World.from_environment().local_size
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, count // local)
-    own = len(os.sched_getaffinity(0))
-    if local == 1:
-        return own
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun: the parent has the cores of all
-        count = min(count, max(own, len(os.sched_getaffinity(os.getppid()))))
-    else:
-        granted = os.environ.get("SLURM_CPUS_ON_NODE", "")
-        count = int(granted) if granted.isdecimal() else count
-    return max(1, min(own, count // local))
-
-
-class _Chunk(NamedTuple):
-    """Images of one batch that a worker decodes at once."""
-
-    size: int
-    """Of the batch."""
-    positions: np.ndarray
-    """[n]: which images of the stream."""
-    places: np.ndarray
-    """[n]: where in the batch."""
-    worker: int
-    last: bool
-    """Whether the batch is whole with it."""
-
-
-class StreamImages:
-    """Batches of a stream on a device; stands where `DeviceImages` does.
-
-    An unreadable image is replaced by the next readable one of the stream, so that batches stay
-    whole and the same however they are divided among processes.
-    """
-
-    def __init__(self, stream: ImageStream, device: torch.device | str, workers: int) -> None:
-        self.stream, self.device, self.workers = stream, torch.device(device), workers
-        self.skipped: list[tuple[str, str]] = []
-        """(file, reason) of the unreadable images met so far, each once."""
-        self._instead: dict[int, int] = {}
-        self.unreadable: set[int] = set()
-        """Their positions in the stream."""
-        self._seen, self._count = np.zeros(len(stream), bool), 0
-        self._crews: list[Crew] = []
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    @property
-    def index_device(self) -> torch.device:
-        """Where `take` wants its index: on the host."""
-        return torch.device("cpu")
-
-    def take(self, index: Tensor) -> Tensor:
-        """Return images [B, H, W, 3] uint8 on the device, decoded now; index: [B] int64."""
-        batch, positions = self._empty(len(index)), self._known(index)
-        images, places = batch.numpy(), np.arange(len(index))
-        block = self.stream.decoder.reader.block(self.stream.rows[positions])
-        if block is not None:
-            places = _together(block)
-        rows = self.stream.rows[positions[places]].tolist()
-        with ThreadPoolExecutor(self.workers or _cores()) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-            results = pool.map(self.stream.decoder.read, rows)
-            for place, image in zip(places, results, strict=True):
-                bad = isinstance(image, str)
-                images[place] = self._next_to(int(positions[place]), image) if bad else image
-        self._see(positions)
-        return self._send(batch)
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield images [B, H, W, 3] uint8 on the device for each index [B], in order.
-
-        Later batches are decoded meanwhile, as many as fit into the ring; `indices` is read ahead
-        for them. Raises UserError when a worker dies.
-        """
-        indices = iter(indices)
-        first = next(indices, None)
-        if first is None:
-            return
-        indices = chain([first], indices)
-        if not self.workers:
-            yield from map(self.take, indices)
-            return
-        capacity = max(1, min(_TASK, -(-len(first) // self.workers)))
-        slots = 2 * -(-len(first) // capacity) + 2 * self.workers
-        bytes_each = 3 * self.stream.img_size[0] * self.stream.img_size[1]
-        slots = max(2 * self.workers, min(slots, _RING_BYTES // (capacity * bytes_each)))
-        own = self.stream.blocks is not None
-        crew = Crew(self.stream.shared, self.workers, slots, capacity, own)
-        self._crews.append(crew)
-        try:
-            chunks = self._chunks(indices, capacity)
-            yield from self._batches(crew, chunks, deque(range(slots)))
-        finally:
-            self._crews.remove(crew)
-            crew.close()
-
-    def close(self) -> None:
-        """End the workers of batches that were not read to the end."""
-        for crew in self._crews:
-            crew.close()
-
-    def _chunks(self, indices: Iterable[Tensor], capacity: int) -> Iterator[_Chunk]:
-        """Divide batches; images of one stretch go to one worker, one after the other."""
-        owners = _Owners(self.workers)
-        for index in indices:
-            positions, places = self._known(index), np.arange(len(index))
-            owner = np.zeros(len(index), np.int64)
-            block = self.stream.decoder.reader.block(self.stream.rows[positions])
-            if block is not None:
-                places = _together(block)
-                owner = owners(block[places])
-            parts = [
-                (worker, part)
-                for worker in np.unique(owner).tolist()
-                for part in _cut(places[owner == worker], capacity)
-            ] or [(0, places)]
-            for number, (worker, part) in enumerate(parts, 1):
-                last = number == len(parts)
-                yield _Chunk(len(index), positions[part], part, worker, last)
-
-    def _batches(self, crew: Crew, chunks: Iterator[_Chunk], free: deque[int]) -> Iterator[Tensor]:
-        """Put batches together from what the workers decode into the slots of the ring."""
-        waiting: deque[tuple[int, _Chunk]] = deque()
-        done: dict[int, list[tuple[int, str]]] = {}
-
-        def submit() -> None:
-            while free and (chunk := next(chunks, None)) is not None:
-                slot = free.popleft()
-                crew.submit(slot, self.stream.rows[chunk.positions], chunk.worker)
-                waiting.append((slot, chunk))
-
-        submit()
-        batch = self._empty(0)
-        while waiting:
-            slot, chunk = waiting.popleft()
-            while slot not in done:
-                done.update(crew.wait())
-            if not len(batch):
-                batch = self._empty(chunk.size)
-            images = batch.numpy()
-            images[chunk.places] = crew.pixels(slot)[: len(chunk.positions)]
-            for k, reason in done.pop(slot):
-                images[chunk.places[k]] = self._next_to(int(chunk.positions[k]), reason)
-            free.append(slot)
-            self._see(chunk.positions)
-            submit()
-            if chunk.last:
-                yield self._send(batch)
-                batch = self._empty(0)
-
-    def _empty(self, size: int) -> Tensor:
-        shape = (size, *self.stream.img_size, 3)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-
-    def _send(self, batch: Tensor) -> Tensor:
-        return batch.to(self.device, non_blocking=True)
-
-    def _known(self, index: Tensor) -> np.ndarray:
-        """Return the positions of an index, those known to be unreadable replaced."""
-        positions = index.cpu().numpy()
-        if self._instead:
-            positions = np.array([self._instead.get(p, p) for p in positions.tolist()], np.int64)
-        return positions
-
-    def _next_to(self, position: int, reason: str) -> np.ndarray:
-        """Return the next readable image [H, W, 3] after an unreadable one."""
-        decoder, rows = self.stream.decoder, self.stream.rows
-        self._list(position, reason)
-        other = self._instead.get(position, position)
-        for _ in range(len(self)):
-            if other not in self.unreadable:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    image = decoder.read(int(rows[other]))
-                if not isinstance(image, str):
-                    self._instead[position] = other
-                    self._see(np.array([other]))
-                    return image
-                self._list(other, image)
-            other = (other + 1) % len(self)
-        self._check(len(self))
-        raise UserError(f"{decoder.origin}: no image can be read; mend or replace them")
-
-    def _list(self, position: int, reason: str) -> None:
-        if position not in self.unreadable:
-            self.unreadable.add(position)
-            name = self.stream.decoder.reader.name(int(self.stream.rows[position]))
-            self.skipped.append((shown(name), reason))
-            self._see(np.array([position]))
-
-    def _see(self, positions: np.ndarray) -> None:
-        """Count images that were looked at; stop when too many of them are unreadable."""
-        new = np.unique(positions[~self._seen[positions]])
-        self._seen[new] = True
-        self._count += len(new)
-        if self._count >= min(_FEW, len(self)):
-            self._check(self._count)
-
-    def _check(self, seen: int) -> None:
-        limit = self.stream.max_unreadable
-        check_readable(self.stream.decoder.origin, self.skipped, seen, limit)
-
-
-class _Owners:
-    """Which worker reads which stretch: new ones in turn, and each keeps what is still in use.
-
-    So a stretch is fetched by one worker, and the workers have equally many.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self._workers, self._now, self._turn = workers, 0, 0
-        self._owner: dict[int, int] = {}
-        self._used: dict[int, int] = {}
-
-    def __call__(self, block: np.ndarray) -> np.ndarray:
-        """Return the worker [n] for each image by its stretch [n]; to be asked in order."""
-        self._now += len(block)
-        for one in [b for b, used in self._used.items() if used < self._now - _MIXED - len(block)]:
-            del self._used[one], self._owner[one]
-        for one in dict.fromkeys(block.tolist()):
-            if one not in self._owner:
-                self._owner[one] = self._turn % self._workers
-                self._turn += 1
-            self._used[one] = self._now
-        return np.array([self._owner[one] for one in block.tolist()], np.int64)
-
-
-def _together(block: np.ndarray) -> np.ndarray:
-    """Return the places [n] of images so that those of one stretch [n] follow one another.
-
-    Stretches stay in the order of their first image: what is read no more comes first.
-    """
-    _, first, inverse = np.unique(block, return_index=True, return_inverse=True)
-    return np.argsort(first[inverse.reshape(-1)], kind="stable")
-
-
-def mixed_blocks(count: int, images: int, window: int = _MIXED) -> int:
-    """Return how many of `count` stretches of `images` are mixed with one another."""
-    fewest, most = _MIXED_BLOCKS
-    return min(most, max(fewest, window * count // max(1, images)))
-
-
-def block_order(blocks: np.ndarray, seed: int, epoch: int, window: int = _MIXED) -> Tensor:
-    """Return the order [N] int64 of an epoch over images that come in stretches.
-
-    Args:
-        blocks: lengths of the stretches, in the order of the images.
-        seed, epoch: what the order is a function of.
-        window: images that are mixed with one another, about: always those of 8 to 64 stretches.
-
-    The stretches are shuffled, and then the images of every few: whoever reads on needs those few
-    at a time, and none of them again.
-    """
-    keyed = generator(seed, epoch, "order")
-    ends = torch.from_numpy(np.cumsum(blocks))
-    starts = ends - torch.from_numpy(np.asarray(blocks))
-    shuffled = torch.randperm(len(blocks), generator=keyed)
-    mixed, none = [], torch.empty(0, dtype=torch.int64)
-    for few in shuffled.split(mixed_blocks(len(blocks), int(np.sum(blocks)), window)):
-        part = torch.cat([none, *(torch.arange(int(starts[i]), int(ends[i])) for i in few)])
-        mixed.append(part[torch.randperm(len(part), generator=keyed)])
-    return torch.cat(mixed)
-
-
-def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
-    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _sample(listing: Listing) -> np.ndarray:
@@ -471,26 +211,272 @@ def _sample(listing: Listing) -> np.ndarray:
     return np.concatenate([rows[block == one][:share] for one in np.sort(chosen)])
 
 
-def _warn_of_huge_groups(listing: Listing) -> None:
-    """Say that row groups, of which the sample is still there, do not fit into the memory."""
-    if not isinstance(listing.reader, Rows):
-        return
-    count = len(np.unique(listing.reader.block(listing.rows)))
-    few = min(count, mixed_blocks(count, len(listing.rows)))
-    each = listing.reader.group_bytes()
-    if few * each > MEMORY:
-        warnings.warn(
-            f"{listing.origin}: row groups of {each / 1e6:,.0f} MB, of which {few} do "
-            f"not fit into {MEMORY / 1e9:.1f} GB, so that each is fetched several times an epoch; "
-            f"write the files anew with row groups of at most {MEMORY / few / 1e6:.0f} MB",
-            stacklevel=3,
-        )
+def _cores() -> int:
+    """Return the CPU cores for this process; those of a machine are divided among its processes.
+
+    Not once more where each was given its own: by SLURM, or by torchrun's --numa-binding.
+    """
+    count, local = os.cpu_count() or 1, World.from_environment().local_size
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, count // local)
+    own = len(os.sched_getaffinity(0))
+    if local == 1:
+        return own
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun: the parent has the cores of all
+        count = min(count, max(own, len(os.sched_getaffinity(os.getppid()))))
+    else:
+        granted = os.environ.get("SLURM_CPUS_ON_NODE", "")
+        count = int(granted) if granted.isdecimal() else count
+    return max(1, min(own, count // local))
 
 
-def _fingerprint(listing: Listing) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (*listing.reader.parts(), listing.rows.tobytes()):
-        digest.update(part)
-    for key, target in listing.targets.items():
-        digest.update(json.dumps([key, target.names]).encode() + target.values.tobytes())
-    return digest.hexdigest()
+_Part = tuple[Tensor, "list[tuple[int, str]]", str]
+"""Images [n, H, W, 3] uint8, (place, reason) of unreadable ones, and an error if there is one."""
+
+
+class _Pixels(Dataset[_Part]):
+    """Parts of batches for the DataLoader."""
+
+    def __init__(self, stream: ImageStream) -> None:
+        self.stream = stream
+
+    def __getitems__(self, positions: list[int]) -> _Part:
+        """Decode the images at some positions of the stream, into memory that is shared."""
+        decoder, failed = self.stream.decoder, []
+        try:
+            images = torch.empty((len(positions), *decoder.img_size, 3), dtype=torch.uint8)
+            images.share_memory_()  # here and not on the way back, where a failure is lost
+            pixels = images.numpy()
+            for place, row in enumerate(self.stream.rows[positions].tolist()):
+                image = decoder.read(row)
+                if isinstance(image, str):
+                    failed.append((place, image))
+                else:
+                    pixels[place] = image
+        except UserError as error:
+            return torch.empty(0), [], str(error)
+        except RuntimeError as error:
+            return torch.empty(0), [], f"{_SHARED_MEMORY}: {error}; {_LESS}"
+        return images, failed, ""
+
+
+def _as_it_is(part: _Part) -> _Part:
+    return part
+
+
+def _begin_work(number: int) -> None:
+    """Set up a worker process: signals are the trainer's to answer, memory is shared out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+    info = torch.utils.data.get_worker_info()
+    reader: Any = info.dataset.stream.decoder.reader if info else None
+    if info and hasattr(reader, "memory"):
+        reader.memory //= info.num_workers
+
+
+class _Deal:
+    """Which worker decodes which images of a batch.
+
+    Images of one stretch are decoded by one worker, so that the stretch is fetched once; new ones
+    are dealt out in turn, and a worker keeps its own for as long as they are mixed in.
+    """
+
+    def __init__(self, stream: ImageStream, workers: int) -> None:
+        self._stream, self._workers, self._turn = stream, workers, 0
+        self._owner: dict[int, int] = {}
+        blocks = stream.blocks
+        self._most = 0 if blocks is None else mixed_blocks(len(blocks), len(stream))
+
+    def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Return each worker's places in a batch of images at `positions` [B]."""
+        block = self._stream.decoder.reader.block(self._stream.rows[positions])
+        if block is None:
+            return np.array_split(np.arange(len(positions)), self._workers)
+        places = _together(block)
+        owner = np.array([self._of(one) for one in block[places].tolist()], np.int64)
+        return [places[owner == worker] for worker in range(self._workers)]
+
+    def _of(self, block: int) -> int:
+        if block not in self._owner:
+            if len(self._owner) >= self._most:
+                del self._owner[next(iter(self._owner))]
+            self._owner[block] = self._turn % self._workers
+            self._turn += 1
+        return self._owner[block]
+
+
+def _together(block: np.ndarray) -> np.ndarray:
+    """Return the places [n] of images so that those of one stretch [n] follow one another.
+
+    Stretches stay in the order of their first image: what is read no more comes first.
+    """
+    _, first, inverse = np.unique(block, return_index=True, return_inverse=True)
+    return np.argsort(first[inverse.reshape(-1)], kind="stable")
+
+
+class StreamImages(Batches):
+    """Batches of a stream on a device.
+
+    An unreadable image is replaced by the next readable one of the stream, so that batches stay
+    whole and the same however they are divided among processes.
+    """
+
+    def __init__(self, stream: ImageStream, device: torch.device | str, workers: int) -> None:
+        self.stream, self.device, self.workers = stream, torch.device(device), workers
+        self.skipped, self.unreadable = [], set()
+        self._instead: dict[int, int] = {}
+        self._seen = np.zeros(len(stream), bool)
+        self._running: list[Generator[Tensor, None, None]] = []
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where `take` wants its index: on the host."""
+        return torch.device("cpu")
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return images [B, H, W, 3] uint8 on the device, decoded now; index: [B] int64."""
+        positions = index.cpu().numpy()
+        batch, places = self._empty(len(positions)), np.arange(len(positions))
+        block = self.stream.decoder.reader.block(self.stream.rows[positions])
+        if block is not None:
+            places = _together(block)
+        rows, images = self.stream.rows[positions[places]].tolist(), batch.numpy()
+        with ThreadPoolExecutor(self.workers or _cores()) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+            results = pool.map(self.stream.decoder.read, rows)
+            for place, image in zip(places.tolist(), results, strict=True):
+                bad = isinstance(image, str)
+                images[place] = self._next_to(int(positions[place]), image) if bad else image
+        self._see(positions)
+        return batch.to(self.device, non_blocking=True)
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield images [B, H, W, 3] uint8 on the device for each index [B], in order.
+
+        Each worker decodes its part of a batch, and `_AHEAD` batches are on their way. Raises
+        UserError if a worker died, or met an image that is the user's to mend.
+        """
+        if not self.workers:
+            return map(self.take, indices)
+        self._running.append(self._batches(indices))
+        return self._running[-1]
+
+    def close(self) -> None:
+        """End the workers of batches that were not read to the end."""
+        while self._running:
+            self._running.pop().close()
+
+    def _batches(self, indices: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        plan: deque[tuple[np.ndarray, list[np.ndarray]]] = deque()
+        indices = iter(indices)
+        first = next(indices, None)
+        if first is None:
+            return
+        _check_shared_memory(len(first) * 3 * math.prod(self.stream.img_size))
+
+        def parts() -> Iterator[list[int]]:
+            deal = _Deal(self.stream, self.workers)
+            for index in chain([first], indices):
+                positions = index.cpu().numpy()
+                plan.append((positions, deal(positions)))
+                yield from (positions[places].tolist() for places in plan[-1][1])
+
+        decoded = self._start(parts())
+        while plan:
+            positions, places = plan.popleft()
+            batch = self._empty(len(positions))
+            images = batch.numpy()
+            for own in places:
+                part, failed, error = self._receive(decoded)
+                if error:
+                    raise UserError(error)
+                images[own] = part.numpy()
+                for k, reason in failed:
+                    images[own[k]] = self._next_to(int(positions[own[k]]), reason)
+            self._see(positions)
+            yield batch.to(self.device, non_blocking=True)
+
+    def _start(self, parts: Iterator[list[int]]) -> Iterator[_Part]:
+        """Start the workers. They end when what is returned here is no longer referred to.
+
+        On Linux they are forked: they share the list of images, and a script needs no guard.
+        """
+        threads = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if threads and os.name == "posix" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of more workers than cores, of forks beside threads
+            decoded = iter(
+                DataLoader(
+                    _Pixels(self.stream),
+                    batch_sampler=parts,  # type: ignore[arg-type]
+                    num_workers=self.workers,
+                    prefetch_factor=_AHEAD,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_begin_work,
+                    multiprocessing_context="fork" if sys.platform == "linux" else None,
+                    generator=torch.Generator(),  # leaves the global one alone
+                )
+            )
+        if before is not None:
+            # PyTorch's handler would raise wherever the trainer is; `_receive` finds out as well.
+            signal.signal(signal.SIGCHLD, before)
+        return decoded
+
+    def _receive(self, decoded: Iterator[_Part]) -> _Part:
+        try:
+            return next(decoded)
+        except (RuntimeError, OSError, EOFError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(
+                f"a process that decodes images died ({reason}), perhaps for want of memory; "
+                f"{_LESS}, and --resume"
+            ) from None
+
+    def _empty(self, size: int) -> Tensor:
+        shape = (size, *self.stream.img_size, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def _next_to(self, position: int, reason: str) -> np.ndarray:
+        """Return the next readable image [H, W, 3] after an unreadable one."""
+        decoder, rows = self.stream.decoder, self.stream.rows
+        self._list(position, reason)
+        other = self._instead.get(position, position)
+        for _ in range(len(self)):
+            if other not in self.unreadable:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    image = decoder.read(int(rows[other]))
+                if not isinstance(image, str):
+                    self._instead[position] = other
+                    return image
+                self._list(other, image)
+            other = (other + 1) % len(self)
+        raise UserError(f"{decoder.origin}: no image can be read; mend or replace them")
+
+    def _list(self, position: int, reason: str) -> None:
+        self._seen[position] = True
+        if position not in self.unreadable:
+            self.unreadable.add(position)
+            name = self.stream.decoder.reader.name(int(self.stream.rows[position]))
+            self.skipped.append((shown(name), reason))
+
+    def _see(self, positions: np.ndarray) -> None:
+        """Count images that were looked at; stop when too many of them are unreadable."""
+        self._seen[positions] = True
+        if self.unreadable and (seen := int(self._seen.sum())) >= min(_FEW, len(self)):
+            check_readable(self.stream.decoder.origin, self.skipped, seen)
+
+
+def _check_shared_memory(batch_bytes: int) -> None:
+    """Raise UserError if the batches that are decoded ahead do not fit into /dev/shm."""
+    if os.path.isdir(_SHARED_MEMORY):
+        free, need = shutil.disk_usage(_SHARED_MEMORY).free, (_AHEAD + 1) * batch_bytes
+        if free < need:
+            raise UserError(
+                f"{_SHARED_MEMORY}: {free / 1e6:.0f} MB are free, and --workers need "
+                f"{need / 1e6:.0f} MB; enlarge it (docker run --shm-size), or {_LESS}"
+            )

@@ -7,36 +7,78 @@ lie; nothing is unpacked, and no name from a shard ever becomes a path.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
+import sys
 import tarfile
-from array import array
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
-from sparsejepa.data.decode import EXTENSIONS, shown
-from sparsejepa.data.factors import chosen, factor_target
-from sparsejepa.data.readers import Members, Names
-from sparsejepa.data.sources import (
-    MAX_CATEGORIES,
+from sparsejepa.data.folders import (
     TEST_NAMES,
     TRAIN_NAMES,
     Listing,
+    Named,
     category_names,
     choose_splits,
-    in_test,
+    chosen,
+    divide,
+    factor_target,
+    index_target,
 )
-from sparsejepa.data.store import Target
+from sparsejepa.data.images import EXTENSIONS, Target, shown
 from sparsejepa.errors import UserError
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MOST_SHARDS = 100_000  # of a pattern
 _LARGEST_LABEL = 2**20  # bytes of a member that holds labels
+
+
+class Members(Named):
+    """Images inside uncompressed tar files, read where they lie."""
+
+    _OPEN = 64  # tar files that are kept open
+
+    def __init__(
+        self, shards: Sequence[str], names: Iterable[bytes], shard: np.ndarray, place: np.ndarray
+    ) -> None:
+        super().__init__(names)
+        self.shards, self.shard, self.place = tuple(shards), shard, place
+        """Which of the shards [N], and offset and length there [N, 2] int64."""
+        self._files: dict[int, IO[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _files={}, _lock=threading.Lock())
+
+    def source(self, row: int) -> bytes:
+        offset, length = self.place[row].tolist()
+        shard = int(self.shard[row])
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = open(self.shards[shard], "rb", buffering=0)  # noqa: SIM115
+                if len(self._files) >= self._OPEN:  # closed once no thread reads it any more
+                    del self._files[next(iter(self._files))]
+                self._files[shard] = file
+            if not hasattr(os, "pread"):  # Windows: threads share the place in the file
+                file.seek(offset)
+                return file.read(length)
+        return os.pread(file.fileno(), length, offset)
+
+    def parts(self) -> list[bytes]:
+        return [*super().parts(), self.shard.tobytes(), self.place.tobytes()]
+
+    def paths(self, rows: np.ndarray) -> Iterable[str]:
+        return self.shards
 
 
 def is_tars(name: str) -> bool:
@@ -49,162 +91,108 @@ def list_tars(path: str, name: str, factors: Sequence[str] = ()) -> dict[str, Li
 
     In a folder, shards whose names begin with train, test, val, valid or validation, or that lie in
     folders of those names, are that split; otherwise all are one split, which is then divided.
-    Targets are KEY.cls as `class`, KEY.txt as `text` where texts repeat, and the fields of KEY.json
-    that call themselves a label or a class; with `factors` those fields, whatever they are. Where
-    no sample has any of these, members lie in folders as files do: train/ and test/, and classes.
+    Targets are KEY.cls as `class` and the fields of KEY.json that call themselves a label or a
+    class; with `factors` whatever fields they name, KEY.txt is `text`.
 
     Raises UserError: no such file, a compressed or damaged one, no images; an unusable factor.
     """
     splits = _splits(path)
     found = {split: _Index(shards, bool(factors)) for split, shards in splits.items()}
     for split, index in found.items():
-        if not len(index.shard):
+        if not len(index.reader):
             raise UserError(f"{path}: no images in the shards of the {split} split")
-    readers = {split: index.reader(splits[split]) for split, index in found.items()}
-    rows = {split: np.arange(len(reader)) for split, reader in readers.items()}
-    by_folder = None if any(index.labelled for index in found.values()) else _folders(readers)
-    targets = by_folder.targets if by_folder else _targets(found)
-    about = "shards by their names" if "test" in found else "a fifth, by a hash of the name"
-    if by_folder and by_folder.rows:
-        rows, about = by_folder.rows, f"{by_folder.test}/ in the shards"
-    elif "test" not in found:
-        reader, primary = readers["train"], next(iter(targets["train"].values()), None)
-        labels = primary.values if primary else np.zeros(len(reader), np.int64)
-        test = in_test(map(reader.name, range(len(reader))), labels)
+    rows = {split: np.arange(len(index.reader)) for split, index in found.items()}
+    about, targets = "shards by their names", _targets(found)
+    if "test" not in found:
+        reader, about = found["train"].reader, "a fifth, by a hash of the name"
+        test = divide([reader.name(row) for row in range(len(reader))], targets["train"])
         rows = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
-    if factors and by_folder:
-        targets = {
-            split: {key: own[key] for key in chosen(factors, list(own), path)}
-            for split, own in targets.items()
-        }
-    elif factors:  # after the division, which must not depend on them
-        train = [np.isin(np.arange(len(readers[split])), rows["train"]) for split in found]
-        if len(found) == 2:
-            train[1][:] = False
-        targets = _factor_targets(found, factors, train, path)
+    if factors:  # after the division, which must not depend on them
+        targets = _factor_targets(found, factors, rows["train"], path)
     listings = {}
     for split in ("train", "test"):
         part = split if split in found else "train"
         own = {key: target.take(rows[split]) for key, target in targets[part].items()}
         unusable = tuple(found[part].unusable) if part == split else ()
+        reader = found[part].reader
         listings[split] = Listing(
-            name, split, path, readers[part], rows[split], own, unusable, about=about
+            name, split, path, reader, rows[split], own, unusable, about=about
         )
     return listings
-
-
-def tar_splits(folder: Path) -> tuple[str, ...]:
-    """Return the splits in a folder of shards, by their own names; "all" if there is only one."""
-    found = choose_splits(filter(None, _shards(folder))) if any(_shards(folder)) else {}
-    return tuple(found.values()) if "test" in found else ("all",)
-
-
-class _Column:
-    """One field of the samples: a number for each, standing for a text."""
-
-    def __init__(self) -> None:
-        self.numbers, self.texts = array("q"), {}
-
-    def add(self, row: int, text: str) -> None:
-        """Note the text of a sample; -1 stands for those that have none."""
-        self.numbers.extend([-1] * (row - len(self.numbers)))
-        self.numbers.append(self.texts.setdefault(text, len(self.texts)))
-
-
-class _Sample(NamedTuple):
-    """Where the members of a sample lie: (offset, length) by ending."""
-
-    key: bytes
-    members: dict[str, tuple[int, int]]
 
 
 class _Index:
     """What the shards of one split hold."""
 
     def __init__(self, shards: Sequence[str], everything: bool) -> None:
-        """Pass over the shards; fields of too many different texts are left out, or not."""
-        self.shard, self.place = array("i"), array("q")
-        self.columns: dict[str, _Column] = {}
+        """Pass over the shards; without `everything` only fields that may be labels are kept."""
+        self.columns: dict[str, list[str | None]] = {}
+        """A text for each image, None where it has none."""
         self.unusable: list[tuple[str, str]] = []
-        self.labelled = False
-        """Whether there is a .cls, .json or .txt with any image."""
-        self._most = None if everything else MAX_CATEGORIES
-        self._left_out: set[str] = set()
-        self.names = Names.of(self._read(shards))
-
-    def reader(self, shards: Sequence[str]) -> Members:
-        """Return the reader of the images."""
-        shard = np.frombuffer(self.shard, np.int32)
-        return Members(
-            shards, self.names, shard, np.frombuffer(self.place, np.int64).reshape(-1, 2)
-        )
-
-    def _read(self, shards: Sequence[str]) -> Iterator[bytes]:
+        self._everything = everything
+        names, places, numbers = list[bytes](), list[tuple[int, int]](), list[int]()
         for number, shard in enumerate(shards):
             stem = os.fsencode(Path(shard).stem)
             try:
                 with open(shard, "rb") as file:
-                    for sample in _samples(shard):
-                        ending = next((e for e in EXTENSIONS if e[1:] in sample.members), None)
+                    for key, members in _samples(shard):
+                        ending = next((e for e in EXTENSIONS if e[1:] in members), None)
                         if ending is None:
-                            name = shown(os.fsdecode(sample.key))
-                            where = f"{shown(os.fsdecode(stem))}/{name}"
+                            where = shown(os.fsdecode(stem + b"/" + key))
                             self.unusable.append((where, "no image with it"))
                             continue
-                        row = len(self.shard)
-                        self.shard.append(number)
-                        self.place.extend(sample.members[ending[1:]])
-                        for field, (offset, length) in sample.members.items():
-                            if field in ("cls", "txt", "json") and length <= _LARGEST_LABEL:
-                                self.labelled = True
+                        for field, (offset, length) in members.items():
+                            known = ("cls", "json", *["txt"] * everything)
+                            if field in known and length <= _LARGEST_LABEL:
                                 file.seek(offset)
-                                self._label(row, field, file.read(length))
-                        yield stem + b"/" + sample.key + ending.encode()
+                                self._label(len(names), field, file.read(length))
+                        names.append(stem + b"/" + key + ending.encode())
+                        places.append(members[ending[1:]])
+                        numbers.append(number)
             except (OSError, tarfile.TarError, EOFError, ValueError) as error:
                 reason = shown(str(error).split("\n")[0])
                 raise UserError(
                     f"{shown(shard)}: damaged tar file ({reason}); copy it again"
                 ) from None
+        for column in self.columns.values():
+            column += [None] * (len(names) - len(column))
+        place = np.array(places, np.int64).reshape(-1, 2)
+        self.reader = Members(shards, names, np.array(numbers, np.int32), place)
 
     def _label(self, row: int, field: str, content: bytes) -> None:
         text = content.decode("utf-8", "replace").strip()
         fields = {"cls": "class", "txt": "text"}
         values = {fields[field]: text} if field in fields else _json_fields(text)
         for key, value in values.items():
-            known = field != "json" or self._most is None or re.search(r"label|class|cls", key)
-            if not known or key in self._left_out:
-                continue
-            column = self.columns.setdefault(key, _Column())
-            column.add(row, value)
-            if self._most is not None and len(column.texts) > self._most:
-                self._left_out.add(key)
-                del self.columns[key]
+            if field != "json" or self._everything or re.search(r"label|class|cls", key):
+                column = self.columns.setdefault(key, [])
+                column += [None] * (row - len(column))
+                column.append(sys.intern(value))
 
 
-def _samples(shard: str) -> Iterator[_Sample]:
+def _samples(shard: str) -> Iterator[tuple[bytes, dict[str, tuple[int, int]]]]:
+    """Yield the key of each sample and where its members lie: (offset, length) by ending."""
     with tarfile.open(shard, "r:") as tar:
-        sample = _Sample(b"", {})
+        key, members = b"", dict[str, tuple[int, int]]()
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps every member
             folder, slash, last = info.name.rpartition("/")
             stem, _, ending = last.partition(".")
             if not info.isreg() or info.sparse or not stem:
                 continue
-            key = os.fsencode(folder + slash + stem)
-            if key != sample.key:
-                if sample.members:
-                    yield sample
-                sample = _Sample(key, {})
-            sample.members.setdefault(ending.lower(), (info.offset_data, info.size))
-        if sample.members:
-            yield sample
+            own = os.fsencode(folder + slash + stem)
+            if own != key:
+                if members:
+                    yield key, members
+                key, members = own, {}
+            members.setdefault(ending.lower(), (info.offset_data, info.size))
+        if members:
+            yield key, members
     with open(shard, "rb") as file:  # tarfile takes a damaged header, or a cut, for the end
         file.seek(tar.offset)
         block = file.read(tarfile.BLOCKSIZE)
-    if block.strip(b"\0"):
-        raise tarfile.ReadError(f"no header at byte {tar.offset}")
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"cut short at byte {tar.offset}, it has no end mark")
+    if block.strip(b"\0") or len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut short or no header at byte {tar.offset}")
 
 
 def _json_fields(text: str) -> dict[str, str]:
@@ -225,117 +213,34 @@ def _json_fields(text: str) -> dict[str, str]:
 def _targets(found: dict[str, _Index]) -> dict[str, dict[str, Target]]:
     """Make targets of the fields that look like labels, with the same classes in all splits."""
     targets: dict[str, dict[str, Target]] = {split: {} for split in found}
-    for key in sorted(found["train"].columns, key=lambda key: (key == "text", key != "class")):
-        parts = {split: i.columns[key] for split, i in found.items() if _whole(i, key)}
-        distinct = list(dict.fromkeys(text for part in parts.values() for text in part.texts))
-        repeats = sum(len(part.numbers) for part in parts.values()) > len(distinct)
-        names = category_names([*distinct, *distinct[:1]] if repeats else distinct)
-        position = {text: i for i, text in enumerate(names)}
-        for split, part in parts.items() if names else ():
-            values = np.array([position[text] for text in part.texts], np.int64)
-            targets[split][key] = Target(values[np.frombuffer(part.numbers, np.int64)], names)
-    return targets
-
-
-class _Folders(NamedTuple):
-    """What the folders of the members say."""
-
-    targets: dict[str, dict[str, Target]]
-    rows: dict[str, np.ndarray]
-    """Of the train and the test split, if the folders have those names."""
-    test: str
-    """Name of the folder of the test split."""
-
-
-def _folders(readers: dict[str, Members]) -> _Folders | None:
-    """Take the folders of the members for splits and classes; None if they are neither.
-
-    As in folders of files: train/ and test/ come first, and a sole folder is no class. Images that
-    lie in no folder, or in too many, have no class.
-    """
-    places = {
-        split: [_parts(reader.name(row).rpartition("/")[0]) for row in range(len(reader))]
-        for split, reader in readers.items()
-    }
-    rows: dict[str, np.ndarray] = {}
-    test = ""
-    if len(places) == 1:
-        own = places["train"]
-        depth = _shared(own)
-        depth -= depth > 0 and own[0][depth - 1].lower() in TRAIN_NAMES + TEST_NAMES
-        heads = [place[depth] if len(place) > depth else "" for place in own]
-        chosen_heads = choose_splits(dict.fromkeys(heads)) if own else {}
-        if "test" in chosen_heads:
-            test = chosen_heads["test"]
-            rows = {
-                split: np.flatnonzero([head == name for head in heads])
-                for split, name in chosen_heads.items()
-            }
-            places["train"] = [place[depth + 1 :] for place in own]
-    else:  # the names of the shards say it already
-        for split, own in places.items():
-            if all(place and place[0].lower() in TRAIN_NAMES + TEST_NAMES for place in own):
-                places[split] = [place[1:] for place in own]
-    used = {
-        split: [own[row] for row in rows.values() for row in row.tolist()] if rows else own
-        for split, own in places.items()
-    }
-    distinct = {place for own in used.values() for place in own}
-    depth = _shared(distinct)
-    names = sorted({"/".join(place[depth:]) for place in distinct})
-    targets: dict[str, dict[str, Target]] = {split: {} for split in places}
-    if 1 < len(names) <= MAX_CATEGORIES and "" not in names:
-        position = {name: i for i, name in enumerate(names)}
-        for split, own in places.items():
-            values = [position.get("/".join(place[depth:]), 0) for place in own]
-            targets[split]["class"] = Target(np.array(values, np.int64), tuple(names))
-    return _Folders(targets, rows, test) if rows or any(targets.values()) else None
-
-
-@functools.lru_cache(4096)
-def _parts(folder: str) -> tuple[str, ...]:
-    """Return the folders of a member, from the reader's name of them: SHARD/FOLDER/...."""
-    return tuple(shown(part) for part in folder.split("/")[1:] if part not in ("", "."))
-
-
-def _shared(places: Iterable[tuple[str, ...]]) -> int:
-    """Return how many outer folders all places share."""
-    first, last = min(places, default=()), max(places, default=())
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
-    )
-
-
-def _factor_targets(
-    found: dict[str, _Index], factors: Sequence[str], train: list[np.ndarray], origin: str
-) -> dict[str, dict[str, Target]]:
-    """Make targets of the factors; `train` [N] bool for each part says which are for training."""
-    shared = [
-        key for key in found["train"].columns if all(key in i.columns for i in found.values())
-    ]
-    targets: dict[str, dict[str, Target]] = {split: {} for split in found}
-    ends = np.cumsum([len(mask) for mask in train])
-    for key in chosen(factors, shared, origin):
-        values: list[str | None] = []
-        for index in found.values():
-            column = index.columns[key]
-            texts = [*column.texts, None]  # the last for -1
-            own = [texts[number] for number in column.numbers]
-            values += own + [None] * (len(index.shard) - len(own))
-        whole = factor_target(key, values, np.concatenate(train), origin)
-        for split, end, mask in zip(found, ends, train, strict=True):
-            targets[split][key] = whole.take(np.arange(end - len(mask), end))
+    for key in sorted(found["train"].columns, key=lambda key: key != "class"):
+        columns = {split: i.columns[key] for split, i in found.items() if _whole(i, key)}
+        names = category_names(text for column in columns.values() for text in column)
+        for split, column in columns.items() if names else ():
+            targets[split][key] = index_target(column, names)
     return targets
 
 
 def _whole(index: _Index, key: str) -> bool:
     """Whether every sample has this field."""
-    column = index.columns.get(key)
-    return (
-        column is not None
-        and len(column.numbers) == len(index.shard)
-        and (-1 not in column.numbers)
-    )
+    return None not in index.columns.get(key, [None])
+
+
+def _factor_targets(
+    found: dict[str, _Index], factors: Sequence[str], train: np.ndarray, origin: str
+) -> dict[str, dict[str, Target]]:
+    """Make targets of the factors; `train` are the rows of the first part that are for training."""
+    first, *others = found.values()
+    shared = [key for key in first.columns if all(key in i.columns for i in others)]
+    targets: dict[str, dict[str, Target]] = {split: {} for split in found}
+    for key in chosen(factors, shared, origin):
+        values = [text for index in found.values() for text in index.columns[key]]
+        whole = factor_target(key, values, np.isin(np.arange(len(values)), train), origin)
+        start = 0
+        for split, index in found.items():
+            rows = np.arange(start, start := start + len(index.reader))
+            targets[split][key] = whole.take(rows)
+    return targets
 
 
 def _splits(path: str) -> dict[str, list[str]]:

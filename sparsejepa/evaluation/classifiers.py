@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
-from sparsejepa.data.store import stratified
+from sparsejepa.data.images import stratified
 from sparsejepa.errors import UserError
 from sparsejepa.training.quality import TEMPERATURE, moments, unit_rows, vote
 

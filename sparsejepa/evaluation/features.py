@@ -21,9 +21,7 @@ from torch import Tensor
 
 from sparsejepa.config import Config, load_toml
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.decode import shown
-from sparsejepa.data.store import DeviceImages, ImageSet, Target
-from sparsejepa.data.stream import ImageStream, open_images
+from sparsejepa.data.images import DeviceImages, Images, ImageSet, Target, shown
 from sparsejepa.distributed import current, gather_rows, own_rows
 from sparsejepa.encoders.encoder import (
     GROUPS,
@@ -280,7 +278,7 @@ def check_path(path: Path) -> None:
 def embed_to(
     path: Path,
     encoder: Encoder,
-    images: ImageSet | ImageStream,
+    images: Images,
     *,
     pool: Pool = "mean",
     groups: GroupActivations | None = None,
@@ -327,10 +325,10 @@ def embed_to(
 
 
 def _blocks(
-    encoder: Encoder, images: ImageSet | ImageStream, pool: Pool, groups: GroupActivations | None
+    encoder: Encoder, images: Images, pool: Pool, groups: GroupActivations | None
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yield the rows [m] of the images of a block and their arrays, `x` and perhaps `groups`."""
-    world, source, size = current(), open_images(images, encoder.device), batch_rows(encoder)
+    world, source, size = current(), images.open(encoder.device), batch_rows(encoder)
     whole = np.arange(len(images))
     parts = [whole[start : start + ROWS] for start in range(0, len(whole), ROWS)]
     own = [torch.from_numpy(own_rows(part, world)).split(size) for part in parts]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsejepa.data.augment import Augment
-from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.data.images import DeviceImages, ImageSet
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.environment import has_bf16
 from sparsejepa.errors import UserError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.images import ImageSet
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.classifiers import LogisticProbe, Standardized

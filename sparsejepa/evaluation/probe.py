@@ -17,8 +17,7 @@ import torch
 
 from sparsejepa import version
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.decode import shown
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.images import ImageSet, shown
 from sparsejepa.distributed import current, first_here, on_main
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.encoders.load import load

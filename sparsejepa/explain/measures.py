@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.data.images import DeviceImages, ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import disentangle, information
 from sparsejepa.evaluation.classifiers import LogisticProbe

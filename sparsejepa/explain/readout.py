@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsejepa.data.store import DeviceImages, ImageSet
+from sparsejepa.data.images import DeviceImages, ImageSet
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import MAX_TOKENS

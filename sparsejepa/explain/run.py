@@ -20,7 +20,7 @@ import torch
 
 from sparsejepa import __version__, version
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.images import ImageSet
 from sparsejepa.encoders.encoder import FITTED
 from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsejepa.config import Config
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.images import ImageSet
 from sparsejepa.encoders.encoder import Encoder, load_groups
 from sparsejepa.encoders.load import folder_of, load
 from sparsejepa.errors import UserError

@@ -22,7 +22,6 @@ from rich.table import Table as RichTable
 
 from sparsejepa.config import Config, preset
 from sparsejepa.data.catalog import load_images
-from sparsejepa.data.stream import open_images
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.results import read_rows
 from sparsejepa.study.figures import save_png
@@ -305,7 +304,7 @@ def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
     masks = build_sampler(config, grid).sample(SAMPLES, seed=seed, step=0)
-    opened = open_images(image_set, "cpu", 0)  # a stream has no array of all
+    opened = image_set.open("cpu", 0)  # a stream has no array of all
     first = opened.take(torch.arange(SAMPLES)).numpy()
     opened.close()
     samples = samples_picture(first, masks, grid)

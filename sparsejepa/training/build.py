@@ -20,8 +20,7 @@ from torch import Tensor
 
 from sparsejepa.config import ENCODER_SIZES, Config, check_pattern
 from sparsejepa.data.augment import Augment
-from sparsejepa.data.store import ImageSet
-from sparsejepa.data.stream import ImageStream
+from sparsejepa.data.images import Images
 from sparsejepa.distributed import World, first_here, local
 from sparsejepa.encoders.encoder import GROUPS, RGB, vit_arguments
 from sparsejepa.encoders.load import load, plain
@@ -35,8 +34,6 @@ from sparsejepa.model.vit import ViT
 from sparsejepa.rng import derive_seed
 from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule
-
-Images = ImageSet | ImageStream
 
 
 @dataclass(frozen=True)

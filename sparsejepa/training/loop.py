@@ -25,8 +25,7 @@ from torch import Tensor
 
 from sparsejepa import version
 from sparsejepa.config import Config, check_pattern
-from sparsejepa.data.store import DeviceImages
-from sparsejepa.data.stream import ImageStream, StreamImages, block_order, open_images
+from sparsejepa.data.images import Batches, Images, block_order
 from sparsejepa.distributed import (
     Agreement,
     World,
@@ -52,7 +51,6 @@ from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.vit import ViT
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
-    Images,
     arm_name,
     build_augment,
     build_model,
@@ -170,7 +168,7 @@ def _train(
     report = ProgressLine(console if world.main else None, arm_name(config))
     augment = build_augment(config, image_set)
     train_step = TrainStep(config, model, augment, total, report.say, world, device)
-    images = open_images(image_set, device, config.run.workers)
+    images = image_set.open(device, config.run.workers)
     order = epoch_order(config, image_set, images)
     evaluate = OnlineEvaluation(image_set, images, world=world)
     if world.main:
@@ -313,7 +311,7 @@ def _finish(
     run_dir: Path,
     config: Config,
     image_set: Images,
-    images: DeviceImages | StreamImages,
+    images: Batches,
     encoder: ViT,
     groups: GroupMap | None,
     summary: dict[str, Any],
@@ -347,7 +345,7 @@ def _finish(
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
-def _list_skipped(run_dir: Path, images: DeviceImages | StreamImages, world: World) -> int:
+def _list_skipped(run_dir: Path, images: Batches, world: World) -> int:
     """Add the images that could not be read while training to `SKIPPED`; return how many it lists.
 
     All processes' and, after a resume, those of earlier parts of the run.
@@ -373,11 +371,9 @@ def check_shares(config: Config, world: World) -> None:
         )
 
 
-def epoch_order(
-    config: Config, image_set: Images, images: DeviceImages | StreamImages
-) -> EpochOrder:
+def epoch_order(config: Config, image_set: Images, images: Batches) -> EpochOrder:
     """Return the order in which a run sees its images."""
-    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+    blocks = image_set.blocks
     count, batch, seed = len(image_set), config.optim.batch_size, config.run.seed
     return EpochOrder(count, batch, seed, images.index_device, blocks)
 
@@ -449,7 +445,7 @@ def plan(
     start, config, image_set = prepare(config, images)
     total, batch = total_steps(config, len(image_set)), config.optim.batch_size
     model = build_model(config, image_set.img_size, total, start).to(device)
-    opened = open_images(image_set, device, config.run.workers)
+    opened = image_set.open(device, config.run.workers)
     train_step = TrainStep(config, model, build_augment(config, image_set), total)
     order = epoch_order(config, image_set, opened)
     times = []

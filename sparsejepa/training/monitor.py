@@ -23,8 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsejepa.config import Config
 from sparsejepa.data.augment import normalize
-from sparsejepa.data.store import DeviceImages, ImageSet
-from sparsejepa.data.stream import ImageStream, StreamImages
+from sparsejepa.data.images import Batches, Images
 from sparsejepa.distributed import World, gather_rows, own_rows
 from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
@@ -176,14 +175,14 @@ class OnlineEvaluation:
 
     def __init__(
         self,
-        image_set: ImageSet | ImageStream,
-        images: DeviceImages | StreamImages,
+        image_set: Images,
+        images: Batches,
         count: int = 2048,
         world: World = World(),  # noqa: B008  (it is frozen)
     ) -> None:
         rng, self._mixed = np.random.default_rng(0), None
         order = choose_images(image_set, count, rng)
-        if isinstance(image_set, ImageStream) and image_set.blocks is not None:
+        if image_set.blocks is not None:
             self._mixed = torch.from_numpy(rng.permutation(len(order)))
         self._index, self._count = torch.from_numpy(own_rows(order, world)), len(order)
         self._images, self._mean, self._std = images, image_set.mean, image_set.std
@@ -214,14 +213,12 @@ class OnlineEvaluation:
         return row
 
 
-def choose_images(
-    image_set: ImageSet | ImageStream, count: int, rng: np.random.Generator
-) -> np.ndarray:
+def choose_images(image_set: Images, count: int, rng: np.random.Generator) -> np.ndarray:
     """Choose about `count` images at random; of images fetched in stretches, in order and of few.
 
     Returns their indices.
     """
-    blocks = image_set.blocks if isinstance(image_set, ImageStream) else None
+    blocks = image_set.blocks
     if blocks is None:
         return rng.permutation(len(image_set))[:count]
     return _of_few(blocks, count, rng)

@@ -17,8 +17,7 @@ from sparsejepa.verbs.base import DATA, Verb, check_counts, image_size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsejepa.data.store import ImageSet
-    from sparsejepa.data.stream import ImageStream
+    from sparsejepa.data.images import Images
     from sparsejepa.encoders.encoder import Encoder
 
 
@@ -112,13 +111,13 @@ def _hidden(args: Embed) -> int:
         return 0
 
 
-def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> ImageSet | ImageStream:
+def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> Images:
     from sparsejepa.data.catalog import load_dataset, only_streamed, stream_dataset
     from sparsejepa.evaluation.features import read_fitting
 
     open_dataset = stream_dataset if args.stream or only_streamed(args.data) else load_dataset
 
-    def read(size: tuple[int, int] | None, upscale: bool) -> ImageSet | ImageStream:
+    def read(size: tuple[int, int] | None, upscale: bool) -> Images:
         return open_dataset(
             args.data,
             args.split,

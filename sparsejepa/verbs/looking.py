@@ -173,7 +173,6 @@ class Data(Verb):
 def data(args: Data, console: Console) -> dict[str, Any]:
     """List, fetch or check data sets."""
     from sparsejepa.data.catalog import describe, list_datasets
-    from sparsejepa.data.facts import counts_text, skipped_lines
 
     if args.action == "list":
         rows = [dataclasses.asdict(row) for row in list_datasets(args.data_root)]
@@ -192,21 +191,26 @@ def data(args: Data, console: Console) -> dict[str, Any]:
             upscale=args.upscale,
             stream=args.stream,
         )
-        if args.action == "get" and about["mean"] is None:
-            raise UserError(f"{name}: {about['notes'][0]}")
         found.append(about)
-        facts = {k: v for k, v in about.items() if k not in ("splits", "notes") and v is not None}
+        facts = {k: v for k, v in about.items() if k != "splits"}
         show_facts(console, facts, name)
         for split, values in about["splits"].items():
-            classes = {key: counts_text(own) for key, own in values["classes"].items()}
-            shown = {k: v for k, v in values.items() if v is not None}
-            shown |= {"classes": classes, "skipped": len(values["skipped"])}
+            skipped = [f"skipped {file}: {reason}" for file, reason in values["skipped"]]
+            classes = {
+                key: _first([f"{label} {count}" for label, count in counts.items()], ", ")
+                for key, counts in values["classes"].items()
+            }
+            shown = values | {"classes": classes, "skipped": len(skipped)}
             show_facts(console, shown, f"{name}: {split}")
-            for line in skipped_lines(values["skipped"]):
-                console.print(line, markup=False)
-        for note in about["notes"]:
-            console.print(note, markup=False)
+            if skipped:
+                console.print(_first(skipped, "\n"), markup=False)
     return {"datasets": found}
+
+
+def _first(texts: list[str], between: str, most: int = 10) -> str:
+    """Join the first few texts, and say how many more there are."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return between.join([*texts[:most], *more])
 
 
 @dataclass(frozen=True)

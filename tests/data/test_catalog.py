@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
 from sparsejepa.cli import main
-from sparsejepa.data import catalog, scenes
+from sparsejepa.data import scenes
 from sparsejepa.data.catalog import describe, list_datasets, load_dataset, stream_dataset
-from sparsejepa.data.facts import counts_text, one_sided, skipped_lines
+from sparsejepa.data.images import read_image
 from sparsejepa.errors import UserError
 
 Save = Callable[..., np.ndarray]
@@ -25,7 +25,7 @@ Save = Callable[..., np.ndarray]
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(catalog, "SCENE_COUNTS", {"train": 80, "test": 40})
+    monkeypatch.setattr(scenes, "SCENE_COUNTS", {"train": 80, "test": 40})
 
 
 def test_scenes_are_the_generators(tmp_path: Path):
@@ -52,6 +52,20 @@ def test_single_objects_have_every_factor_and_disjoint_splits(tmp_path: Path):
         chosen.append(grid.index(factors))
         assert (grid.render(chosen[-1], 32) == images.images).all()
     assert len(set(np.concatenate(chosen).tolist())) == 120
+
+
+@pytest.mark.parametrize("name", ["scenes", "scenes:single"])
+def test_built_in_masks_are_the_generators(tmp_path: Path, name: str):
+    for split, first in (("train", 0), ("test", 80)):
+        images = load_dataset(name, split, img_size=(16, 16), cache_dir=tmp_path, truth=True)
+        if name == "scenes":
+            want = scenes.Scenes().render(np.arange(first, first + len(images)), 16).masks
+        else:
+            grid = scenes.SingleObjects()
+            factors = np.stack([target.values for target in images.targets.values()], 1)
+            want = grid.masks(grid.index(factors), 16)
+        assert images.masks is not None and (images.masks == want).all()
+    assert load_dataset("scenes", "test", img_size=(16, 16), cache_dir=tmp_path).masks is None
 
 
 def test_scenes_in_other_sizes(tmp_path: Path):
@@ -108,7 +122,7 @@ def test_splits_of_different_sizes(tmp_path: Path, save: Save):
     assert load_dataset(tmp_path / "d", "test", img_size=(6, 6), **options).img_size == (6, 6)
 
 
-def test_describe_is_plain(tmp_path: Path, save: Save):
+def test_describe_is_plain(tmp_path: Path, save: Save, capsys: pytest.CaptureFixture[str]):
     for i in range(10):
         save(tmp_path / "d" / "ab"[i % 2] / f"{i}.png")
     (tmp_path / "d" / "a" / "broken.png").write_bytes(b"x")
@@ -119,10 +133,14 @@ def test_describe_is_plain(tmp_path: Path, save: Save):
     assert splits["train"]["targets"] == {"class": 2}
     assert splits["train"]["classes"] == {"class": {"a": 4, "b": 4}}
     assert result["test_split"] == "a fifth of each class, by a hash of the name"
-    assert result["sizes"] == {"smallest": [8, 8], "largest": [8, 8]} and result["notes"] == []
     skipped = splits["train"]["skipped"] + splits["test"]["skipped"]
     assert skipped == [["a/broken.png", "not an image"]]
     assert result["img_size"] == [8, 8] and len(result["mean"]) == len(result["std"]) == 3
+    stream = describe(tmp_path / "d", stream=True)
+    assert stream["mean"] == result["mean"] and stream["splits"]["train"]["images"] in (8, 9)
+    assert main(["data", "check", str(tmp_path / "d"), "--stream"]) == 0
+    out = capsys.readouterr().out
+    assert "b 4" in out and "a/broken.png: not an image" in out
 
 
 def test_list_of_data_sets(tmp_path: Path, save: Save):
@@ -143,15 +161,13 @@ def test_list_of_data_sets(tmp_path: Path, save: Save):
         (tmp_path / "shards" / shard).touch()
     rows = {row.name: row for row in list_datasets(tmp_path)}
     names = ["scenes", "scenes:single", "cifar100", "cifar10", "svhn"]
-    official = ["inaturalist2018", "places365", "imagenet", "clevr-count"]
+    official = ["imagenet", "places365", "inaturalist2018", "clevr-count"]
     assert list(rows)[:5] == names and set(official) <= rows.keys()
     others = {"hub:someone/pictures", "hub:a/b", "flat", "photos", "shards"}
     assert set(list(rows)[5:]) == {*official, *others}
     assert rows["scenes"].found == "built in" and rows["svhn"].found == ""
     assert rows["cifar100"].found == str(tmp_path / "uoft-cs" / "cifar100")
-    assert rows["cifar100"].splits == ("train", "test")
-    assert rows["photos"].splits == ("train", "val") and rows["flat"].splits == ("all",)
-    assert (rows["shards"].source, rows["shards"].splits) == ("tar shards", ("train", "val"))
+    assert rows["photos"].source == "folder in the data root"
     assert [row.name for row in list_datasets(None)] == names + official
 
 
@@ -175,61 +191,75 @@ def test_sizes_as_one_number_or_two(tmp_path: Path, save: Save, size: Any):
             load_dataset(tmp_path / "d", img_size=wrong, cache_dir=tmp_path)  # type: ignore
 
 
+# What torchvision reads
+
+
 @pytest.fixture
-def mixed(tmp_path: Path, save: Save) -> Path:
-    """Images of several sizes; train has a class that test has not, and the other way round."""
+def root(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small trees of the form that torchvision.datasets wants."""
+    (tmp_path / "imagenet").mkdir()
+    names = {"n01": ("tench", "Tinca tinca"), "n02": ("crane",), "n03": ("crane",)}
+    torch.save((names, []), tmp_path / "imagenet" / "meta.bin")
+    for split, count in (("train", 2), ("val", 1)):
+        for synset in names:
+            for i in range(count):
+                save(tmp_path / "imagenet" / split / synset / f"{synset}_{i}.JPEG")
+    places = tmp_path / "places365"
     for i in range(4):
-        save(tmp_path / "d" / "train" / "ab"[i % 2] / f"{i}.jpg", (20, 100 + i))
-        save(tmp_path / "d" / "val" / "bd"[i % 2] / f"{i}.png", (200, 150))
-    return tmp_path / "d"
+        save(places / "data_256_standard" / "ab"[i % 2] / ["abbey", "bar"][i % 2] / f"{i}.jpg")
+        save(places / "val_256" / f"{i}.jpg")
+    lines = [f"/{'ab'[i % 2]}/{['abbey', 'bar'][i % 2]}/{i}.jpg {i % 2}" for i in range(4)]
+    (places / "places365_train_standard.txt").write_text("\n".join(lines) + "\n")
+    (places / "places365_val.txt").write_text("0.jpg 1\n1.jpg 1\n2.jpg 0\n3.jpg 0\n")
+    (places / "categories_places365.txt").write_text("/a/abbey 0\n/b/bar 1\n")
+    # Checksums of the true lists, which these are not.
+    monkeypatch.setattr("torchvision.datasets.places365.check_integrity", lambda *a, **k: True)
+    for i in range(10):
+        kind = ["Aves/0", "Fungi/1", "Aves/2"][i % 3]
+        save(tmp_path / "inaturalist2018" / "2018" / kind / f"{i}.jpg")
+    clevr = tmp_path / "clevr-count" / "clevr" / "CLEVR_v1.0"
+    for split in ("train", "val"):
+        scenes = []
+        for i in range(8):
+            save(clevr / "images" / split / f"CLEVR_{split}_{i:06d}.png")
+            objects = [{}] * (3 + (5 * i + 1) % 8)
+            scenes.append({"image_filename": f"CLEVR_{split}_{i:06d}.png", "objects": objects})
+        (clevr / "scenes").mkdir(exist_ok=True)
+        path = clevr / "scenes" / f"CLEVR_{split}_scenes.json"
+        path.write_text(json.dumps({"scenes": scenes}))
+    return tmp_path
 
 
-def test_check_tells_of_images_that_are_too_small(
-    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    small = "smallest 20x100, largest 200x150; 4 of 8 are smaller than 64: --upscale or "
-    found = describe(mixed, img_size=64, cache_dir=tmp_path / "c")
-    assert found["notes"][0] == f"{small}--img-size 20"
-    assert found["mean"] is None and found["splits"]["train"]["images"] == 4
-    several = "smallest 20x100, largest 200x150: set --img-size, at most 20 (more with --upscale)"
-    assert describe(mixed)["notes"][0] == several
-    assert describe(mixed, stream=True)["notes"][0] == several
-    for size, upscale in ((20, False), (64, True)):
-        found = describe(mixed, img_size=size, upscale=upscale, cache_dir=tmp_path / "c")
-        assert (
-            found["notes"] == ["class: only in train: a (2 images); only in test: d (2 images)"]
-            and found["mean"]
-        )
-    assert found["test_split"] == "val/"
-    assert main(["data", "check", str(mixed), "--img-size", "64"]) == 0
-    out = capsys.readouterr().out
-    assert small in " ".join(out.split()) and "a 2, b 2" in out and "val/" in out
-    assert main(["data", "get", str(mixed), "--img-size", "64"]) == 2
-    assert "are smaller than 64" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "target", "names", "train", "test"),
+    [
+        ("imagenet", "class", ("tench", "crane (n02)", "crane (n03)"), [0, 0, 1, 1, 2, 2],
+         [0, 1, 2]),
+        ("places365", "scene", ("abbey", "bar"), [0, 1, 0, 1], [1, 1, 0, 0]),
+        ("inaturalist2018", "species", ("Aves/0", "Fungi/1", "Aves/2"), [0, 0, 0, 1, 1, 2, 2],
+         [0, 1, 2]),
+        ("clevr-count", "count", tuple("3 4 5 6 7 8 9 10".split()), [1, 6, 3, 0, 5, 2, 7, 4],
+         [1, 6, 3, 0, 5, 2, 7, 4]),
+    ],
+)  # fmt: skip
+def test_what_torchvision_reads(root: Path, name, target, names, train, test):
+    for split, values in (("train", train), ("test", test)):
+        images = load_dataset(name, split, data_root=root, cache_dir=root / "cache")
+        assert images.primary is images.targets[target] and images.primary.names == names
+        assert images.primary.values.tolist() == values
+        for file, pixels in zip(images.files, images.images, strict=True):
+            assert (read_image(file, root / name / file, None, False) == pixels).all()
+        stream = stream_dataset(name, split, data_root=root, factors=[target])
+        assert tuple(stream.files) == images.files and list(stream.targets) == [target]
+    (row,) = [row for row in list_datasets(root) if row.name == name]
+    assert row.found == str(root / name)
 
 
-def test_turned_photos_are_measured_as_they_are_shown(tmp_path: Path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for i in range(5):
-        Image.new("RGB", (40, 20)).save(tmp_path / f"{i}.jpg", exif=exif)
-    assert describe(tmp_path, cache_dir=tmp_path / "c")["sizes"]["smallest"] == [40, 20]
-
-
-def test_one_image_is_too_few(tmp_path: Path, save: Save):
-    save(tmp_path / "d" / "a.png")
-    with pytest.raises(UserError, match="1 image: too few to train on; add some"):
-        describe(tmp_path / "d", cache_dir=tmp_path / "c")
-
-
-def test_lines_about_many_classes_and_files():
-    counts = {f"c{i}": i + 1 for i in range(12)}
-    assert counts_text(counts).endswith("c9 10, and 2 more")
-    (line,) = one_sided({"train": {"class": counts}, "test": {"class": {"c0": 1}}})
-    assert line.startswith("class: only in train: c1, ")
-    assert line.endswith("c10, and 1 more (77 images)")
-    skipped = [[f"{i}.png", "no row in factors.csv"] for i in range(2000)]
-    assert skipped_lines([*skipped, ["x.png", "not an image"]]) == [
-        "skipped 2000 files: no row in factors.csv; the first is 0.png",
-        "skipped x.png: not an image",
-    ]
+@pytest.mark.parametrize("name", ["imagenet", "places365", "inaturalist2018", "clevr-count"])
+def test_what_torchvision_does_not_find(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=f"{name}: not in the data root; make a folder DIR/{name}"):
+        load_dataset(name, data_root=tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"not as torchvision.datasets.\w+ reads it \(") as caught:
+        load_dataset(name, data_root=tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Columns asked for by name: from CSV, parquet beside images, and the hub's files."""
+"""Columns asked for by name: from a table beside images, and from the hub's files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsejepa.data.catalog import list_datasets, load_dataset
-from sparsejepa.data.factors import BINS, MAX_LEVELS, chosen, factor_target
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.catalog import load_dataset
+from sparsejepa.data.folders import BINS, MAX_LEVELS, chosen, factor_target
+from sparsejepa.data.images import ImageSet
 from sparsejepa.errors import UserError
 
 Save = Callable[..., np.ndarray]
@@ -56,20 +56,14 @@ COLUMNS: dict[str, list[Any]] = {
 PLAIN = [key for key, values in COLUMNS.items() if not isinstance(values[0], list)]
 
 
-def write_folder(folder: Path, save: Save, kind: str) -> Path:
+def write_folder(folder: Path, save: Save) -> Path:
     """A folder of images 00.png.. with COLUMNS as a table; images are numbered in the names."""
     files = [f"{i:02d}.png" for i in range(N)]
     for file in files:
         save(folder / "images" / file, (4, 4))
-    if kind == "csv":
-        with (folder / "factors.csv").open("w", newline="") as out:
-            rows = zip(files, *(COLUMNS[key] for key in PLAIN), strict=True)
-            csv.writer(out).writerows([["file", *PLAIN], *rows])
-    else:
-        columns = {key: pa.array(values) for key, values in COLUMNS.items()}
-        columns["size"] = columns["size"].cast(pa.float32())
-        columns["kind"] = columns["kind"].dictionary_encode()
-        pq.write_table(pa.table({"file": files, **columns}), folder / "factors.parquet")
+    with (folder / "factors.csv").open("w", newline="") as out:
+        rows = zip(files, *(COLUMNS[key] for key in PLAIN), strict=True)
+        csv.writer(out).writerows([["file", *PLAIN], *rows])
     return folder
 
 
@@ -84,9 +78,8 @@ def write_hub(path: Path, rows: slice, features: bytes | None = None, **columns:
     pq.write_table(built.replace_schema_metadata({"huggingface": features or b"{}"}), path)
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_columns_of_a_folder_in_the_order_asked_for(tmp_path: Path, save: Save, load, kind: str):
-    folder = write_folder(tmp_path / "d", save, kind)
+def test_columns_of_a_folder_in_the_order_asked_for(tmp_path: Path, save: Save, load):
+    folder = write_folder(tmp_path / "d", save)
     plain = load(folder)
     asked = load(folder, "size", "turn", "kind")
     for images, default in zip(asked, plain, strict=True):
@@ -97,12 +90,10 @@ def test_columns_of_a_folder_in_the_order_asked_for(tmp_path: Path, save: Save, 
         assert [float(n) for n in names(images, "size")] == pytest.approx(
             [COLUMNS["size"][i] for i in rows]
         )
-    if kind == "parquet":
-        assert asked[0].targets["size"].names == ("0.5", "0.6", "0.7")
 
 
 def test_many_numbers_are_cut_into_bins_of_equal_count(tmp_path: Path, save: Save, load):
-    folder = write_folder(tmp_path / "d", save, "csv")
+    folder = write_folder(tmp_path / "d", save)
     for _ in range(2):  # also from the cache
         train, test = load(folder, "turn", "kind")
         target = train.targets["turn"]
@@ -169,12 +160,12 @@ def test_class_labels_of_the_hub_keep_their_names(tmp_path: Path, load):
         ("ragged", "no factor 'ragged'"),
     ],
 )
-@pytest.mark.parametrize("kind", ["csv", "parquet", "hub"])
+@pytest.mark.parametrize("kind", ["csv", "hub"])
 def test_unusable_factors(tmp_path: Path, save: Save, load, kind: str, factor: str, message: str):
     if kind == "hub":
         write_hub(tmp_path / "d" / "train.parquet", slice(0, N))
     else:
-        write_folder(tmp_path / "d", save, kind)
+        write_folder(tmp_path / "d", save)
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path / "d", factor)
     assert "\n" not in str(caught.value) and str(tmp_path / "d") in str(caught.value)
@@ -200,30 +191,6 @@ def test_factors_of_the_built_in_scenes(load):
     assert list(train.targets) == list(test.targets) == ["y", "shape"]
     with pytest.raises(UserError, match=r"scenes:single: no factor 'colr'.*did you mean 'colour'"):
         load("scenes:single", "colr", img_size=(16, 16))
-
-
-def test_a_table_in_parquet_is_found_by_name_in_the_data_root(tmp_path: Path, save: Save, load):
-    write_folder(tmp_path / "root" / "mine", save, "parquet")
-    (row,) = [row for row in list_datasets(tmp_path / "root") if row.name == "mine"]
-    assert row.source == "folder of images"
-    train, _ = load("mine", data_root=tmp_path / "root")
-    assert {"kind", "whole", "pose_0", "pose_1"} <= set(train.targets)
-
-
-def test_nan_is_no_class(tmp_path: Path, save: Save, load):
-    for i in range(10):
-        save(tmp_path / "images" / f"{i}.png")
-    columns = {"kind": ["a", "b"] * 5, "half": [0.5, float("nan")] * 5}
-    table = {"file": [f"{i}.png" for i in range(10)], **columns}
-    pq.write_table(pa.table(table), tmp_path / "factors.parquet")
-    assert list(load(tmp_path)[0].targets) == ["kind"]
-
-
-def test_a_damaged_table_in_parquet(tmp_path: Path, save: Save, load):
-    save(tmp_path / "images" / "0.png")
-    (tmp_path / "factors.parquet").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"factors\.parquet: cannot be read as a table"):
-        load(tmp_path)
 
 
 @given(

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from sparsejepa.model.encoder import ViT
 
 from sparsejepa.config import preset
 from sparsejepa.data import stream as module
-from sparsejepa.data.catalog import describe, load_dataset, load_images, stream_dataset
-from sparsejepa.data.store import DeviceImages
-from sparsejepa.data.stream import StreamImages, block_order, mixed_blocks, open_images
+from sparsejepa.data.catalog import load_dataset, load_images, stream_dataset
+from sparsejepa.data.hub import MEMORY, Rows
+from sparsejepa.data.images import block_order
+from sparsejepa.data.stream import Decoder, ImageStream, StreamImages
+from sparsejepa.data.tars import Members
 from sparsejepa.errors import UserError
 from sparsejepa.study import pretrain
+from sparsejepa.training.monitor import OnlineEvaluation, _of_few
 
 Save = Callable[..., np.ndarray]
 
@@ -43,7 +49,7 @@ def opened() -> Iterator[Callable[..., StreamImages]]:
     streams: list[StreamImages] = []
 
     def open_it(images: Any, workers: int = 2) -> StreamImages:
-        streams.append(open_images(images, "cpu", workers))  # type: ignore[arg-type]
+        streams.append(images.open("cpu", workers))
         return streams[-1]
 
     yield open_it
@@ -73,16 +79,6 @@ def test_a_stream_is_the_cached_set(photos: Path, tmp_path: Path, opened):
             assert batch.dtype == torch.uint8
             assert (batch.numpy() == cached.images[index.numpy()]).all()
         assert (images.take(order[0]) == batches[0]).all()
-
-
-def test_a_cached_set_has_batches_too(photos: Path, tmp_path: Path):
-    cached = load_dataset(photos, img_size=(8, 8), cache_dir=tmp_path / "cache")
-    images = open_images(cached, "cpu")
-    assert isinstance(images, DeviceImages)
-    (first, second) = images.batches(numbers([3, 1], [0]))
-    assert (first.numpy() == cached.images[[3, 1]]).all()
-    assert (second.numpy() == cached.images[[0]]).all()
-    images.close()
 
 
 def test_batches_of_no_and_of_very_different_sizes(photos: Path, opened):
@@ -177,25 +173,6 @@ def test_mean_and_std_of_many_images_are_those_of_a_fixed_sample(
     np.testing.assert_allclose(first.mean, exact.mean, atol=0.03)
 
 
-def test_what_a_stream_holds_is_told_without_decoding_it(photos: Path, tmp_path: Path):
-    (photos / "train" / "a" / "broken.png").write_bytes(b"")
-    found = describe(photos, img_size=(8, 8), stream=True)
-    train, test = found["splits"]["train"], found["splits"]["test"]
-    assert (train["images"], test["images"]) == (41, 1) and train["targets"] == {"class": 3}
-    assert train["skipped"] == [["a/broken.png", "not an image"]]
-    assert 0 < train["first_batch_seconds"] < 60 and found["img_size"] == [8, 8]
-    cached = describe(photos, img_size=(8, 8), cache_dir=tmp_path / "cache")
-    assert (
-        cached["mean"] == found["mean"] and "first_batch_seconds" not in cached["splits"]["train"]
-    )
-    command = [sys.executable, "-m", "sparsejepa", "data", "check", str(photos), "--img-size", "8"]
-    done = subprocess.run([*command, "--stream"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "first_batch_seconds" in done.stdout.replace(" ", "_")
-    command[4] = "get"
-    done = subprocess.run([*command, "--stream"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and "only for data check" in done.stderr + done.stdout
-
-
 @pytest.fixture
 def holes(tmp_path: Path, save: Save) -> Path:
     """Twenty images of which 3, 4 and 19 cannot be read."""
@@ -223,25 +200,26 @@ def test_unreadable_images_are_replaced_by_the_next(holes: Path, opened, workers
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_unreadable_images_stop(holes: Path, opened, workers: int):
-    order = [torch.arange(20)]
-    assert len(list(opened(stream_dataset(holes, max_unreadable=0.15), workers).batches(order)))
-    with pytest.raises(UserError, match=r"train: 3 of 20 images cannot be read, the first is 03"):
-        stream_dataset(holes, max_unreadable=0.1)
-    stream = stream_dataset(holes, max_unreadable=0.15)
-    (holes / "train" / "11.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"4 of 20 .*\(not an image\).*--max-unreadable"):
+    order, stream = [torch.arange(20)], stream_dataset(holes)
+    for i in range(5, 12):
+        (holes / "train" / f"{i:02d}.png").write_bytes(b"")
+    assert len(list(opened(stream, workers).batches(order)))  # a half
+    (holes / "train" / "12.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"11 of 20 images cannot be read, .*\(not an image\)"):
         list(opened(stream, workers).batches(order))
+    with pytest.raises(UserError, match=r"train: 11 of 20 images cannot be read, the first is 03"):
+        stream_dataset(holes)
 
 
 def test_the_share_counts_from_a_hundred_images_on(tmp_path: Path, save: Save, opened):
     for i in range(400):
         save(tmp_path / "d" / "train" / f"{i:03d}.png", (4, 4))
     save(tmp_path / "d" / "test" / "0.png", (4, 4))
-    stream = stream_dataset(tmp_path / "d", max_unreadable=0.1)
-    for i in range(15):
+    stream = stream_dataset(tmp_path / "d")
+    for i in range(60):
         (tmp_path / "d" / "train" / f"{i:03d}.png").write_bytes(b"")
     images, seen = opened(stream, 0), 0
-    with pytest.raises(UserError, match=r"15 of 100 images"):
+    with pytest.raises(UserError, match=r"60 of 100 images"):
         for batch in images.batches(torch.arange(400).split(20)):
             seen += len(batch)
     assert seen == 80
@@ -255,27 +233,39 @@ def test_nothing_readable_at_all(tmp_path: Path):
         for i in range(3):
             (tmp_path / "d" / split / f"{i}.png").write_bytes(b"")
     with pytest.raises(UserError, match="3 of 3 images cannot be read"):
-        stream_dataset(tmp_path / "d", max_unreadable=1.0)
+        stream_dataset(tmp_path / "d")
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (signal.SIGKILL, r"killed \(SIGKILL\), perhaps for want of memory; use fewer --workers"),
-        (signal.SIGSEGV, r"died of SIGSEGV; --workers 0"),
-    ],
-)
-def test_a_dead_worker_is_one_line(photos: Path, opened, number: int, message: str):
+def test_a_dead_worker_is_one_line(photos: Path, opened):
     images = opened(stream_dataset(photos, img_size=(8, 8)))
     batches = images.batches(iter(lambda: torch.arange(8), None))
     next(batches)
-    (crew,) = images._crews
-    os.kill(crew._processes[1].pid, number)
-    with pytest.raises(UserError, match=message) as caught:
+    worker = multiprocessing.active_children()[-1]
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"decodes images died .*--workers") as caught:
         for _ in range(1000):
             next(batches)
     assert "\n" not in str(caught.value)
-    assert all(process.poll() is not None for process in crew._processes)
+
+
+@pytest.mark.parametrize("small", ["before", "while"])
+def test_too_little_shared_memory_is_one_line(
+    photos: Path, opened, small: str, monkeypatch: pytest.MonkeyPatch
+):
+    images = opened(stream_dataset(photos, img_size=(8, 8)))
+    if small == "before":
+        usage = SimpleNamespace(free=3 * 8 * 8 * 8 * 3 - 1)  # of three batches of eight
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    else:  # the workers are forked and have this as well
+
+        def full(tensor: torch.Tensor) -> None:
+            raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match=r"^/dev/shm: .*--workers") as caught:
+        list(images.batches([torch.arange(8)]))
+    assert "\n" not in str(caught.value)
+    assert len(list(opened(images.stream, 0).batches([torch.arange(8)]))) == 1
 
 
 def test_no_worker_outlives_its_trainer(photos: Path):
@@ -283,18 +273,18 @@ def test_no_worker_outlives_its_trainer(photos: Path):
     code = f"""
 import os, signal, torch
 from sparsejepa.data.catalog import stream_dataset
-from sparsejepa.data.stream import open_images
-images = open_images(stream_dataset({str(photos)!r}, img_size=(8, 8)), "cpu", 2)
+import multiprocessing
+images = stream_dataset({str(photos)!r}, img_size=(8, 8)).open("cpu", 2)
 batches = images.batches(iter(lambda: torch.arange(8), None))
 next(batches)
-print(*(process.pid for process in images._crews[0]._processes), flush=True)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     pids = list(map(int, done.stdout.split()))
     assert done.returncode == -signal.SIGKILL and len(pids) == 2
     for pid in pids:
-        for _ in range(500):
+        for _ in range(1000):  # PyTorch's workers look after their parent every five seconds
             if not _alive(pid):
                 break
             os.sched_yield()
@@ -310,23 +300,14 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_workers_load_no_torch(photos: Path, opened):
-    images = opened(stream_dataset(photos, img_size=(8, 8)))
-    next(images.batches(iter(lambda: torch.arange(8), None)))
-    code = "import sys, sparsejepa.data.crew; print({'torch', 'pyarrow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 STREAM = """
 import sys, time
 began = time.perf_counter()
-import torch
+import multiprocessing, torch
 from sparsejepa.data.catalog import stream_dataset
-from sparsejepa.data.stream import open_images
 loaded = time.perf_counter()
 stream = stream_dataset(sys.argv[1])
-images = open_images(stream, "cpu", 2)
+images = stream.open("cpu", 2)
 order = torch.randperm(len(stream), generator=torch.Generator().manual_seed(0)).split(64)
 batches = images.batches(order)
 for step, batch in enumerate(batches):
@@ -334,7 +315,7 @@ for step, batch in enumerate(batches):
         first = time.perf_counter() - loaded
     if step == 100:
         break
-pids = ["self", *(str(process.pid) for process in images._crews[0]._processes)]
+pids = ["self", *(str(process.pid) for process in multiprocessing.active_children())]
 texts = [open(f"/proc/{pid}/smaps_rollup").read() for pid in pids]
 kinds = ("Pss_Anon:", "Pss_Shmem:")  # not libraries, which other programs may share just now
 pss = [int(line.split()[1]) for t in texts for line in t.splitlines() if line.startswith(kinds)]
@@ -426,37 +407,135 @@ def test_settings_of_a_stream(tiny_images: Path, tmp_path: Path):
         pretrain(config.replace(limit=10), out=tmp_path / "run")
 
 
-@given(
-    st.lists(st.integers(0, 40), max_size=30), st.integers(0, 5), st.integers(0, 5),
-    st.integers(1, 100),
-)  # fmt: skip
-def test_block_order(blocks: list[int], seed: int, epoch: int, window: int):
-    lengths = np.array(blocks, np.int64)
-    order = block_order(lengths, seed, epoch, window)
-    assert sorted(order.tolist()) == list(range(sum(blocks)))
-    assert (block_order(lengths, seed, epoch, window) == order).all()
-    block = np.repeat(np.arange(len(blocks)), lengths)[order.numpy()]
-    few = mixed_blocks(len(blocks), sum(blocks), window)
-    assert 8 <= few <= 64 and (few == 8 or few * sum(blocks) <= window * len(blocks))
-    places = [np.flatnonzero(block == one) for one in np.unique(block)]
-    spans = [(int(place[0]), int(place[-1])) for place in places]
-    for first, last in spans:  # what must be in memory at once
-        assert sum(a <= last and b >= first for a, b in spans) <= few
+# How a stream's images are fetched
 
 
-def test_block_order_mixes():
-    """Over epochs an image is equally likely anywhere, and neighbours are strangers."""
-    blocks, window, epochs = np.full(50, 20), 200, 400
-    places = np.empty((epochs, 1000))
-    same = 0.0
-    for epoch in range(epochs):
-        order = block_order(blocks, 0, epoch, window).numpy()
-        places[epoch, order] = np.arange(1000)
-        same += np.mean(order[1:] // 20 == order[:-1] // 20) / epochs
-    # The mean of `epochs` places, uniform: standard error 1000 / sqrt(12 * epochs).
-    assert abs(places.mean(0) - 499.5).max() < 5 * 1000 / np.sqrt(12 * epochs)
-    counts = np.histogram(places[:, 0], 10, (0, 1000))[0]
-    assert abs(counts - epochs / 10).max() < 5 * np.sqrt(epochs / 10)
-    assert same < 1.2 * 19 / 199  # as if a window were one heap
-    different = [block_order(blocks, s, e, window) for s, e in ((0, 0), (0, 1), (1, 0))]
-    assert not (different[0] == different[1]).all() and not (different[0] == different[2]).all()
+@pytest.mark.parametrize(("rows", "groups"), [(100, 130), (1000, 24)])
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_each_row_group_is_fetched_once(
+    rows: int, groups: int, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    """At 110 kB an image, and each worker has its share of the memory."""
+    fetched: list[int] = []
+
+    def fetch(reader: Rows, shard: int, group: int) -> Any:
+        fetched.append(group)
+        values = [SimpleNamespace(as_py=lambda: b"")] * rows
+        return type("Column", (list,), {"nbytes": rows * 110_000})(values)
+
+    monkeypatch.setattr(Rows, "_fetch", fetch)
+    readers = [Rows(["a"], "image", [[rows] * groups]) for _ in range(workers or 1)]
+    for reader in readers:
+        reader.memory //= len(readers)
+    decoder, every = Decoder(readers[0], "a", (1, 1), None, False), np.arange(rows * groups)
+    stream = ImageStream("a", "train", decoder, every, {}, (0, 0, 0), (1, 1, 1))
+    deal, held, busiest = module._Deal(stream, workers or 1), 0, list[int]()
+    for epoch in range(2):
+        for batch in block_order(np.full(groups, rows), 0, epoch).split(256):
+            parts = deal(batch[:128].numpy())
+            assert np.sort(np.concatenate(parts)).tolist() == list(range(len(batch[:128])))
+            busiest.append(max(map(len, parts)))
+            for number, places in enumerate(parts):
+                for row in batch[places].tolist():
+                    readers[number].source(row)
+            held = max(held, sum(c.nbytes for r in readers for c in r._read.values()))
+    assert len(set(fetched)) == groups and len(fetched) <= 1.1 * 2 * groups
+    assert held <= MEMORY + len(readers) * rows * 110_000
+    assert np.mean(busiest) < 128 / (workers or 1) + 24  # and the workers have about equally many
+
+
+@pytest.mark.parametrize(
+    ("environment", "own", "parent", "want"),
+    [
+        ({}, 6, 8, 6),
+        ({"LOCAL_WORLD_SIZE": "4"}, 8, 8, 2),  # a job of 8 of 64 cores
+        ({"LOCAL_WORLD_SIZE": "4"}, 2, 8, 2),  # the launcher has divided them already
+        ({"LOCAL_WORLD_SIZE": "64"}, 8, 8, 1),
+        ({"SLURM": "4", "SLURM_CPUS_ON_NODE": "32"}, 8, 64, 8),  # each task has its own
+        ({"SLURM": "4", "SLURM_CPUS_ON_NODE": "32"}, 32, 64, 8),
+        ({"SLURM": "4"}, 64, 64, 16),
+    ],
+)
+def test_cores_are_divided_among_processes(
+    environment: dict[str, str], own: int, parent: int, want: int, monkeypatch: pytest.MonkeyPatch
+):
+    variables = dict(environment)
+    tasks = variables.pop("SLURM", None)
+    if tasks:
+        variables |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": tasks}
+        variables |= {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_PROCID": "0"}
+    elif variables:
+        variables |= {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_RANK": "0"}
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    affinity = {0: set(range(own)), os.getppid(): set(range(parent))}
+    monkeypatch.setattr(os, "sched_getaffinity", affinity.__getitem__, raising=False)
+    assert module._cores() == want
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    local = int(tasks or variables.get("LOCAL_WORLD_SIZE", 1))
+    assert module._cores() == 64 // local
+
+
+def test_the_evaluation_reads_a_few_stretches_in_order(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of images without stretches it takes those it always took."""
+    stream = stream_dataset(photos, img_size=(8, 8))
+    plain = OnlineEvaluation(stream, stream.open("cpu", 0), 20)
+    assert plain._index.tolist() == np.random.default_rng(0).permutation(40)[:20].tolist()
+    order = _of_few(np.full(12_000, 100), 2048, np.random.default_rng(0))
+    assert len(order) == 2048 and (np.diff(order) > 0).all()
+    assert len(np.unique(order // 100)) == 21
+    assert len(np.unique(_of_few(np.full(900, 1000), 2048, np.random.default_rng(1)) // 1000)) == 8
+    assert len(_of_few(np.array([5, 3000]), 2048, np.random.default_rng(0))) == 1029
+    monkeypatch.setattr(ImageStream, "blocks", np.full(10, 4))
+    images = stream.open("cpu", 0)
+    evaluate = OnlineEvaluation(stream, images, 20)
+    asked: list[int] = []
+    take = StreamImages.take
+
+    def watched(self: StreamImages, index: torch.Tensor) -> torch.Tensor:
+        asked.extend(index.tolist())
+        return take(self, index)
+
+    monkeypatch.setattr(StreamImages, "take", watched)
+    encoder = ViT((8, 8), 4, embed_dim=16, depth=1, num_heads=2)
+    row = evaluate(encoder, torch.autocast("cpu", torch.bfloat16, enabled=False))
+    assert asked == sorted(set(asked)) and len(asked) == 20 and 0 <= row["knn"] <= 1
+    assert evaluate._labels is not None and evaluate._mixed is not None
+    assert (evaluate._labels.numpy() == stream.targets["class"].values[asked]).all()
+    assert sorted(evaluate._mixed.tolist()) == list(range(20)) != evaluate._mixed.tolist()
+
+
+@pytest.mark.parametrize("pread", [True, False])
+def test_threads_read_more_shards_than_stay_open(
+    pread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file that is put out while another thread reads it is not closed beneath its feet."""
+    if not pread:
+        monkeypatch.delattr(os, "pread")
+    monkeypatch.setattr(Members, "_OPEN", 2)
+    for i in range(12):
+        (tmp_path / f"{i}.tar").write_bytes(bytes([i]) * 4096)
+    shard = np.repeat(np.arange(12, dtype=np.int32), 20)
+    place = np.tile(np.array([[0, 4096]]), (240, 1))
+    shards = [str(tmp_path / f"{i}.tar") for i in range(12)]
+    names = [str(i).encode() for i in range(240)]
+    members = pickle.loads(pickle.dumps(Members(shards, names, shard, place)))
+    rows = np.random.default_rng(0).integers(0, 240, 4000).tolist()
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(members.source, rows))
+    finally:
+        sys.setswitchinterval(usual)
+    assert all(
+        content == bytes([row // 20]) * 4096 for row, content in zip(rows, found, strict=True)
+    )
+    assert len(members._files) == 2

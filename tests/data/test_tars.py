@@ -19,7 +19,7 @@ from PIL import Image
 
 from sparsejepa.config import preset
 from sparsejepa.data.catalog import load_dataset, load_images, stream_dataset
-from sparsejepa.data.stream import ImageStream, open_images
+from sparsejepa.data.stream import ImageStream
 from sparsejepa.data.tars import _expand, list_tars
 from sparsejepa.errors import UserError
 
@@ -55,7 +55,7 @@ def shard(path: Path, count: int, first: int = 0, **fields: list[Any]) -> np.nda
 
 
 def all_images(stream: ImageStream, workers: int = 0) -> np.ndarray:
-    images = open_images(stream, "cpu", workers)
+    images = stream.open("cpu", workers)
     (batch,) = images.batches([torch.arange(len(stream))])
     return batch.numpy()
 
@@ -114,14 +114,14 @@ def test_patterns():
 def test_json_and_text(tmp_path: Path):
     infos = [json.dumps({"label": n, "pose": [i, i % 2], "size": i / 7, "url": "http"})
              for i, n in enumerate(["cat", "dog", "cat", "cat", "dog", "cat", "dog"])]  # fmt: skip
-    shard(tmp_path / "train-0.tar", 7, json=infos, txt=[f"caption {i}" for i in range(7)])
+    shard(tmp_path / "train-0.tar", 7, json=infos, txt=[f"caption {i % 6}" for i in range(7)])
     shard(tmp_path / "test-0.tar", 2, json=infos[:2], txt=["caption 0", "caption 1"])
     train = stream_dataset(tmp_path)
-    assert list(train.targets) == ["label", "text"]
+    assert list(train.targets) == ["label"]
     assert train.targets["label"].names == ("cat", "dog")
     assert train.targets["label"].values.tolist() == [0, 1, 0, 0, 1, 0, 1]
-    asked = stream_dataset(tmp_path, factors=["pose", "label"])
-    assert list(asked.targets) == ["pose_0", "pose_1", "label"]
+    asked = stream_dataset(tmp_path, factors=["pose", "label", "text"])
+    assert list(asked.targets) == ["pose_0", "pose_1", "label", "text"]
     assert asked.targets["pose_1"].values.tolist() == [0, 1, 0, 1, 0, 1, 0]
     with pytest.raises(UserError, match=r"no factor 'poze' \(did you mean"):
         stream_dataset(tmp_path, factors=["poze"])
@@ -185,7 +185,7 @@ def test_mutated_shards_are_read_or_named(tmp_path_factory: pytest.TempPathFacto
         data[place % len(data)] = value
     (folder / "mutant.tar").write_bytes(data[: len(data) - cut] if cut else data)
     try:
-        stream = stream_dataset(folder / "mutant.tar", img_size=(4, 4), max_unreadable=0.99)
+        stream = stream_dataset(folder / "mutant.tar", img_size=(4, 4))
         assert all_images(stream).shape == (len(stream), 4, 4, 3)
     except UserError as error:
         assert "mutant.tar" in str(error) and "\n" not in str(error)
@@ -209,27 +209,6 @@ def test_names_of_shards_need_not_be_text(tmp_path: Path):
     assert str(caught.value).isprintable()
 
 
-def test_a_folder_of_shards_and_other_things(tmp_path: Path):
-    """Only the shards count; one that is damaged, wherever it comes, is named in one line."""
-    folder = tmp_path / "d"
-    parts = [shard(folder / f"x-{i}.tar", 4, 4 * i) for i in range(3)]
-    for junk in ("README.md", "sizes.json", "x-0.tar.md5", ".x-9.tar", "x-1.tar.part", "x.idx"):
-        (folder / junk).write_bytes(b"junk\n")
-    (folder / "empty").mkdir()
-    (folder / "logs").mkdir()
-    (folder / "logs" / "log.txt").write_text("junk")
-    streams = [stream_dataset(folder, split) for split in ("train", "test")]
-    assert sum(map(len, streams)) == 12
-    pixels = np.concatenate(parts)
-    assert all((all_images(s) == pixels[s.rows]).all() for s in streams)
-    whole = (folder / "x-1.tar").read_bytes()
-    for damage in (whole[:3000], b"junk" * 1000, whole[:1024] + b"x" * 512 + whole[1536:], b""):
-        (folder / "x-1.tar").write_bytes(damage)
-        with pytest.raises(UserError, match=rf"^{folder}/x-1.tar: damaged tar file \(") as caught:
-            stream_dataset(folder)
-        assert str(caught.value).isprintable()
-
-
 def test_a_shard_cut_anywhere_is_refused(tmp_path: Path):
     shard(tmp_path / "whole" / "train-0.tar", 6, cls=[0, 1] * 3)
     content = (tmp_path / "whole" / "train-0.tar").read_bytes()
@@ -242,56 +221,3 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path: Path):
         cut.write_bytes(content[:at])
         with pytest.raises(UserError, match=r"train-0\.tar"):
             stream_dataset(cut.parent, img_size=(5, 5))
-
-
-def folders(path: Path, places: dict[str, int], end: str = "") -> None:
-    """Write a tar with some images in each folder, and nothing else."""
-    image = png(RNG.integers(0, 256, (4, 4, 3), np.uint8))
-    names = [f"{place}/{i}.png" for place, count in places.items() for i in range(count)]
-    write(path, [(name.lstrip("/"), image) for name in names] + ([(end, b"1")] if end else []))
-
-
-@pytest.mark.parametrize("before", ["", "./", "photos/", "./a/b/"])
-def test_folders_of_members_are_classes(tmp_path: Path, before: str):
-    folders(tmp_path / "a.tar", {f"{before}cat": 10, f"{before}dog": 5})
-    found = list_tars(str(tmp_path / "a.tar"), "a")
-    for split, counts in (("train", [8, 4]), ("test", [2, 1])):
-        target = found[split].targets["class"]
-        assert target.names == ("cat", "dog") and np.bincount(target.values).tolist() == counts
-        for row, value in zip(found[split].rows.tolist(), target.values, strict=True):
-            assert f"/{target.names[value]}/" in found[split].reader.name(row)
-    assert list(list_tars(str(tmp_path / "a.tar"), "a", ["class"])["train"].targets) == ["class"]
-
-
-@pytest.mark.parametrize("before", ["", "pets/"])
-def test_folders_of_members_are_splits_first(tmp_path: Path, before: str):
-    counts = {"train/cat": 6, "train/dog": 4, "val/cat": 2, "val/fish": 1}
-    folders(tmp_path / "a.tar", {before + place: count for place, count in counts.items()})
-    found = list_tars(str(tmp_path / "a.tar"), "a")
-    assert [len(found[split].rows) for split in ("train", "test")] == [10, 3]
-    assert found["train"].targets["class"].values.tolist() == [0] * 6 + [1] * 4
-    assert found["test"].targets["class"].values.tolist() == [0, 0, 2]
-    assert found["test"].targets["class"].names == ("cat", "dog", "fish")
-    assert found["test"].about == "val/ in the shards"
-
-
-def test_folders_of_members_in_named_shards(tmp_path: Path):
-    folders(tmp_path / "train-0.tar", {"train/cat": 3, "train/dog": 2})
-    folders(tmp_path / "val-0.tar", {"val/dog": 2, "val/cat": 1})
-    found = list_tars(str(tmp_path), "a")
-    assert found["train"].targets["class"].values.tolist() == [0, 0, 0, 1, 1]
-    assert found["test"].targets["class"].values.tolist() == [1, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("places", "end"),
-    [
-        ({"cat": 5}, ""),  # a sole folder
-        ({"": 3, "cat": 5, "dog": 1}, ""),  # images in none
-        ({"cat": 5, "dog": 5}, "dog/4.cls"),  # labels come first
-    ],
-)
-def test_folders_of_members_that_are_no_classes(tmp_path: Path, places: dict[str, int], end: str):
-    folders(tmp_path / "a.tar", places, end)
-    found = list_tars(str(tmp_path / "a.tar"), "a")
-    assert found["train"].targets == {} and len(found["test"].rows)

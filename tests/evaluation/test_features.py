@@ -18,7 +18,7 @@ from PIL import Image
 import sparsejepa
 from sparsejepa import cli
 from sparsejepa.data.catalog import load_dataset, stream_dataset
-from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.data.images import ImageSet, Target
 from sparsejepa.encoders.encoder import FITTED, Encoder, save_groups
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import features

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsejepa.data.store import ImageSet, Target
+from sparsejepa.data.images import ImageSet, Target
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.finetune import FineTune, Recipe, layer_groups

@@ -11,7 +11,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.images import ImageSet
 from sparsejepa.explain.measures import masked_r2
 from sparsejepa.explain.options import Options
 from sparsejepa.explain.readout import read, read_train, standardise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparsejepa
 from sparsejepa.data.catalog import load_dataset, load_images
-from sparsejepa.data.store import ImageSet
+from sparsejepa.data.images import ImageSet
 from sparsejepa.encoders.encoder import load_activations, load_groups
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError

@@ -1,0 +1,669 @@
+"""Images as uint8 arrays of one size: decoded from files, cached, divided, put on a device.
+
+An `ImageSet` is one split of a data set, decoded, usually a memory map of the cache; its batches on
+a device are `DeviceImages`. `Images` and `Batches` are what these have in common with streams,
+which decode while they are read. Letters: N images of a set, B of a batch, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from sparsejepa.errors import SizesDiffer, UserError
+from sparsejepa.rng import generator
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+"""What counts as an image file in a folder."""
+MAX_PIXELS = 89_478_485
+"""Larger images are taken for decompression bombs and left out (Pillow's own limit)."""
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "DIB", "WEBP", "TIFF", "JPEG2000", "AVIF")
+"""What Pillow may take a file for, whatever its name says: others of its readers start programs."""
+_TASK = 16  # images that a thread decodes at once
+
+Item = tuple[str, "str | Path | bytes | None"]
+"""Name for messages, and a file, an encoded image, or None for one that is missing."""
+Decoded = tuple[str, "np.ndarray | str"]
+"""Name, and the pixels [H, W, 3] uint8 or the reason why there are none."""
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+class Unreadable(Exception):
+    """One image cannot be used; the message says why."""
+
+
+def decode(
+    items: Iterable[Item], img_size: tuple[int, int] | None, *, upscale: bool, origin: str
+) -> Iterator[list[Decoded]]:
+    """Decode images in order on a pool of threads, some at a time, so that memory stays small.
+
+    Without `img_size` (h, w) all images must have one size. With it others are resized (shorter
+    side, antialiased) and cropped around their centre. `origin` names the data in errors.
+
+    Raises UserError: images of several sizes without `img_size`; an image smaller than `img_size`
+    without `upscale`.
+    """
+    workers = min(32, os.cpu_count() or 1)
+    iterator, first = iter(items), None
+
+    def read(some: list[Item]) -> list[Decoded]:
+        return [(name, read_image(name, source, img_size, upscale)) for name, source in some]
+
+    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        while tasks := [t for _ in range(2 * workers) if (t := list(islice(iterator, _TASK)))]:
+            for part in pool.map(read, tasks):
+                for name, image in part:
+                    if not isinstance(image, str):
+                        first = first or (name, image.shape)
+                        check_same_size(first, (name, image.shape), origin)
+                yield part
+
+
+def read_image(
+    name: str, source: str | Path | bytes | None, img_size: tuple[int, int] | None, upscale: bool
+) -> np.ndarray | str:
+    """Return the image [H, W, 3] uint8, or the reason why there is none.
+
+    Raises UserError for one that is smaller than `img_size` (h, w) without `upscale`.
+    """
+    try:
+        if source is None:
+            raise Unreadable("no image data")
+        image, extent = _open_image(source, img_size)
+    except Unreadable as error:
+        return str(error)
+    if img_size is not None:
+        if not upscale and (image.height < img_size[0] or image.width < img_size[1]):
+            where = name if isinstance(source, bytes) else str(source)
+            raise UserError(
+                f"{shown(where)}: {image.height}x{image.width} pixels, smaller than --img-size "
+                f"{_text(img_size)}; use a smaller --img-size, or --upscale to enlarge such images"
+            )
+        image = fit(image, img_size, extent=extent)
+    return np.asarray(image)
+
+
+def to_rgb(source: str | Path | bytes) -> Image.Image:
+    """Open an image as 8-bit RGB. Raises Unreadable with the reason.
+
+    Transparency is composited on white, 16 bits are scaled to 8, of an animation the first frame
+    is taken, and the EXIF orientation is honoured.
+    """
+    return _open_image(source, None)[0]
+
+
+def _open_image(
+    source: str | Path | bytes, img_size: tuple[int, int] | None
+) -> tuple[Image.Image, tuple[float, float]]:
+    """As `to_rgb`, perhaps smaller, but no smaller than `img_size` (h, w).
+
+    A JPEG at least twice as large, and upright, is decoded at a half, a quarter or an eighth: its
+    coefficients give those sizes in a fraction of the time. Returns also the picture's width and
+    height, which the pixels exceed where those do not divide the file's.
+    """
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Unreadable(_ENORMOUS)
+            upright, reduced = image.format == "JPEG" and _upright(image), None
+            if upright and img_size is not None:
+                reduced = image.draft(None, (img_size[1], img_size[0]))
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
+                if not upright:
+                    ImageOps.exif_transpose(image, in_place=True)
+            rgb = to_8_bit_rgb(image)
+            return rgb, reduced[1][2:] if reduced else rgb.size
+    except Unreadable:
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(_ENORMOUS) from None
+    except Exception as error:  # on damaged files Pillow's readers raise almost anything
+        message = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
+        reason = shown(message.split("\n")[0]) or type(error).__name__
+        raise Unreadable("not an image" if "cannot identify" in reason else reason) from None
+
+
+_ENORMOUS = f"enormous: more than the {MAX_PIXELS // 10**6} megapixels that are read; shrink it"
+
+
+def _upright(image: Image.Image) -> bool:
+    """Whether a JPEG's pixels lie as the picture does; other formats may say so behind them."""
+    with contextlib.suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return True
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return what Pillow may take a file for, as far as this build of it can."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def to_8_bit_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB. Raises Unreadable for pixels whose scale is not known."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode == "F":
+        raise Unreadable("floating-point pixels have no known scale")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise Unreadable("32-bit pixels have no known scale")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling | None = None,
+    extent: tuple[float, float] | None = None,
+) -> Image.Image:
+    """Resize the largest centred part of the shape of `size` (h, w) to that size.
+
+    Antialiased; bicubic by default, or Hamming where the image shrinks 1.5 times or more: nearly as
+    sharp then, and takes two thirds of the time. `extent` is the width and height of the picture
+    within the image, from its upper left corner; all of it if not given.
+    """
+    width, height = extent or image.size
+    if image.size == (size[1], size[0]) == (width, height):
+        return image
+    if resample is None:
+        shrinks = min(height / size[0], width / size[1]) >= 1.5
+        resample = Image.Resampling.HAMMING if shrinks else Image.Resampling.BICUBIC
+    wide, high = min(width, height * size[1] / size[0]), min(height, width * size[0] / size[1])
+    left, top = (width - wide) / 2, (height - high) / 2
+    return image.resize((size[1], size[0]), resample, (left, top, left + wide, top + high))
+
+
+def shown(name: str) -> str:
+    """Return a file's name as it can be printed: one line, in characters that every screen has."""
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
+    )
+
+
+def check_readable(origin: str, skipped: Sequence[tuple[str, str]], total: int) -> None:
+    """Raise UserError if more than half of `total` images are in `skipped`, (name, reason) each."""
+    if len(skipped) > total / 2:
+        name, reason = skipped[0]
+        raise UserError(
+            f"{origin}: {len(skipped)} of {total} images cannot be read, the first is {name} "
+            f"({reason}); mend or remove them"
+        )
+
+
+def check_same_size(
+    first: tuple[str, tuple[int, ...]], this: tuple[str, tuple[int, ...]], origin: str
+) -> None:
+    """Raise SizesDiffer unless two images, (name, shape) each, have the same size."""
+    if first[1] != this[1]:
+        raise SizesDiffer(
+            f"{origin}: images of different sizes ({shown(first[0])} has {_text(first[1])} pixels, "
+            f"{shown(this[0])} has {_text(this[1])}); set --img-size (img_size= in Python)"
+        )
+
+
+def size_pair(img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return height and width from one number or two. Raises UserError for anything else."""
+    if img_size is None:
+        return None
+    sizes = img_size if isinstance(img_size, list | tuple) else (img_size, img_size)
+    if len(sizes) != 2 or not all(isinstance(n, int | np.integer) and n > 0 for n in sizes):
+        raise UserError(f"img_size {img_size!r}: must be one whole number, or height and width")
+    return int(sizes[0]), int(sizes[1])
+
+
+def _text(size: tuple[int, ...]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# --- Sets of images -------------------------------------------------------------------------------
+
+_HOLDOUT_SEED = 0x5E7A51DE
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One label per image: values [N] int64, each an index into `names`."""
+
+    values: np.ndarray
+    names: tuple[str, ...]
+    note: str = ""
+    """What was done to the values: numbers cut into bins."""
+
+    def take(self, index: np.ndarray) -> Target:
+        """Return the target of the chosen images: their positions, or [N] bool."""
+        return replace(self, values=self.values[index])
+
+
+class Images(ABC):
+    """One split of a data set, of one image size, with labels: an `ImageSet` or a stream."""
+
+    name: str
+    split: str
+    targets: dict[str, Target]
+    """First the primary target; empty if the images are unlabelled."""
+    mean: tuple[float, float, float]
+    """Per channel, of the training split, in units of [0, 1]."""
+    std: tuple[float, float, float]
+    skipped: tuple[tuple[str, str], ...]
+    """(file, reason) of what could not be used."""
+    fingerprint: str
+    blocks: np.ndarray | None = None
+    """Lengths of the stretches of images that are fetched together, if there are any."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of every image."""
+
+    @abstractmethod
+    def open(self, device: torch.device | str, workers: int | None = None) -> Batches:
+        """Return batches on a device; a stream's are decoded by `workers` processes."""
+
+    @property
+    def primary(self) -> Target | None:
+        """The first target, if there is one."""
+        return next(iter(self.targets.values()), None)
+
+    def subset(self, limit: int | None, seed: int = 0) -> Self:
+        """Return `limit` images at random, each class in proportion; all if there are not more.
+
+        Reading order is kept; mean and standard deviation stay those of the whole training split,
+        so that runs on subsets of different size see equally scaled pixels.
+        """
+        if limit is None or limit >= len(self):
+            return self
+        return self._take(self._draw(limit, seed), f"{limit}/{seed}")
+
+    def split_off(self, count: int) -> tuple[Self, Self]:
+        """Return the rest and `count` images at random, each class in proportion.
+
+        The draw has a seed of its own: whoever sets images aside gets the same ones.
+        """
+        if not 0 < count < len(self):
+            raise UserError(f"--holdout {count}: {self.name} has {len(self)} training images")
+        aside = self._draw(count, _HOLDOUT_SEED)
+        rest = np.setdiff1d(np.arange(len(self)), aside)
+        return self._take(rest, f"without {count}"), self._take(aside, f"aside {count}")
+
+    @abstractmethod
+    def _take(self, index: np.ndarray, about: str) -> Self:
+        """Return the images at `index`; `about` tells them from others in the fingerprint."""
+
+    def _draw(self, count: int, seed: int) -> np.ndarray:
+        labels = self.primary.values if self.primary else np.zeros(len(self), np.int64)
+        return stratified(labels, count, np.random.default_rng(seed % 2**64))
+
+    def _fingerprint_of(self, about: str) -> str:
+        digest = hashlib.blake2b(f"{self.fingerprint}/{about}".encode(), digest_size=16)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Images):
+    """One split of a data set, decoded."""
+
+    name: str
+    split: str
+    images: np.ndarray
+    """[N, H, W, 3] uint8, usually a read-only memory map."""
+    targets: dict[str, Target]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    skipped: tuple[tuple[str, str], ...] = ()
+    fingerprint: str = ""
+    """Changes whenever an image or a label does."""
+    files: tuple[str, ...] = field(default=(), repr=False)
+    """Where each image comes from, relative to the folder; empty when images are not files."""
+    masks: np.ndarray | None = field(default=None, repr=False)
+    """[N, H, W] uint8 or uint16: 0 the background, k the k-th object; None if not known."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of every image."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def open(self, device: torch.device | str, workers: int | None = None) -> DeviceImages:
+        """Return batches on a device; nothing is to be decoded, so `workers` has no effect."""
+        return DeviceImages(self, device)
+
+    def _take(self, index: np.ndarray, about: str) -> ImageSet:
+        return replace(
+            self,
+            images=self.images[index],
+            targets={key: target.take(index) for key, target in self.targets.items()},
+            files=tuple(self.files[i] for i in index) if self.files else (),
+            masks=None if self.masks is None else self.masks[index],
+            fingerprint=self._fingerprint_of(about),
+        )
+
+
+def stratified(labels: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose `limit` of the labels [N], each class in proportion (largest remainders).
+
+    Returns ascending indices; ties between remainders are broken at random.
+    """
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, random within
+    counts = np.bincount(labels)
+    share = counts * (limit / max(1, len(labels)))
+    quota = np.floor(share).astype(np.int64)
+    remainder = (share - quota) + rng.random(len(counts)) * 1e-9
+    quota[np.argsort(-remainder)[: limit - quota.sum()]] += 1
+    starts = np.cumsum(counts) - counts
+    chosen = [order[s : s + q] for s, q in zip(starts, quota, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
+class ChannelMoments:
+    """Exact per-channel mean and standard deviation of uint8 images."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((3, 256), np.int64)
+
+    def add(self, image: np.ndarray) -> None:
+        """Count the pixels of an image [H, W, 3]."""
+        for channel, values in enumerate(image.reshape(-1, 3).T):
+            self.counts[channel] += np.bincount(values, minlength=256)
+
+    def result(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation in units of [0, 1].
+
+        A constant channel gets the standard deviation 1/255, so that dividing by it is safe.
+        """
+        level = np.arange(256) / 255
+        total = np.maximum(self.counts.sum(1), 1)
+        mean = self.counts @ level / total
+        std = np.sqrt((self.counts * (level - mean[:, None]) ** 2).sum(1) / total)
+        return triple(mean), triple(np.where(std > 0, std, 1 / 255))
+
+
+def triple(values: Iterable[float]) -> tuple[float, float, float]:
+    """Three floats, one per channel."""
+    first, second, third = (float(v) for v in values)
+    return first, second, third
+
+
+# --- Batches on a device, and their order ---------------------------------------------------------
+
+DEVICE_SHARE = 0.6
+"""A set is copied to a GPU when it takes less than this share of the free memory."""
+
+
+class Batches(ABC):
+    """Batches of images on a device."""
+
+    device: torch.device
+    skipped: list[tuple[str, str]]
+    """(file, reason) of images that could not be used."""
+    unreadable: set[int]
+    """Positions of those that a stream replaces by others."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def index_device(self) -> torch.device:
+        """Where `take` wants its index; from elsewhere the host waits for it."""
+
+    @abstractmethod
+    def take(self, index: Tensor) -> Tensor:
+        """Return images [B, H, W, 3] uint8 on the device; index: [B] int64."""
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images of each index, in order."""
+        return map(self.take, indices)
+
+    def close(self) -> None:  # noqa: B027
+        """End what works in the background, if anything does."""
+
+
+class DeviceImages(Batches):
+    """Batches of an image set on a device.
+
+    The set is resident when it fits: on the CPU it is the memory map itself, without a copy, on a
+    GPU a copy if that takes less than 60 % of the free memory. Otherwise each batch is gathered on
+    the host and sent over.
+    """
+
+    def __init__(self, image_set: ImageSet, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        with warnings.catch_warnings():
+            # The map is read-only and so is everything that is done with the tensor.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self._host = torch.from_numpy(image_set.images)
+        self.skipped, self.unreadable = list(image_set.skipped), set()
+        self.resident = True
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            self.resident = self._host.nbytes < DEVICE_SHARE * free
+        self._images = self._host.to(self.device) if self.resident else self._host
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where `take` wants its index: with the images."""
+        return self._images.device
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return images [B, H, W, 3] uint8 on the device; index: [B] int64."""
+        if self.resident:
+            return self._images.index_select(0, index.to(self.device, non_blocking=True))
+        batch = self._host.index_select(0, index.cpu())
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)
+
+
+MIXED = 4096
+"""Images of stretches that `block_order` mixes with one another, about."""
+
+
+def mixed_blocks(count: int, images: int, window: int = MIXED) -> int:
+    """Return how many of `count` stretches of `images` are mixed with one another: 8 to 64.
+
+    Enough to keep some worker processes busy, and so few that memory holds them.
+    """
+    return min(64, max(8, window * count // max(1, images)))
+
+
+def block_order(blocks: np.ndarray, seed: int, epoch: int, window: int = MIXED) -> Tensor:
+    """Return the order [N] int64 of an epoch over images that come in stretches.
+
+    `blocks` are the lengths of the stretches, in the order of the images; the order is a function
+    of them and of (seed, epoch). The stretches are shuffled, and then the images of every few, of
+    about `window` images: whoever reads on needs those few at a time, and none of them again.
+    """
+    keyed = generator(seed, epoch, "order")
+    ends = torch.from_numpy(np.cumsum(blocks))
+    starts = ends - torch.from_numpy(np.asarray(blocks))
+    shuffled = torch.randperm(len(blocks), generator=keyed)
+    mixed, none = [], torch.empty(0, dtype=torch.int64)
+    for few in shuffled.split(mixed_blocks(len(blocks), int(np.sum(blocks)), window)):
+        part = torch.cat([none, *(torch.arange(int(starts[i]), int(ends[i])) for i in few)])
+        mixed.append(part[torch.randperm(len(part), generator=keyed)])
+    return torch.cat(mixed)
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+CACHE_FORMAT = 3
+"""Part of a cache's key: raise it when the same source would decode to something else."""
+_CHUNK = 2**24  # bytes per checksum
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split before it is decoded."""
+
+    name: str
+    split: str
+    stamp: str
+    """Changes when the files or labels do; part of the cache's key."""
+    read: Callable[[tuple[int, int] | None, bool], Iterator[list[Decoded]]]
+    """(img_size, upscale) -> the decoded images, in order."""
+    targets: dict[str, Target]
+    """Of all images, readable or not."""
+    masks: Callable[[ImageSet], np.ndarray | None] | None = None
+    """The decoded split -> object masks [N, H, W], if any; they are not cached."""
+    origin: str = ""
+    """Names the data in errors."""
+    unusable: tuple[tuple[str, str], ...] = ()
+    """(file, reason) of what is left out before decoding."""
+
+
+def load(
+    source: Source, cache_dir: Path, img_size: tuple[int, int] | None, upscale: bool
+) -> ImageSet:
+    """Return the decoded split from the cache; decode it into the cache first if need be.
+
+    A cache is a folder with images.npy (uint8 [N, H, W, 3]), kept.npy (int64 [N], which of the
+    source's images these are) and meta.json. It is written beside its place and renamed, so that a
+    reader never sees half of it and processes may race. A damaged one is written again, with a
+    warning. Mean and standard deviation are those of this split.
+
+    Raises UserError when the cache folder cannot be written, from decoding, and when more than half
+    of the images cannot be read.
+    """
+    text = json.dumps([CACHE_FORMAT, source.split, source.stamp, img_size, upscale])
+    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip("-.") or "images"
+    path = cache_dir / f"{slug}-{source.split}-{key}"
+    images = _open_cache(path, source) if path.exists() else None
+    if images is None:
+        partial = cache_dir / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            for old in cache_dir.glob(f".{path.name}.*"):  # of processes that were killed
+                if time.time() - old.stat().st_mtime > 86_400:
+                    shutil.rmtree(old, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_cache(partial, source, source.read(img_size, upscale))
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one
+            partial.rename(path)
+        except OSError as error:  # reading the source raises UserError: this is the cache's disk
+            if not path.exists():  # else another process has written it meanwhile
+                raise UserError(
+                    f"{cache_dir}: {error.strerror or error} for the decoded images; free some "
+                    "space, or set SPARSEJEPA_CACHE to a folder on another disk"
+                ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        images = _open_cache(path, source)
+    if images is None:
+        raise UserError(f"{path}: what was written there cannot be read; look after the disk")
+    unreadable = images.skipped[len(source.unusable) :]
+    check_readable(source.origin, unreadable, len(images) + len(unreadable))
+    return images
+
+
+def _write_cache(folder: Path, source: Source, parts: Iterable[list[Decoded]]) -> None:
+    moments, shape = ChannelMoments(), (0,)
+    kept, files, skipped = list[int](), list[str](), list[tuple[str, str]]()
+    with (folder / "images.npy").open("wb") as file:
+        for position, (name, image) in enumerate(one for part in parts for one in part):
+            if isinstance(image, str):
+                skipped.append((shown(name), image))
+                continue
+            if not kept:
+                _write_header(file, (0, *image.shape))
+            kept.append(position)
+            files += [name] if name else []
+            moments.add(image)
+            file.write(np.ascontiguousarray(image).data)
+            shape = (len(kept), *image.shape)
+        file.seek(0)
+        _write_header(file, shape)
+        file.flush()
+        os.fsync(file.fileno())
+    np.save(folder / "kept.npy", np.array(kept, np.int64))
+    values = [target.take(np.array(kept, np.int64)).values for target in source.targets.values()]
+    labels = io.BytesIO()
+    np.save(labels, np.array(values, np.int64).reshape(len(values), len(kept)))
+    with (folder / "images.npy").open("rb") as file:
+        sums = {"images.npy": _checksums(file), "targets.npy": _checksums(labels)}
+    names = {key: target.names for key, target in source.targets.items()}
+    mean, std = moments.result()
+    meta = {"mean": mean, "std": std, "skipped": skipped, "files": files}
+    meta["fingerprint"] = _digest(json.dumps([sums, names]).encode())
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _open_cache(path: Path, source: Source) -> ImageSet | None:
+    """Open a cache; None, with a warning, if it is damaged."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        kept = np.load(path / "kept.npy", allow_pickle=False)
+        return ImageSet(
+            name=source.name,
+            split=source.split,
+            images=np.load(path / "images.npy", mmap_mode="r", allow_pickle=False),
+            targets={key: target.take(kept) for key, target in source.targets.items()},
+            mean=triple(meta["mean"]),
+            std=triple(meta["std"]),
+            skipped=(*source.unusable, *((file, reason) for file, reason in meta["skipped"])),
+            fingerprint=meta["fingerprint"],
+            files=tuple(meta["files"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        warnings.warn(f"{path}: damaged cache ({error}); decoding again", stacklevel=3)
+        return None
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
+    """An .npy header; numpy pads it, so that its length does not depend on the number of images."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _checksums(file: IO[bytes]) -> dict[str, Any]:
+    """Return the size and a checksum of every 16 MiB of an open file."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return {"size": size, "chunks": [_digest(c) for c in iter(lambda: file.read(_CHUNK), b"")]}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
