@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sparsejepa.model.encoder import ViT
 
 from sparsejepa.config import preset
 from sparsejepa.data import stream as module
@@ -28,6 +27,7 @@ from sparsejepa.data.images import block_order
 from sparsejepa.data.stream import Decoder, ImageStream, StreamImages
 from sparsejepa.data.tars import Members
 from sparsejepa.errors import UserError
+from sparsejepa.model.vit import ViT
 from sparsejepa.study import pretrain
 from sparsejepa.training.monitor import OnlineEvaluation, _of_few
 
