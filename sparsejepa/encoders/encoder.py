@@ -223,16 +223,12 @@ def load_run(path: Path) -> Encoder:
 
 def check_scale(mean: Any, std: Any) -> tuple[RGB, RGB]:
     """Return mean and standard deviation of pixels; ValueError or TypeError if they are none."""
-    found = rgb(mean), rgb(std)
-    if not all(math.isfinite(x) for x in (*found[0], *found[1])) or min(found[1]) <= 0:
-        raise ValueError("the standard deviation must be above 0, and all of them finite")
-    return found
-
-
-def rgb(values: Any) -> RGB:
-    """Return three numbers as a tuple; ValueError or TypeError if they are something else."""
-    red, green, blue = (float(v) for v in values)
-    return red, green, blue
+    means, stds = [float(x) for x in mean], [float(x) for x in std]
+    if len(means) != 3 or len(stds) != 3 or not all(map(math.isfinite, means + stds)):
+        raise ValueError("mean and standard deviation are not three finite numbers each")
+    if min(stds) <= 0:
+        raise ValueError("the standard deviation must be above 0")
+    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
 
 
 def save_groups(

@@ -47,8 +47,6 @@ TOLERANCE = 1e-5
 """Largest difference, as a share of the output's largest value, that an export may have."""
 OPSET = 18
 """Of ONNX: what torch's exporter writes without converting; onnxruntime reads it from 1.14 on."""
-_INLINE = 1_800_000_000
-"""Bytes of weights that go into the .onnx itself, whose format ends at 2 GiB; others lie beside."""
 _CARD = """\
 ---
 library_name: {library}
@@ -387,8 +385,7 @@ def _onnx(export: Export, folder: Path) -> tuple[Run, str]:
     kind = None if export.groups is None else export.groups.kind
     about = {"mean": encoder.mean, "std": encoder.std, "img_size": encoder.img_size, "groups": kind}
     program.model.metadata_props["sparsejepa.json"] = json.dumps(about)
-    large = sum(x.nbytes for x in export.state_dict().values()) > _INLINE
-    program.save(folder / ONNX, external_data=large)
+    program.save(folder / ONNX)  # weights beyond 1.5 GB lie beside it
     # Read from a path, so that what lies beside it is found.
     session = onnxruntime.InferenceSession(folder / ONNX, providers=["CPUExecutionProvider"])
 

@@ -33,7 +33,6 @@ from sparsejepa.encoders.encoder import (
     Precision,
     check_scale,
     load_run,
-    rgb,
 )
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.model.vit import ViT, sincos_position_embedding
@@ -60,8 +59,6 @@ TRANSFORMERS = {
 QKV = ("attn.query", "attn.key", "attn.value")
 NAME = re.compile(r"((?:blocks|encoder\.layer)\.\d+\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
 """Of a tensor: its block, what it is there, and which of the two."""
-TIMEOUT = 10
-"""Seconds to wait for the hub's answer; the copy in its cache is taken if there is none."""
 _FETCHED = [CONFIG, PROCESSOR, CARD, WEIGHTS, GROUPS, MODEL, INDEX, "model-*.safetensors"]
 # A state dict does not tell the heads; widths of the standard ViTs and of I-JEPA's giant do.
 _HEADS = {width: heads for width, _, heads in ENCODER_SIZES.values()} | {1408: 16}
@@ -134,7 +131,7 @@ def _download(ref: str, name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
-    options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": TIMEOUT}
+    options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": 10}  # seconds
     try:
         return Path(snapshot_download(repo, revision=revision or None, **options))
     except Exception as error:  # whatever hub client and network raise
@@ -214,7 +211,8 @@ def _load_timm(ref: str) -> Encoder:
         torch.default_generator.manual_seed(derive_seed(0, 0, "untrained"))
         model = TimmViT(name, pretrained=not query)
     about, license = resolve_model_data_config(model.vit), model.vit.pretrained_cfg.get("license")
-    return Encoder(model, name=ref, mean=rgb(about["mean"]), std=rgb(about["std"]), license=license)
+    mean, std = check_scale(about["mean"], about["std"])
+    return Encoder(model, name=ref, mean=mean, std=std, license=license)
 
 
 def _create_timm(name: str) -> nn.Module:

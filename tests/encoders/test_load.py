@@ -43,6 +43,16 @@ def refused(ref: str | Path, *words: str) -> None:
         assert word in text
 
 
+def test_our_own_runs_are_loaded_without_other_programs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "concept")
+    code = (
+        "import sys; from sparsejepa import load; load(sys.argv[1]); "
+        "print({'timm', 'torchvision', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    words = [sys.executable, "-c", code, str(run)]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "set()\n"
+
+
 # timm
 
 
@@ -484,6 +494,7 @@ def ask(address: str, cache: Path, *refs: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_models_of_the_hub(address: str, tmp_path: Path) -> None:
     hub, cache = tmp_path / "hub", tmp_path / "cache"
     names = ["ours", "theirs", "ours@main", "ours@v9", "gated", "nowhere", "empty"]
