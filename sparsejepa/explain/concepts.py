@@ -66,21 +66,14 @@ class Matching:
 class SilenceEffect:
     """What a probe loses without one group. Drops are shares of 1, positive for a loss.
 
-    `chance` and `chance_high` are the mean and the largest drop over random subspaces of the same
-    rank; `classes` are (label, drop among its images), largest first, and `class_chance` the
-    largest drop of *any* class that such a subspace gives; `images` are the indices of the images
-    whose scores change most, `changed` the share whose predicted label changes; `draws` are the
-    bootstrap draws of the drop.
+    `rank` is that of the group; `chance` and `chance_high` are the mean and the largest drop over
+    random subspaces of this rank; `draws` are the bootstrap draws of the drop.
     """
 
     rank: int
     drop: Estimate
     chance: float
     chance_high: float
-    classes: list[tuple[Any, float]]
-    class_chance: float
-    images: np.ndarray
-    changed: float
     draws: np.ndarray
 
 
@@ -239,17 +232,6 @@ def correlations(a: Any, b: Any) -> np.ndarray:
     return np.clip(_standard(a).T @ _standard(b), -1, 1)
 
 
-def nearest_groups(activations: Any, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each group the k others (at most G - 1) whose activations [m, G] go along most.
-
-    Returns (index [G, k], correlation [G, k]), nearest first; dead groups correlate 0.
-    """
-    found = correlations(activations, activations)
-    np.fill_diagonal(found, -2)
-    index = np.argsort(-found, axis=1, kind="stable")[:, : min(k, len(found) - 1)]
-    return index, np.take_along_axis(found, index, 1)
-
-
 def duplicate_groups(activations: Any, *, threshold: float = 0.95) -> list[int | None]:
     """Return for each group the earlier group that it repeats, None if it is one of its own.
 
@@ -293,40 +275,10 @@ def match_groups(
     return Matching(pairs, matrix[pairs[:, 0], pairs[:, 1]], matrix, float(chance), float(high))
 
 
-def retrieve(
-    queries: Any, vectors: Any, group: int, k: int = 8, *, exclude: Any = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k images nearest to each query under one group alone, by cosine of u_g = W^(g) z.
-
-    Args:
-        queries: [q, G, P]; vectors: [n, G, P].
-        exclude: int [q], the query's own index among the images, which is not returned.
-
-    Returns:
-        (index [q, k], cosine [q, k]), nearest first; k is at most the number of images. A vector
-        of zeros has cosine 0 with all.
-    """
-    q, v = (_unit(np.asarray(x)[:, group].astype(np.float64)) for x in (queries, vectors))
-    cosine = q @ v.T
-    if exclude is not None:
-        cosine[np.arange(len(q)), exclude] = -2
-    index = np.argsort(-cosine, axis=1, kind="stable")[:, : min(k, len(v) - (exclude is not None))]
-    return index, np.take_along_axis(cosine, index, 1)
-
-
 def row_space(W_g: Any) -> np.ndarray:
     """Return an orthonormal basis [r, D] of the rows of W^(g) [P, D]; r = 0 for a dead group."""
     _, sigma, basis = np.linalg.svd(np.asarray(W_g, np.float64), full_matrices=False)
     return basis[sigma > max(W_g.shape) * np.finfo(np.float32).eps * sigma.max(initial=1e-300)]
-
-
-def silence_group(x: Any, W: Any, g: int) -> np.ndarray:
-    """Return latents x [n, D] without what group g sees: the row space of W^(g) is projected out.
-
-    x are the latents that W [G, P, D] reads, standardised; what is removed becomes their mean.
-    """
-    x = np.asarray(x)
-    return _without(x, row_space(np.asarray(W)[g]))
 
 
 def silence_effects(
@@ -336,15 +288,15 @@ def silence_effects(
     W: Any,
     *,
     draws: int = 10,
-    images: int = 8,
     resamples: int = 200,
     random_state: int = 0,
 ) -> list[SilenceEffect]:
     """Return for every group how the accuracy of a fitted probe falls when it is silenced.
 
+    The row space of W^(g) is projected out: what group g sees becomes the mean of the latents.
+
     Args:
-        probe: anything with `predict(x)`; with `decision_function(x)` (scores) as well, the most
-            changed images are those whose scores move most, else those whose label changes.
+        probe: anything with `predict(x)`.
         x_test: [n, D], the standardised latents that the probe was fitted on; y_test: [n].
         W: [G, P, D].
         draws: random subspaces of each group's rank that give the chance level.
@@ -353,54 +305,25 @@ def silence_effects(
     x, y, W = np.asarray(x_test), np.asarray(y_test), np.asarray(W)
     if x.ndim != 2 or W.ndim != 3 or x.shape[1] != W.shape[2] or len(x) != len(y) or not len(x):
         raise ValueError(f"x {x.shape}, y {y.shape} and W {W.shape} do not fit")
-    predicted = probe.predict(x)
-    right = (predicted == y).astype(np.float64)
-    scores = getattr(probe, "decision_function", None)
-    before = scores(x) if scores else None
+    right = (probe.predict(x) == y).astype(np.float64)
     rng = np.random.default_rng(random_state)
     weights = bootstrap_weights(len(x), resamples, random_state)
-    labels = np.unique(y)
-    levels: dict[int, list[tuple[float, float]]] = {0: [(0.0, 0.0)]}
+    levels: dict[int, list[float]] = {0: [0.0]}
 
-    def by_class(loss: np.ndarray) -> list[float]:
-        return [float(loss[y == label].mean()) for label in labels]
+    def losses(basis: np.ndarray) -> np.ndarray:
+        return right - (probe.predict(_without(x, basis)) == y)
 
     effects = []
-    for W_g in W:
-        basis = row_space(W_g)
+    for basis in map(row_space, W):
         rank = len(basis)
         if rank not in levels:
-            subspaces = (
-                np.linalg.qr(rng.normal(size=(W.shape[2], rank)))[0].T for _ in range(draws)
-            )
-            losses = (right - (probe.predict(_without(x, s)) == y) for s in subspaces)
-            levels[rank] = [(float(loss.mean()), max(by_class(loss))) for loss in losses] or [
-                (0.0, 0.0)
-            ]
-        silenced = _without(x, basis)
-        now = probe.predict(silenced)
-        loss = right - (now == y)
-        if before is not None:
-            moved = np.asarray(scores(silenced) - before).reshape(len(x), -1)  # type: ignore[misc]
-            change = np.linalg.norm(moved, axis=1)
-        else:
-            change = (now != predicted).astype(float)
-        classes = [(k.item(), drop) for k, drop in zip(labels, by_class(loss), strict=True)]
-        draws_ = weights @ loss / len(x)
-        overall, largest = zip(*levels[rank], strict=True)
-        effects.append(
-            SilenceEffect(
-                rank,
-                from_draws(float(loss.mean()), draws_, "" if rank else "a dead group"),
-                float(np.mean(overall)),
-                max(overall),
-                sorted(classes, key=lambda c: -c[1]),
-                max(largest),
-                np.argsort(-change, kind="stable")[:images],
-                float((now != predicted).mean()),
-                draws_,
-            )
-        )
+            spaces = (np.linalg.qr(rng.normal(size=(x.shape[1], rank)))[0].T for _ in range(draws))
+            levels[rank] = [float(losses(space).mean()) for space in spaces] or [0.0]
+        loss = losses(basis)
+        drawn = weights @ loss / len(x)
+        drop = from_draws(float(loss.mean()), drawn, "" if rank else "a dead group")
+        level = levels[rank]
+        effects.append(SilenceEffect(rank, drop, float(np.mean(level)), max(level), drawn))
     return effects
 
 
