@@ -325,16 +325,3 @@ def test_searches_choose_what_is_told_and_leave_a_probe_that_predicts() -> None:
         twin: Any = clone(probe.set_params(device="cpu"))
         assert type(twin) is type(probe) and twin.get_params() == probe.get_params()
         assert not hasattr(twin, "classes_")
-
-
-def test_two_classes_have_one_score_and_more_have_one_each() -> None:
-    x = np.random.default_rng(0).normal(size=(60, 4))
-    y = (x[:, 0] > 0).astype(int)
-    probe = LogisticProbe(1.0).fit(x, y)
-    odds = np.log(probe.predict_proba(x)[:, 1] / probe.predict_proba(x)[:, 0])
-    np.testing.assert_allclose(probe.decision_function(x), odds, rtol=1e-6)
-    np.testing.assert_allclose(np.exp(probe.predict_log_proba(x)), probe.predict_proba(x))
-    assert LogisticProbe(1.0).fit(x, np.arange(60) % 3).decision_function(x).shape == (60, 3)
-    weights = np.arange(60)
-    hits = probe.predict(x) == y
-    assert probe.score(x, y, weights) == np.average(hits, weights=weights)

@@ -23,7 +23,6 @@ from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.measured import (
     MEASURES,
     Labelled,
-    _halving,
     check_measures,
     encoder_flops,
     kept_curve,
@@ -204,16 +203,6 @@ def test_the_curve_starts_at_the_plain_probe_and_counts_what_is_kept() -> None:
     assert kept_curve(train, test, W) == found
 
 
-def test_random_latents_are_as_many_and_nested() -> None:
-    (train, test), W = parts(), random_map()
-    rows = kept_curve(train, test, W, random_state=3)["curve"]
-    order = np.random.default_rng([3, D]).permutation(D)
-    for row in rows:
-        chosen = np.sort(order[: row["latents"]])
-        probe = LogisticProbe(random_state=3).fit(train.x[:, chosen], train.y)
-        assert row["random_latents"] == probe.score(test.x[:, chosen], test.y)
-
-
 @pytest.mark.parametrize("count", [1, 4, 9, D])
 def test_principal_components_are_scikit_learns(count: int) -> None:
     train, test = parts()
@@ -249,11 +238,3 @@ def test_a_map_of_zeros_keeps_nothing() -> None:
     empty = kept_curve(train, test, torch.zeros_like(W))["curve"][0]
     assert (empty["latents"], empty["feature_bytes"], empty["map_flops"]) == (0, 0, 0)
     assert empty["accuracy"] is None and empty["pca"] is None and empty["random_latents"] is None
-
-
-@pytest.mark.parametrize(
-    ("most", "least", "counts"),
-    [(16, 1, [16, 12, 8, 6, 4, 3, 2, 1]), (1, 1, [1]), (96, 24, [96, 72, 48, 36, 24])],
-)
-def test_counts_fall_by_halves_and_between(most: int, least: int, counts: list[int]) -> None:
-    assert _halving(most, least) == counts

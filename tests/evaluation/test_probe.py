@@ -24,7 +24,6 @@ from sparsejepa.evaluation.probe import (
     check_protocols,
     evaluate,
     labelled_share,
-    load_splits,
     split_protocol,
 )
 from sparsejepa.evaluation.stats import wilson_interval
@@ -144,11 +143,6 @@ def test_kept_floors_are_used_again_for_equal_settings_only(
         file.write_text("[[")
     with pytest.raises(UserError, match=r"\.json: damaged"):
         again()
-
-
-def test_limit_draws_training_images_only(embedded: list[str]) -> None:
-    (row,) = evaluate(make_encoder(), "colours", targets=["hue"], floors=False, limit=60)
-    assert (row.n_train, row.n_test) == (60, 100)
 
 
 @pytest.mark.parametrize(
@@ -312,16 +306,6 @@ def test_held_out_images_are_scored_on_and_test_is_never_loaded(
     x, new = embed(make_encoder(), rest).x, embed(make_encoder(), aside).x
     probe = LogisticProbe().fit(x, rest.targets["hue"].values)
     assert held.accuracy == probe.score(new, aside.targets["hue"].values)
-
-
-def test_splits_do_not_share_an_image(loaded: list[str]) -> None:
-    rest, aside = load_splits("colours", 50)
-    everything = {image.tobytes() for image in colours("train", 240, 0).images}
-    fitted, scored = ({image.tobytes() for image in part.images} for part in (rest, aside))
-    assert not fitted & scored and fitted | scored == everything
-    assert rest.fingerprint != aside.fingerprint
-    # A limit takes from what is left, so it never brings an image back.
-    assert not {i.tobytes() for i in rest.subset(100).images} & scored
 
 
 def test_finetune_rows_have_an_untrained_floor_and_no_pixels(

@@ -93,13 +93,6 @@ def test_monosemanticity_tells_a_pure_group_from_a_mixed_one():
     assert mixed == pytest.approx((49 - 50) / 99)
 
 
-def test_monosemanticity_refuses_what_it_is_not_defined_for():
-    with pytest.raises(ValueError, match="not negative"):
-        monosemanticity(-np.ones((3, 1)), np.ones((3, 2)))
-    with pytest.raises(ValueError, match="do not fit"):
-        monosemanticity(np.ones((3, 1)), np.ones((4, 2)))
-
-
 # Labels
 
 
