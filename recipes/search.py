@@ -31,7 +31,7 @@ from study import check_entries, read_recipe
 
 from sparsejepa.config import Config, load_toml
 from sparsejepa.errors import UserError
-from sparsejepa.results import is_current, read_results
+from sparsejepa.study.results import is_current, read_results
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Probes, Task, row_key

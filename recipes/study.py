@@ -16,7 +16,7 @@ from typing import Any
 from sparsejepa import version
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.results import is_current, read_checked
+from sparsejepa.study.results import is_current, read_checked
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Probes, row_key
 from sparsejepa.study.verdict import LEVEL, BySeed, Interval, choose, compare, mean_sd

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, Union, get_type_hints
 
 import tyro
 
@@ -30,10 +30,10 @@ from sparsejepa import __version__
 from sparsejepa.config import REMOVED, Config, load_toml, present_settings, preset
 from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
-from sparsejepa.terminal import printable
-from sparsejepa.verbs import VERBS
-from sparsejepa.verbs.completing import completions
-from sparsejepa.verbs.training import Settings
+from sparsejepa.verbs import VERBS, Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROGRAM = "sparsejepa"
 _ABOUT = "Self-supervised image pretraining with a group-sparse map from latents to groups."
@@ -49,6 +49,33 @@ _SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
     errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG, errno.EIO,
 }  # fmt: skip
+
+
+# Control characters but tab and newline, separators of lines, changes of direction, and halves of
+# characters, as names of files that are not text have.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: what is not is written as an escape."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def open_console(stream: TextIO, **options: Any) -> Console:
+    """Return a console for people: no markup, and every text of the data made `printable`.
+
+    `options` are rich's, such as width and quiet.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return PlainConsole(file=stream, highlight=False, markup=False, emoji=False, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,15 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> Any:
     """Return the verb's dataclass that `words` describe, e.g. ``verbs.Pretrain``.
 
-    Prints help and raises SystemExit(0) for --help. Raises UserError for unknown verbs, flags and
-    values.
+    Prints help and raises SystemExit(0) for --help, and a shell's completions for
+    --tyro-print-completion. Raises UserError for unknown verbs, flags and values.
     """
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "--tyro-print-completion"):
         listed = [
             Annotated[verb, tyro.conf.subcommand(name, description=_first_line(verb))]
             for name, (verb, _) in VERBS.items()
         ]
-        tyro.cli(Union[tuple(listed)], prog=PROGRAM, description=_ABOUT, args=["--help"])  # type: ignore  # noqa: UP007
+        args = list(words) or ["--help"]
+        style = _STYLE if args[0] == "--tyro-print-completion" else ()
+        tyro.cli(Union[tuple(listed)], prog=PROGRAM, description=_ABOUT, args=args, config=style)  # type: ignore  # noqa: UP007
     name, rest = words[0], list(words[1:])
     if name not in VERBS:
         known = ", ".join(VERBS)
@@ -116,7 +145,7 @@ def parse(words: Sequence[str]) -> Any:
         if gone:
             raise UserError(f"{word}: {gone[1]}")
         if word.startswith("--"):
-            meant = nearest(word, completions(verb))
+            meant = nearest(word, _flags(verb))
             raise UserError(f"unknown flag '{word}'{meant}; see {PROGRAM} {name} --help")
         raise UserError(f"unexpected argument '{given}'; see {PROGRAM} {name} --help")
     return parsed
@@ -127,8 +156,6 @@ def _run(words: list[str], world: World) -> None:
         print(f"{PROGRAM} {__version__}")
         return
     args = parse(words)
-    from sparsejepa.terminal import open_console
-
     if world.size > 1 and words[0] not in _TOGETHER:
         raise UserError(
             f"{words[0]} is for one process and {world.size} were started; start it without "
@@ -261,6 +288,17 @@ def _read(verb: type, words: Sequence[str], **options: Any) -> tuple[Any, list[s
 
 def _is_rule(line: str) -> bool:
     return not line.strip("─-")
+
+
+def _flags(verb: type) -> list[str]:
+    """Return every flag of a verb, its sections' included."""
+    found = []
+    for name, hint in get_type_hints(verb).items():
+        if dataclasses.is_dataclass(hint):
+            found += _flags(hint)  # type: ignore[arg-type]
+        elif name in {f.name for f in dataclasses.fields(verb)}:
+            found += [flag(name)]
+    return found
 
 
 def _first_line(verb: type) -> str:

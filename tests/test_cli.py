@@ -19,9 +19,7 @@ import sparsejepa
 from sparsejepa import cli
 from sparsejepa.config import Config, flat_fields
 from sparsejepa.errors import Interrupted, UserError
-from sparsejepa.verbs import VERBS
-from sparsejepa.verbs.looking import Info
-from sparsejepa.verbs.training import Pretrain, Settings
+from sparsejepa.verbs import VERBS, Info, Pretrain, Settings
 
 # The smallest thing that trains.
 TINY = "--preset nano --batch-size 16 --steps 3 --threads 1"
@@ -80,6 +78,12 @@ def test_verb_help_names_every_flag(name: str, capsys: pytest.CaptureFixture[str
             n for n in flat_fields() if n != "data" and f"--{n.replace('_', '-')}" not in text
         ]
         assert not missing
+
+
+def test_completion_is_tyros() -> None:
+    done = run("--tyro-print-completion bash")
+    assert done.returncode == 0 and "--patch-size" in done.stdout and "pretrain" in done.stdout
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
 
 
 def test_version() -> None:
@@ -172,7 +176,7 @@ def test_defaults_come_from_the_preset_then_the_file_then_the_flags(tmp_path: Pa
     with pytest.raises(UserError, match="--w-lr-sum: how far W moves is the same"):
         config.replace(w_lr_sum=60.0)
     older["groups"]["vicreg"] = [0.1, 0.0]
-    with pytest.raises(UserError, match=r"^config: --vicreg 0.1 0.0: this term was taken out"):
+    with pytest.raises(UserError, match=r"^config: --vicreg .*: this term was taken out"):
         Config.from_dict(older)
 
 
@@ -393,13 +397,6 @@ def test_probe_says_which_classes_only_one_split_has(
     status, out, err = call(capsys, "probe a --data photos --protocol ridge")
     assert status == 0, err
     assert "photos: class: only in train: dark (32 images); only in test: dim (8 images)" in out
-
-
-def test_extras_go_into_the_environment_of_make() -> None:
-    make = ["make", "-n", "-C", str(Path(__file__).parents[1]), "install"]
-    for words, said in (([], "-e '.'"), (["EXTRAS=onnx,wandb"], "-e '.[onnx,wandb]'")):
-        done = subprocess.run([*make, *words], capture_output=True, text=True)
-        assert done.returncode == 0 and said in done.stdout and "-c constraints.txt" in done.stdout
 
 
 def test_masks_and_data_end_with_their_numbers(

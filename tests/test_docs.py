@@ -162,7 +162,7 @@ def shortened(words: list[str], flags: str) -> list[str]:
 SERVER = """
 import json, os, runpy, sys, traceback
 import sparsejepa.explain.run, sparsejepa.study.sweep, sparsejepa.training.loop
-import sparsejepa.verbs.looking
+import sparsejepa.verbs
 import matplotlib.backends.backend_svg, scipy.linalg, sklearn.linear_model, timm
 from sparsejepa import cli
 from sparsejepa.data import catalog

@@ -27,8 +27,8 @@ from sparsejepa.encoders.encoder import save_encoder
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.model.vit import ViT
-from sparsejepa.results import read_checked, read_results, read_rows
 from sparsejepa.study.figures import points
+from sparsejepa.study.results import read_checked, read_results, read_rows
 from sparsejepa.study.tasks import row_key
 
 DEADLINE = 10  # seconds for one case; the slowest takes a fraction of one

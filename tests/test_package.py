@@ -19,22 +19,13 @@ PACKAGE = ROOT / "sparsejepa"
 # From the ground up; a module imports from its own floor or one below it.
 FLOORS = [
     ["errors"],
-    [
-        "config",
-        "files",
-        "results",
-        "rng",
-        "environment",
-        "distributed",
-        "terminal",
-    ],
+    ["config", "files", "rng", "environment", "distributed"],
     ["model"],
     ["data"],
     ["encoders"],
     ["training"],
     ["evaluation"],
     ["study"],
-    ["report"],
     ["explain"],
     ["verbs"],
     ["cli"],

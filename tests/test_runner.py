@@ -14,8 +14,8 @@ import run as runner
 
 from sparsejepa import version
 from sparsejepa.errors import UserError
-from sparsejepa.results import read_rows
 from sparsejepa.study import runs, tasks
+from sparsejepa.study.results import read_rows
 from sparsejepa.study.tasks import Task
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import run as runner
 
-from sparsejepa.results import read_rows
 from sparsejepa.study import runs
+from sparsejepa.study.results import read_rows
 from tests.test_runner import words, write_queue
 
 RECIPES = Path(__file__).parents[1] / "recipes"

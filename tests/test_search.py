@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejepa import version
-from sparsejepa.results import read_rows
+from sparsejepa.study.results import read_rows
 from sparsejepa.study.tasks import Task
 
 TOML = """

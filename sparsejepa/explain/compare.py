@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from sparsejepa.explain.subject import REFERENCES, RUN, SHUFFLED, short_name
 from sparsejepa.files import load_tensors, read_json
 from sparsejepa.study.figures import group_map_figure, matching_figure
 from sparsejepa.study.page import Page, Picture, Table, write_page
-from sparsejepa.terminal import estimate_text
 
 
 def compare_runs(
@@ -188,3 +187,12 @@ def _pictures(matched: Matching, a: _Side, b: _Side) -> list[Picture]:
             f"matched pairs reach {np.mean(matched.correlations):.2f} on average.",
         ),
     ]
+
+
+def estimate_text(estimate: Mapping[str, Any] | None) -> str:
+    """Return an estimate of metrics.json as "0.31 [0.29, 0.33]", or "–" where it is not defined."""
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3g}"
+    return f"{estimate['value']:.3g} [{estimate['low']:.3g}, {estimate['high']:.3g}]"

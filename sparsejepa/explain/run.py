@@ -55,7 +55,7 @@ from sparsejepa.explain.subject import (
     short_name,
 )
 from sparsejepa.files import save_tensors, write_text
-from sparsejepa.results import read_rows
+from sparsejepa.study.results import read_rows
 from sparsejepa.training.checkpoint import train_version
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"

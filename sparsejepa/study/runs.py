@@ -26,8 +26,8 @@ from sparsejepa.environment import cores, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.measured import check_measures
 from sparsejepa.evaluation.probe import check_protocols
-from sparsejepa.results import append_row, read_results
 from sparsejepa.study.cluster import Cluster, outcomes
+from sparsejepa.study.results import append_row, read_results
 from sparsejepa.study.tasks import Task, attempt, opening, row_key
 from sparsejepa.study.verdict import measure_name
 from sparsejepa.study.workers import terminable, workers

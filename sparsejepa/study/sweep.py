@@ -23,7 +23,6 @@ from rich.table import Table as RichTable
 from sparsejepa.config import Config, preset
 from sparsejepa.data.catalog import load_images
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.results import read_rows
 from sparsejepa.study.figures import save_png
 from sparsejepa.study.page import (
     Page,
@@ -33,6 +32,7 @@ from sparsejepa.study.page import (
     sweep_pictures,
     write_page,
 )
+from sparsejepa.study.results import read_rows
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task, load_w
 from sparsejepa.study.verdict import Summary, Verdict, summarise, table, verdict

@@ -25,7 +25,7 @@ from sparsejepa.errors import UserError
 from sparsejepa.evaluation.measured import measure
 from sparsejepa.evaluation.probe import evaluate, load_splits
 from sparsejepa.files import load_tensors, write_text
-from sparsejepa.results import versions
+from sparsejepa.study.results import versions
 from sparsejepa.training.build import arm_name
 from sparsejepa.training.loop import Run, train
 

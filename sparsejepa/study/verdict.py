@@ -196,11 +196,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
     return Summary(arms, tuple(images), untrained, pixels, frozenset(weak), frozenset(low))
 
 
-def usable(row: Mapping[str, Any]) -> bool:
-    """Return whether a line of results is of a run that did not fail."""
-    return bool(row.get("probes"))
-
-
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Return header and cells (text) of the sweep's table, the floors as its last two rows.
 

@@ -17,9 +17,9 @@ import pytest
 from sparsejepa import cli
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
-from sparsejepa.results import read_rows
 from sparsejepa.study import cluster, runs
 from sparsejepa.study.cluster import Cluster
+from sparsejepa.study.results import read_rows
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Probes, Task

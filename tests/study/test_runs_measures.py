@@ -17,8 +17,8 @@ from sparsejepa.encoders.load import load
 from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import evaluate
-from sparsejepa.results import DONE, ROW
 from sparsejepa.study import tasks
+from sparsejepa.study.results import DONE, ROW
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.tasks import Probes, Task, attempt, row_key, run_and_probe
 

@@ -26,9 +26,9 @@ from sparsejepa import cli
 from sparsejepa.config import REMOVED, preset
 from sparsejepa.errors import UserError
 from sparsejepa.model.groups import GroupMap
-from sparsejepa.results import read_results, read_rows
 from sparsejepa.study import runs
 from sparsejepa.study import tasks as tasks_module
+from sparsejepa.study.results import read_results, read_rows
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import (
     DEMO_LAM,
@@ -126,13 +126,6 @@ def test_an_arm_goes_on_with_settings(first: str, items: dict[str, Any]) -> None
 def test_settings_of_the_wrong_type_are_named(arm: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         TINY.replace(**arm_settings(arm)).check()
-
-
-def test_whole_numbers_stand_for_numbers() -> None:
-    one, two = (
-        TINY.replace(**arm_settings(f"dense+beta={x}+crop_scale={x},{x}")) for x in ("0", "0.0")
-    )
-    assert one == two and json.dumps(one.to_dict()) == json.dumps(two.to_dict())
 
 
 @pytest.mark.parametrize(

@@ -8,30 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from sparsejepa import results
 from sparsejepa.errors import UserError
-from sparsejepa.results import append_row, read_checked, read_results, read_rows, versions
+from sparsejepa.study import results
+from sparsejepa.study.results import append_row, read_checked, read_results, read_rows, versions
 
 ROW = {"key": "a", "arm": "dense", "seed": 0, "probes": [{"accuracy": 0.25}]}
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "line",
     [
-        ('"key": "a", "arm', "no JSON object (cut short?)"),
-        ("42", "no JSON object"),
-        ("[1, 2]", "no JSON object"),
-        (json.dumps(ROW | {"probes": [{"accuracy": 13.7}]}), "accuracy 13.7 is no share"),
-        (json.dumps(ROW | {"probes": [{"accuracy": "0.15"}]}), "accuracy 0.15 is no share"),
-        (json.dumps(ROW | {"probes": [{}]}), "accuracy None is no share"),
+        '"key": "a", "arm',
+        "42",
+        "[1, 2]",
+        *(json.dumps(ROW | {"probes": [p]}) for p in ({"accuracy": 13.7}, {"accuracy": "0.1"}, {})),
     ],
 )
-def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     append_row(path, ROW)
     assert read_checked(path) == [ROW]
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=f"{re.escape(str(path))}, line 2: {re.escape(message)}"):
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}, line 2: no line of results"):
         read_checked(path)
 
 
@@ -40,13 +38,6 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match="not a text file"):
         read_checked(path)
-
-
-def test_a_line_after_a_torn_one_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"key": "a"')
-    append_row(path, ROW)
-    assert read_rows(path) == [ROW]
 
 
 def test_a_torn_line_is_said_by_file_and_number(tmp_path: Path) -> None:
@@ -60,7 +51,7 @@ def test_a_torn_line_is_said_by_file_and_number(tmp_path: Path) -> None:
 def test_the_lines_at_hand_have_the_fields_that_are_documented() -> None:
     known = {*results.ROW, *results.DONE, *results.RARE}
     count = 0
-    for path in (Path(__file__).parents[1] / "results").glob("*.jsonl"):
+    for path in (Path(__file__).parents[2] / "results").glob("*.jsonl"):
         for row in read_rows(path):
             if "arm" in row:
                 assert set(row) <= known, f"{path}: {sorted(set(row) - known)}"

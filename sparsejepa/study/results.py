@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -68,9 +69,13 @@ def is_current(row: Mapping[str, Any]) -> bool:
     return versions(row) == (version.TRAIN_VERSION, version.EVAL_VERSION)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Any]:
     """Read a JSON-lines file; a missing one is empty, a line that a kill cut short is left out."""
-    return [row for _, row in _numbered(path)]
+    rows = []
+    for _, line in _lines(path) if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def read_results(
@@ -81,7 +86,12 @@ def read_results(
     Raises UserError for a line that is none, by its number.
     """
     rows = []
-    for number, row in _numbered(path, say):
+    for number, line in _lines(path) if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            say(f"{path}, line {number}: cut short and passed over; its run is done again")
+            continue
         missing = _ALWAYS - set(row) if isinstance(row, dict) else _ALWAYS
         if missing:
             raise UserError(
@@ -99,21 +109,18 @@ def read_checked(path: Path) -> list[Any]:
     accuracy is no share.
     """
     rows = []
-    for number, line in enumerate(_lines(path), 1):
-        where = f"{path}, line {number}"
+    for number, line in _lines(path):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: no JSON object (cut short?); remove the line")
-        probes = row.get("probes", [])
-        if not isinstance(probes, list) or not all(isinstance(probe, dict) for probe in probes):
-            raise UserError(f"{where}: its probes are no list of objects; remove the line")
-        for probe in probes:
-            share = probe.get("accuracy")
-            if not isinstance(share, float | int) or not 0 <= share <= 1:
-                raise UserError(f"{where}: accuracy {share} is no share from 0 to 1")
+            row = dict(json.loads(line))
+            shares = [probe["accuracy"] for probe in row.get("probes", [])]
+            right = all(0 <= share <= 1 for share in shares)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            right = False
+        if not right:
+            raise UserError(
+                f"{path}, line {number}: no line of results (cut short, or an accuracy that is no "
+                "share from 0 to 1); remove it"
+            )
         rows.append(row)
     return rows
 
@@ -125,21 +132,10 @@ def read_beside(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and set(row) >= _ALWAYS]
 
 
-def _numbered(
-    path: Path, say: Callable[[str], object] = lambda line: None
-) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_lines(path) if path.exists() else (), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            say(f"{path}, line {number}: cut short and passed over; its run is done again")
-        else:
-            yield number, row
-
-
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Return the lines of a file with their numbers. Raises UserError if it is no text."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file (UTF-8)") from None
 
