@@ -52,7 +52,41 @@ def singles(variables: Sequence[int]) -> Groups:
     return [(i,) for i in variables]
 
 
-# --- the tables of the docs page: what grouping keeps and loses -----------------------------------
+def random_table(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    p = rng.gamma(0.5, size=shape) * (rng.random(shape) < 0.8) + 1e-3
+    return p / p.sum()
+
+
+partitions = st.permutations(range(5)).flatmap(
+    lambda order: st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True).map(
+        lambda cuts: [tuple(part) for part in np.split(np.array(order), sorted(cuts))]
+    )
+)
+
+
+# --- the lemma: grouping lowers total correlation by what lies inside the groups ------------------
+
+
+@given(groups=partitions, seed=st.integers(0, 999))
+def test_chain_rule_for_tables(groups: Groups, seed: int) -> None:
+    p = random_table((2, 3, 2, 2, 3), seed)
+    whole = table_information(p, singles(range(5)))
+    inside = sum(table_information(p, singles(group)) for group in groups)
+    between = table_information(p, groups)
+    assert whole == pytest.approx(between + inside, abs=1e-12)
+    assert -1e-12 <= between <= whole + 1e-12
+
+
+@given(groups=partitions, seed=st.integers(0, 999))
+def test_chain_rule_for_gaussians(groups: Groups, seed: int) -> None:
+    mix = np.random.default_rng(seed).normal(size=(5, 5))
+    S = mix @ mix.T + 0.1 * np.eye(5)
+    whole = gaussian_information(S, singles(range(5)))
+    inside = sum(gaussian_information(S, singles(group)) for group in groups)
+    between = gaussian_information(S, groups)
+    assert whole == pytest.approx(between + inside, abs=1e-9)
+    assert -1e-9 <= between <= whole + 1e-9
 
 
 def coins(copies: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -65,6 +99,41 @@ def coins(copies: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 PAIRS = [(0, 1), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("copies", "strict"),
+    [
+        pytest.param([(0, 2), (1, 3)], False, id="only across"),
+        pytest.param([(0, 1), (2, 3)], True, id="only inside"),
+        pytest.param([(0, 1), (1, 2)], True, id="both"),
+        pytest.param([], False, id="none"),
+    ],
+)
+def test_strict_exactly_where_a_group_depends_inside(
+    copies: list[tuple[int, int]], strict: bool
+) -> None:
+    p = coins(copies)
+    lost = table_information(p, singles(range(4))) - table_information(p, PAIRS)
+    inside = max(table_information(p, singles(group)) for group in PAIRS)
+    assert (lost > 1e-9) == (inside > 1e-9) == strict
+
+
+@given(seed=st.integers(0, 999), r=st.floats(-0.95, 0.95))
+def test_dependence_across_groups_alone_never_makes_it_strict(seed: int, r: float) -> None:
+    # Independent inside each group of two, any dependence across: the covariance C is free.
+    C = np.random.default_rng(seed).normal(size=(2, 2))
+    C *= r / np.linalg.norm(C, 2)
+    S = np.block([[np.eye(2), C], [C.T, np.eye(2)]])
+    assert gaussian_information(S, PAIRS) == pytest.approx(
+        gaussian_information(S, singles(range(4))), abs=1e-9
+    )
+    S[0, 1] = S[1, 0] = 0.05  # and a little inside is enough
+    if np.linalg.eigvalsh(S)[0] > 0:
+        assert gaussian_information(S, PAIRS) < gaussian_information(S, singles(range(4))) - 1e-4
+
+
+# --- the theorem: no grouping tells more about Z --------------------------------------------------
 
 
 def grouped(p: np.ndarray, groups: Groups, maps: Sequence[Callable | np.ndarray]) -> np.ndarray:
@@ -86,6 +155,25 @@ def grouped(p: np.ndarray, groups: Groups, maps: Sequence[Callable | np.ndarray]
 def about_z(p: np.ndarray) -> float:
     """I(Z; the rest), Z the first axis."""
     return table_information(p, [(0,), tuple(range(1, p.ndim))])
+
+
+GROUPINGS = [[(0, 1), (2, 3)], [(3, 0), (1,), (2,)], [(0, 1, 2, 3)], [(2, 0, 1), (3,)]]
+
+
+@given(seed=st.integers(0, 999), groups=st.sampled_from(GROUPINGS))
+def test_a_partition_is_a_relabelling_and_keeps_the_information(seed: int, groups: Groups) -> None:
+    p, rng = random_table((3, 2, 2, 3, 2), seed), np.random.default_rng(seed)
+    sizes = [math.prod(p.shape[i + 1] for i in group) for group in groups]
+    table = grouped(p, groups, [rng.permutation(size) for size in sizes])
+    assert about_z(table) == pytest.approx(about_z(p), abs=1e-12)
+
+
+@given(seed=st.integers(0, 999), groups=st.sampled_from(GROUPINGS), labels=st.integers(1, 6))
+def test_a_lossy_map_never_adds_information(seed: int, groups: Groups, labels: int) -> None:
+    p, rng = random_table((3, 2, 2, 3, 2), seed), np.random.default_rng(seed)
+    sizes = [math.prod(p.shape[i + 1] for i in group) for group in groups]
+    table = grouped(p, groups, [rng.integers(0, labels, size) for size in sizes])
+    assert about_z(table) <= about_z(p) + 1e-12
 
 
 def coin_and_maps() -> dict[str, float]:
@@ -166,6 +254,13 @@ def penalty(W: np.ndarray) -> float:
     length = np.linalg.norm(norms, axis=0)
     used = length > 0
     return float((norms.sum(0)[used] / length[used]).mean())
+
+
+def test_the_penalty_is_least_where_groups_are_disjoint() -> None:
+    values = [penalty(OVERLAP[name]) for name in ("disjoint", "half shared", "fully shared")]
+    assert values == sorted(values)
+    assert values[0] == 1
+    assert values[2] == pytest.approx(math.sqrt(2))
 
 
 # --- the numbers of the docs page -----------------------------------------------------------------
