@@ -38,11 +38,16 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "clip": (1.0, "the network's gradient is always clipped at norm 1; leave it out"),
     "ema_reference": ((0.992, 0.9999), "use --ema and --ema-final"),
     "encoder_dims": ((), "use --encoder WIDTH,DEPTH,HEADS"),
+    "eval_every": (None, "a run is evaluated ten times while it trains; leave it out"),
     "group_detach": (0.0, "the group loss always reaches the encoder; leave it out"),
     "group_dim": (None, "a group is as wide as the encoder over --num-groups; leave it out"),
     "keep_checkpoints": (2, "the two newest checkpoints are kept; leave it out"),
     "kl_correlation": (1.0, "both parts of the KL have weight 1; use --beta"),
     "kl_marginal": (1.0, "both parts of the KL have weight 1; use --beta"),
+    "log_every": (
+        10,
+        "metrics are written every ten steps or a hundred times a run; leave it out",
+    ),
     "lr_final": (1e-6, "the learning rate always ends at 1e-6; leave it out"),
     "max_unreadable": (0.5, "half of the images may be unreadable, always; leave it out"),
     "randaugment": ((2, 9), "RandAugment was taken out; use --crop-scale and --flip"),
@@ -59,8 +64,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 """Settings that earlier versions had: the value that every run has now, and what to do instead.
 
-Files that name one at that value are read as if they did not; any other value is refused.
+Files that name one at that value are read as if they did not; any other value is refused, unless
+it never changed a weight (`_HARMLESS`).
 """
+_HARMLESS = {"eval_every", "keep_checkpoints", "log_every", "max_unreadable"}
 
 
 @dataclass(frozen=True)
@@ -212,12 +219,8 @@ class RunConfig:
     """CPU threads; all cores if not given."""
     compile: bool = False
     """Compile the step: faster steps after a minute or two of compiling (needs a C++ compiler)."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Show the numbers there too; metrics.jsonl is always written."""
-    eval_every: int | None = None
-    """Steps between online evaluations (k-NN, RankMe); ten a run if not given."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; twenty a run if not given."""
     workers: int | None = None
@@ -430,8 +433,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_groups": (1, _BIG), "lam": (0, _BIG), "density": (0, 1), "group_weight": (0, _BIG),
     "debias": (0, 1), "beta": (0, _BIG), "epochs": (1, _BIG), "steps": (1, _BIG),
     "batch_size": (2, _BIG), "lr": (0, _BIG), "warmup": (0, 1), "weight_decay": (0, _BIG),
-    "ema": (0, 1), "ema_final": (0, 1), "threads": (1, 4096), "log_every": (1, _BIG),
-    "eval_every": (1, _BIG), "checkpoint_every": (1, _BIG), "workers": (0, 1024),
+    "ema": (0, 1), "ema_final": (0, 1), "threads": (1, 4096),
+    "checkpoint_every": (1, _BIG), "workers": (0, 1024),
     "accumulate": (1, _BIG),
 }  # fmt: skip
 _ASCENDING = ("crop_scale", "target_scale", "target_aspect_ratio", "context_scale")
@@ -648,7 +651,8 @@ def present_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         flat["encoder"] = dims
     for name in flat.keys() & REMOVED.keys():
         value, (now, advice) = flat.pop(name), REMOVED[name]
-        if (tuple(value) if isinstance(value, list) else value) != now:
+        same = (tuple(value) if isinstance(value, list) else value) == now
+        if not same and name not in _HARMLESS:
             raise UserError(f"{flag(name)} {_shown(value)}: {advice}")
     return flat
 

@@ -160,10 +160,8 @@ def _train(
     console: Console | None,
 ) -> dict[str, Any]:
     """Train a new model, or go on from the newest checkpoint; return the run's summary."""
-    batch, total, every = (
-        config.optim.batch_size, total_steps(config, len(image_set)), config.run.log_every,
-    )  # fmt: skip
-    eval_every = config.run.eval_every or max(1, total // 10)
+    batch, total = config.optim.batch_size, total_steps(config, len(image_set))
+    every, eval_every = max(1, min(10, total // 100)), max(1, total // 10)
     save_every = config.run.checkpoint_every or max(1, total // 20)
     report = ProgressLine(console if world.main else None, arm_name(config))
     augment = build_augment(config, image_set)

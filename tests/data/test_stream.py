@@ -355,7 +355,7 @@ def test_ten_times_the_files_take_no_more_memory(tmp_path: Path, classes: int):
 
 TINY: dict[str, Any] = {
     "steps": 9, "batch_size": 16, "encoder": "nano", "predictor_depth": 1, "num_groups": 4,
-    "device": "cpu", "eval_every": 4, "checkpoint_every": 3, "log_every": 1,
+    "device": "cpu", "checkpoint_every": 3,
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def steps_of(run_dir: Path) -> int:
 def test_slurm_jobs_go_on_after_their_time_is_up(
     tmp_path: Path, slurm: Path, tiny_images: Path
 ) -> None:
-    long = {"steps": 60, "checkpoint_every": 1000, "log_every": 1, "batch_size": 32}
+    long = {"steps": 60, "checkpoint_every": 1000, "batch_size": 32}
     tasks = [
         make_task(tmp_path / "sweep", tiny_images, "lam=0.1", **long),
         make_task(tmp_path / "sweep", tiny_images, "dense"),

@@ -391,7 +391,7 @@ from sparsejepa.config import preset
 
 if __name__ == "__main__":
     config = preset("nano").replace(
-        data=sys.argv[2], steps=600, batch_size=16, device="cpu", log_every=1, eval_every=1000,
+        data=sys.argv[2], steps=600, batch_size=16, device="cpu",
         checkpoint_every=1000,
     )
     run_sweep(config, lams=[], seeds=1, out=Path(sys.argv[1]), jobs=2)

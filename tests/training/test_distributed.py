@@ -167,7 +167,7 @@ def command(config: Config, out: Path, *words: str) -> list[str | Path]:
 
 def small(folder: Path, **settings: Any) -> Config:
     # At a low rate, so that rounding grows little over more steps.
-    usual = {"log_every": 4, "checkpoint_every": 5, "lr": 2e-4}
+    usual = {"checkpoint_every": 5, "lr": 2e-4}
     return config_of(data=str(folder), **{**usual, **settings})
 
 

@@ -33,7 +33,7 @@ from sparsejepa.training.monitor import OnlineEvaluation
 
 TINY: dict[str, Any] = {
     "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
-    "threads": 1, "log_every": 4, "device": "cpu",
+    "threads": 1, "device": "cpu",
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
     folder: Path, tmp_path: Path
 ) -> None:
     config = config_of(
-        folder, steps=90, log_every=2, checkpoint_every=7, drop_path=0.2, density=0.5,
+        folder, steps=90, checkpoint_every=7, drop_path=0.2, density=0.5,
         groups="concept",
     )  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -142,7 +142,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
 def test_a_signal_saves_ends_with_its_status_and_resume_goes_on(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    config = config_of(folder, steps=4000, log_every=2, checkpoint_every=3999)
+    config = config_of(folder, steps=4000, checkpoint_every=3999)
     process = launch(config, tmp_path / "run")
     wait_for_steps(tmp_path / "run", process, 5)
     process.send_signal(number)
@@ -285,7 +285,7 @@ def test_a_gradient_of_w_that_is_not_finite_stops_the_run(
         pretrain(config_of(folder), out=tmp_path / "run")
     assert last_checkpoint(tmp_path / "run") == 2  # the steps 0 and 1, before it was spoilt
     calls.clear()
-    config = config_of(folder, checkpoint_every=12)  # it is looked at after the step 3, 7 and 11
+    config = config_of(folder, steps=400, checkpoint_every=400)  # looked at every four steps
     with pytest.raises(UserError, match="'group' is not finite at step 3"):
         pretrain(config, out=tmp_path / "other")
 
@@ -301,7 +301,7 @@ def test_a_signal_during_the_evaluation_still_saves_before_it_stops(
         return evaluate(self, *args)
 
     monkeypatch.setattr(OnlineEvaluation, "__call__", interrupted)
-    config = config_of(folder, log_every=2, eval_every=4, checkpoint_every=100)
+    config = config_of(folder, steps=40, checkpoint_every=100)
     with pytest.raises(Interrupted) as stop:
         pretrain(config, out=tmp_path / "run")
     assert stop.value.number == signal.SIGINT

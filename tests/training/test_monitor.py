@@ -78,9 +78,9 @@ def test_every_number_is_shown_once_also_of_a_resumed_run_and_no_weight_changes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings = {"groups": "concept", "steps": 12, "log_every": 2, "checkpoint_every": 5}
+    settings = {"groups": "concept", "steps": 12, "checkpoint_every": 5}
     plain = pretrain(config_of(folder, **settings), out=tmp_path / "plain").path
-    shown, stops = tmp_path / "shown", iter([False] * 7 + [True])
+    shown, stops = tmp_path / "shown", iter([False] * 13 + [True])
     log = monitor.MetricsLog.write
 
     def stopped(self: MetricsLog, row: dict[str, Any]) -> None:
