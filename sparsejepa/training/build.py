@@ -35,6 +35,9 @@ from sparsejepa.rng import derive_seed
 from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule
 
+ADAM_BETA2 = 0.98
+"""AdamW's second-moment decay."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -124,15 +127,8 @@ def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
         fingerprint, vit = encoder.fingerprint(), plain(encoder).model
     except UserError as error:
         raise UserError(f"--init {error}") from None
-    return Start(
-        ref,
-        vit_arguments(vit),
-        encoder.mean,
-        encoder.std,
-        encoder.license,
-        fingerprint,
-        vit,
-    )
+    arch, license = vit_arguments(vit), encoder.license
+    return Start(ref, arch, encoder.mean, encoder.std, license, fingerprint, vit)
 
 
 def license_of(run_dir: Path, config: Config) -> str | None:
@@ -151,10 +147,6 @@ def read_start(run_dir: Path) -> Start | None:
     return Start(**{**found, "arch": arch, "mean": mean, "std": std, "vit": None})
 
 
-ADAM_BETA2 = 0.98
-"""AdamW's second-moment decay."""
-
-
 def arm_name(config: Config) -> str:
     """Return the arm that a run belongs to: dense, lam=0, lam=0.01 or density=0.25.
 
@@ -169,11 +161,11 @@ def arm_name(config: Config) -> str:
     return name + "+predictor=groups" * (config.model.predictor == "groups")
 
 
-def run_name(config: Config) -> str:
-    """Return the folder name that a run gets when none is given."""
+def default_run_dir(config: Config) -> Path:
+    """Return the folder of a run for which none is given: runs/DATA-ARM-sSEED."""
     data = config.data.rstrip("/").rpartition("/")[2]  # of a path or a hub name its last part
     data = "".join(c if c.isalnum() or c in "-_." else "-" for c in data).strip("-.")
-    return f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
+    return Path("runs") / f"{data[-60:]}-{arm_name(config)}-s{config.run.seed}"
 
 
 def prepare(
@@ -241,27 +233,15 @@ def build_model(
         if start is not None:
             encoder = start.encoder(img_size, config.model.drop_path)
         else:
-            encoder = ViT(
-                img_size,
-                patch,
-                embed_dim=width,
-                depth=depth,
-                num_heads=heads,
-                drop_path=config.model.drop_path,
-            )
+            sizes = {"embed_dim": width, "depth": depth, "num_heads": heads}
+            encoder = ViT(img_size, patch, **sizes, drop_path=config.model.drop_path)
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
         dim, layers = config.model.predictor_dim, config.model.predictor_depth
         predictor = None
         if config.model.predictor == "mlp":
             predictor = MLPPredictor(width, grid, dim=dim, depth=layers, out_dim=out_dim)
         elif config.model.predictor == "transformer":
-            predictor = TransformerPredictor(
-                width,
-                grid,
-                dim=dim,
-                depth=layers,
-                out_dim=out_dim,
-            )
+            predictor = TransformerPredictor(width, grid, dim=dim, depth=layers, out_dim=out_dim)
         torch.manual_seed(derive_seed(seed, 0, "init-groups"))
         kind = config.groups.groups
         groups = zeros = None
@@ -324,12 +304,7 @@ def build_optimizer(config: Config, model: SparseJEPA) -> torch.optim.AdamW:
         whole = [p for p in parameters if local(p) is p]
         shared = [p for p in parameters if local(p) is not p]
         groups += [{"params": kind, "weight_decay": decay} for kind in (whole, shared) if kind]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.optim.lr,
-        betas=(0.9, ADAM_BETA2),
-        fused=True,
-    )
+    return torch.optim.AdamW(groups, lr=config.optim.lr, betas=(0.9, ADAM_BETA2), fused=True)
 
 
 def build_augment(config: Config, image_set: Images) -> Augment:
@@ -343,11 +318,6 @@ def build_augment(config: Config, image_set: Images) -> Augment:
         crop_ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
         flip=config.images.flip,
     )
-
-
-def default_run_dir(config: Config) -> Path:
-    """Return runs/NAME below the working folder."""
-    return Path("runs") / run_name(config)
 
 
 def describe_parameters(model: SparseJEPA) -> dict[str, Any]:
