@@ -267,7 +267,7 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         num_groups, group_dim, embed_dim = tensors["W"].shape
         _, own, hidden = tensors["networks.B"].shape
         out_dim = own * num_groups if about["kind"] == "feature" else own
-        sizes = {"num_groups": num_groups, "group_dim": group_dim, "hidden": hidden}
+        sizes: dict[str, Any] = {"num_groups": num_groups, "group_dim": group_dim, "hidden": hidden}
         sizes |= {"out_dim": out_dim, "sphere": about.get("sphere", True)}
         groups = GroupMap(about["kind"], embed_dim, grid_size, **sizes)
         groups.norm.eps = float(about.get("eps", groups.norm.eps))

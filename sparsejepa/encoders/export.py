@@ -58,10 +58,10 @@ pipeline_tag: image-feature-extraction
 
 # {name}
 
-A vision transformer that was trained without labels, as a frozen encoder of images of {height} x
-{width} pixels: patches of {patch}, width {embed_dim}, {depth} blocks, {num_heads} heads. Pixels are
-in [0, 1], less the mean {mean}, over the standard deviation {std}. Of images of another size the
-shorter side is resized (bicubic, antialiased) and the longer one cropped around its centre.
+A vision transformer as a frozen encoder of images of {height} x {width} pixels: patches of {patch},
+width {embed_dim}, {depth} blocks, {num_heads} heads. Pixels are in [0, 1], less the mean {mean},
+over the standard deviation {std}. Of images of another size the shorter side is resized (bicubic,
+antialiased) and the longer one cropped around its centre.
 
 ```python
 {use}```
@@ -79,13 +79,14 @@ z = ({tokens} - g["mean"]) * g["scale"]
 groups = torch.einsum("gpd,{axes}d->{axes}gp", g["W"], z).norm(dim=-1) * g["unit"]  # [{shape}]
 """
 _HUB_USE = """\
-from sparsejepa.encoders.load import folder_of, load
+import sparsejepa as sj
 
-encoder = load("{out}")
+encoder = sj.load("{out}")
 tokens = encoder.tokens(images)  # uint8 [B, H, W, 3] to [B, N, D]
 """
 _HUB_GROUPS_USE = """
 from sparsejepa.encoders.encoder import load_activations
+from sparsejepa.encoders.load import folder_of
 
 activations = load_activations(folder_of("{out}"), encoder.grid_size)
 groups, group_map = activations(tokens)  # [B, G], and [B, N, G]; None for region groups

@@ -298,8 +298,9 @@ def _transformers_folder(folder: Path, config: dict[str, Any]) -> Encoder:
         raise UserError(f"{folder / CONFIG}: cannot be used ({error}); fetch it again") from None
     names = [MODEL]
     if not (folder / MODEL).is_file():
-        shards = _read_object(folder / INDEX).get("weight_map", {})
-        names = sorted({Path(str(name)).name for name in dict(shards).values()}) or names
+        shards = _read_object(folder / INDEX).get("weight_map")
+        found = shards.values() if isinstance(shards, dict) else ()
+        names = sorted({Path(str(name)).name for name in found}) or names
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors |= read_weights(folder / name)
@@ -421,14 +422,15 @@ def build_vit(
             raise ValueError(
                 "; ".join(wrong[:3]) + f" and {len(wrong) - 3} more" * (len(wrong) > 3)
             )
-    except (KeyError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (LookupError, ValueError, RuntimeError, ArithmeticError) as error:
         lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         reason = lacks.splitlines()[-1].strip()
         raise UserError(
             f"{origin}: {what} ({reason}); only such a one is read or exported"
         ) from None
-    vit.load_state_dict({name: weights[name].clone() for name in wanted}, assign=True)
-    return vit.float()
+    copies = {name: weights[name].to(torch.float32, copy=True) for name in wanted}
+    vit.load_state_dict(copies, assign=True)
+    return vit
 
 
 def choose_part(names: list[str]) -> str | None:

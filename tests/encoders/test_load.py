@@ -258,6 +258,7 @@ def test_biases_that_a_model_lacks_are_zero(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"pos_embed": None}, "lacks 'pos_embed'"),
+        ({"pos_embed": torch.zeros(192)}, "not the encoder of a plain ViT"),
         ({"norm.bias": None}, "norm.bias is missing, not [192]"),
         ({"pos_embed": torch.zeros(1, 8, 192)}, "8 patches"),
         ({"blocks.1.mlp.fc2.weight": torch.ones(192, 9)}, "is [192, 9], not [192, 768]"),
@@ -359,8 +360,10 @@ def test_a_classifier_in_several_files(transformers: Any, tmp_path: Path) -> Non
     next(tmp_path.glob("model-*.safetensors")).unlink()
     refused(tmp_path, "no such file")
     # An index that names a file elsewhere reads none there.
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
-    refused(tmp_path, "x: no such file")
+    for names, file in (('{"a": "../x"}', "x"), ("[1]", "model.safetensors")):
+        text = f'{{"weight_map": {names}}}'
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        refused(tmp_path, f"{tmp_path / file}: no such file")
 
 
 @pytest.mark.parametrize(
