@@ -15,7 +15,7 @@ from typing import Any
 from study import CIFAR100, MEASURES, SPARSE, Block, Row, Study
 
 from sparsejepa.config import load_toml
-from sparsejepa.study.verdict import ENOUGH_SEEDS, LEVEL, Interval, compare, outcome
+from sparsejepa.study.verdict import ENOUGH_SEEDS, Interval, compare, outcome
 
 HOLDS, PART, FAILS, UNTESTED = "holds", "holds in part", "does not hold", "not tested"
 VERDICTS = (HOLDS, PART, FAILS, UNTESTED)
@@ -83,8 +83,7 @@ def judge(claim: Row, study: Study, gpu: bool) -> list[Sign]:
         verdict = PART if set(claim["tests"]) <= known else UNTESTED
         return [Sign(f"{claim['found']} Tests: {named}", verdict)]
     if "explained" in claim:
-        pages = () if gpu else study.explain
-        return [sign for page in pages for sign in _explained(claim, page)]
+        return [] if gpu else [s for page in study.explain for s in _explained(claim, page)]
     if "grows" in claim:
         return [_grows(study, *recipes) for recipes in claim["grows"]]
     found = [b for b in study.blocks(claim["table"]) if b.gpu == gpu]
@@ -92,30 +91,26 @@ def judge(claim: Row, study: Study, gpu: bool) -> list[Sign]:
     if not blocks:
         return []
     # Of several blocks the one that plans the arms, has runs, has the most arms.
-    arms = {arm for pair in claim["pairs"] for arm in pair} - {"best", "untrained", "zero"}
+    arms = {arm for pair in claim["pairs"] for arm in pair} - {"untrained", "zero"}
     block = max(blocks, key=lambda b: (arms <= set(b.planned), bool(b.rows), len(b.planned)))
     return [_pair(claim, block, *pair) for pair in claim["pairs"]]
 
 
-def _pair(claim: Row, block: Block, wanted: str, control: str) -> Sign:
+def _pair(claim: Row, block: Block, arm: str, control: str) -> Sign:
     """Judge one difference between arms by its interval."""
-    measure, level = MEASURES[claim.get("measure", CIFAR100.title)], LEVEL
-    arm = name = wanted
-    if wanted == "best":
-        arm, count = block.pick()
-        name, level = f"the best of {count} ({arm})", 1 - (1 - LEVEL) / max(1, count)
+    measure = MEASURES[claim.get("measure", CIFAR100.title)]
     a, needed = block.values(arm, measure), control == "lam=0"
     floor = block.floor(measure, "untrained")
     b = {"untrained": floor, "zero": dict.fromkeys(a, 0.0)}.get(control)
-    interval = compare(a, block.values(control, measure) if b is None else b, level)
+    interval = compare(a, block.values(control, measure) if b is None else b)
     if interval is None:
         state = "queued" if a or not block.rows else "not run"
-        return Sign(f"{measure.title}: {wanted} minus {control} {state}", UNTESTED, needed)
+        return Sign(f"{measure.title}: {arm} minus {control} {state}", UNTESTED, needed)
     verdict = judged(interval, claim.get("way", 1))
     if "within" in claim:
         verdict = inside(interval, *claim["within"])
     seeds = f"{interval.n} seed{'s'[: interval.n > 1]}"
-    text = f"{measure.title}: {name} minus {control} {measure.difference(interval)}, {seeds}"
+    text = f"{measure.title}: {arm} minus {control} {measure.difference(interval)}, {seeds}"
     above = compare(block.values("dense", measure), floor)
     if claim.get("informative") and above and above.n > 1 and outcome(above) != "gain":
         text += f"; dense does not clearly beat its untrained floor ({measure.difference(above)})"

@@ -28,10 +28,10 @@ from pathlib import Path
 from rich.console import Console
 from study import Row, check_entries, read_recipe
 
-from sparsejepa.config import Config, load_toml
+from sparsejepa.config import load_toml
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.study.results import is_current, read_beside, read_results
+from sparsejepa.study.results import read_beside, read_results
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Task, row_key
@@ -114,12 +114,8 @@ class Ledger:
                 print(f"left: {what}, about {minutes:.3g} minutes on {entry.hardware}")
         print(f"{_runs(count)} left, about {total:.3g} minutes; results in {self._args.results}")
         keys = {task.key for entry in entries for task in entry.tasks}
-        failed = sum(bool(row.get("failed")) for key, row in self._last.items() if key in keys)
-        if failed:
+        if failed := sum(bool(r.get("failed")) for key, r in self._last.items() if key in keys):
             print(f"{_runs(failed)} failed and recorded so; --retry-failed runs them again")
-        other = sum(not is_current(row) for row in self._rows)
-        if other:
-            print(f"{_runs(other)} of other train or eval versions are kept and count for nothing")
 
 
 def _runs(count: int) -> str:
@@ -152,7 +148,8 @@ def _entry(run: Row, args: argparse.Namespace, folders: dict[str, str]) -> Entry
     """
     check_entries("the run", run, {"recipe", "arms", "seeds", "minutes", "hardware"}, {"tables"})
     config, probes = read_recipe(args.queue.parent, run["recipe"])
-    config, tasks, before = here(args, config), [], dict(folders)
+    config = config.replace(device=args.device, data_root=args.data_root)
+    tasks, before = [], dict(folders)
     for seed in run["seeds"]:
         for arm in run["arms"]:
             name = f"{run['recipe']}/{arm}-s{seed}"
@@ -201,15 +198,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, help="run directories; default: a folder in runs/")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one per GPU or core")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--data-root", type=Path, help="local copies of data sets")
     parser.add_argument("--dry-run", action="store_true", help="only say what there is to do")
-
-
-def here(args: argparse.Namespace, config: Config) -> Config:
-    """Return settings as the command line wants them on this machine; they change no number."""
-    config = config.replace(device=args.device, data_root=args.data_root)
-    return config.replace(compile=True) if args.compile else config
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import Console
-from run import HERE, add_arguments, guarded, here, stop_after
+from run import HERE, add_arguments, guarded, stop_after
 from study import check_entries, read_recipe
 
 from sparsejepa.config import Config, load_toml
@@ -37,8 +37,6 @@ from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Probes, Task, row_key
 
 Settings = Mapping[str, Any]
-# What arms, rungs and seeds set.
-TAKEN = {"data", "holdout", "groups", "lam", "density", "steps", "epochs", "seed"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("search", help="NAME of recipes/search-NAME.toml, or a file.toml")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    named = not args.search.endswith(".toml")
-    args.search = HERE / f"search-{args.search}.toml" if named else Path(args.search)
+    file = args.search if args.search.endswith(".toml") else HERE / f"search-{args.search}.toml"
+    args.search = Path(file)
     args.runs = args.runs or Path("runs") / args.search.stem
     args.results = args.results or HERE.parent / "results" / f"{args.search.stem}.jsonl"
     return guarded("search.py", lambda: work(args))
@@ -57,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: argparse.Namespace) -> int:
     """Run what is missing, rung by rung, and print what was found."""
     search, status = read_search(args.search), 0
-    search = replace(search, runs=args.runs, config=here(args, search.config))
+    config = search.config.replace(device=args.device, data_root=args.data_root)
+    search = replace(search, runs=args.runs, config=config)
     state = replay(read_results(args.results), search)
     with stop_after(args.budget_minutes):
         while state.todo and not status and not args.dry_run:
@@ -133,11 +132,6 @@ class Line:
         said += f" ± {100 * stdev(self.scores):.1f}" if len(self.scores) > 1 else ""
         return f"{said}, {self.failed} failed" if self.failed else said
 
-    @property
-    def rank(self) -> tuple[int, float]:
-        """The lower the better: no failed trial, then the mean."""
-        return self.failed, -fmean(self.scores or (0.0,))
-
 
 @dataclass(frozen=True)
 class State:
@@ -146,15 +140,13 @@ class State:
     lines: list[Line]
     todo: list[Task]
     winners: dict[str, Settings]
-    others: int = 0
-    """Trials of other versions, which are left out."""
 
 
 def replay(rows: Sequence[Settings], search: Search) -> State:
     """Follow the search through the lines of results, up to the first trials that are missing."""
     rows = [row for row in rows if row.get("recipe") == search.recipe]
     done = {row_key(row): row for row in rows if is_current(row)}
-    state = State([], [], {}, sum(not is_current(row) for row in rows))
+    state = State([], [], {})
     for arm in search.arms:
         state.winners[arm] = _follow(arm, search, done, state)
     state.lines.sort(key=lambda line: (line.round, line.rung))  # stable: arms in order
@@ -199,10 +191,11 @@ def _follow(arm: str, search: Search, done: Mapping[str, Settings], state: State
 
 def _keep(lines: Sequence[Line], share: float) -> list[Line]:
     """Return what goes on: the first, and `share` of the others (at least one); the winner if 0."""
+    ranked = sorted(lines, key=lambda line: (line.failed, -fmean(line.scores or (0.0,))))
     if not share:
-        return [min(lines, key=lambda line: line.rank)]
+        return ranked[:1]
     count = max(1, math.ceil(share * (len(lines) - 1) - 1e-9))
-    ahead = sorted(lines[1:], key=lambda line: line.rank)[:count]
+    ahead = [line for line in ranked if line is not lines[0]][:count]
     return [line for line in lines if line is lines[0] or line in ahead]
 
 
@@ -220,8 +213,6 @@ def show(state: State) -> list[str]:
         mark = {True: "kept", False: "", None: "unfinished"}[line.kept]
         where = f"{line.name}, rung {line.rung}, {line.arm}, {line.steps} steps"
         lines.append(f"{where}: {text(line.candidate)}: {line.score} {mark}".rstrip())
-    if state.others:
-        lines.append(f"{state.others} trials of other train or eval versions do not count")
     over = f" so far ({len(state.todo)} trials come next)" if state.todo else ""
     return [*lines, *(f"{arm}{over}: {text(best)}" for arm, best in state.winners.items())]
 
@@ -251,8 +242,6 @@ def _parse(path: Path, spec: Settings) -> Search:
     limit = spec.get("probe_limit", probes.limit)
     for rung in spec["rungs"]:
         check_entries("a rung", rung, {"steps", "seeds"}, {"keep"})
-        if rung["steps"] < 1 or rung["seeds"] < 1 or not 0 < rung.get("keep", 0.5) <= 1:
-            raise UserError("a rung: steps and seeds from 1, keep above 0 and up to 1")
     rounds = dict(_round(number, each) for number, each in enumerate(spec["round"], 1))
     search = Search(
         path.stem, config, Probes((config.data,), targets=targets, limit=limit),
@@ -273,8 +262,6 @@ def _round(number: int, values: Settings) -> tuple[str, list[Settings]]:
     candidates = values.get("alternatives") or products
     if ("grid" in values) == ("alternatives" in values) or not all(candidates):
         raise UserError(f"{where}: give it a grid or alternatives, each with settings to try")
-    for name in {name for candidate in candidates for name in candidate} & TAKEN:
-        raise UserError(f"{where}: '{name}' is no candidate's to set; arms and rungs do")
     return values.get("name", where), candidates
 
 

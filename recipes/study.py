@@ -13,17 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsejepa import version
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.study.results import is_current, read_checked
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.study.tasks import Probes, row_key
-from sparsejepa.study.verdict import LEVEL, BySeed, Interval, choose, compare, mean_sd
+from sparsejepa.study.verdict import BySeed, Interval, compare, mean_sd
 
 Row = Mapping[str, Any]
-
-# --- recipes
 
 _ABOUT = {"about", "command", "hardware", "minutes", "expected", "settings"}
 _PROBES = {"probe": "data", "probe_limit": "limit"}  # others have the names that Probes gives them
@@ -98,15 +95,11 @@ class Measure:
         return f"{text} ± {sd:,.{self.digits}f}" if len(values) > 1 else text
 
     def difference(self, interval: Interval) -> str:
-        """Return a mean difference with its 95 % t interval in brackets."""
-        text = self._signed(interval.mean)
-        if interval.low is None or interval.high is None:
-            return text
-        return f"{text} [{self._signed(interval.low)}, {self._signed(interval.high)}]"
-
-    def _signed(self, value: float) -> str:
-        """Return a difference with its sign; what rounds to nothing is +0."""
-        return f"{round(self.factor * value, self.digits) + 0.0:+,.{self.digits}f}"
+        """Return a mean difference with its 95 % t interval in brackets, each with its sign."""
+        found = (x for x in (interval.mean, interval.low, interval.high) if x is not None)
+        # What rounds to nothing is +0.
+        shown = [f"{round(self.factor * x, self.digits) + 0.0:+,.{self.digits}f}" for x in found]
+        return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0]
 
 
 def accuracy(title: str, data: str, target: str = "", protocol: str = "logistic") -> Measure:
@@ -122,13 +115,15 @@ def accuracy(title: str, data: str, target: str = "", protocol: str = "logistic"
     return Measure(title, read, factor=100)
 
 
-def number(title: str, path: str, untrained: str = "", digits: int = 2) -> Measure:
-    """Return the number at a dotted path of a row, `untrained` the path of its floor."""
+def number(title: str, path: str, digits: int = 1) -> Measure:
+    """Return the number at a dotted path of a row; "untrained_" before its name is its floor."""
+    head, _, name = path.rpartition(".")
+    paths = {"value": path, "untrained": f"{head}.untrained_{name}"}
 
     def read(row: Row, which: str) -> float | None:
         value: Any = row
-        for name in {"value": path, "untrained": untrained}.get(which, "").split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
+        for key in paths.get(which, "").split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     return Measure(title, read, digits=digits)
@@ -160,9 +155,8 @@ def kept(title: str, name: str, share: float) -> Measure:
 
 def _went_wrong(row: Row, which: str) -> float | None:
     """Return 1 for a run that failed or raised the alarm of instability or collapse, else 0."""
-    told = {text.split(":")[0] for text in row.get("alarms") or ()}
-    bad = bool(row.get("failed")) or bool(told & {"unstable", "collapse"})
-    return float(bad) if which == "value" else None
+    told = {text.split(":")[0] for text in row.get("alarms") or ()} & {"unstable", "collapse"}
+    return float(bool(told or row.get("failed"))) if which == "value" else None
 
 
 SPARSE = "density=0.25"  # the sparse arm of every pair, fixed before any run
@@ -171,16 +165,10 @@ CIFAR100 = accuracy("CIFAR-100", "cifar100", "fine_label")
 CIFAR10 = accuracy("CIFAR-10", "cifar10")
 FAR = accuracy("GTSRB (43 traffic signs)", "gtsrb32")
 NEARER = minus("CIFAR-10 less GTSRB", CIFAR10, FAR)
-GROUPS = number("groups per latent", "groups_per_latent", digits=1)
-DEAD = number("dead groups", "dead_groups", digits=1)
-CORRELATION = number(
-    "total correlation (nats)", "measures.information.total_correlation",
-    "measures.information.untrained_total_correlation", 1,
-)  # fmt: skip
-DCI = number(
-    "DCI disentanglement", "measures.factors.dci_disentanglement",
-    "measures.factors.untrained_dci_disentanglement", 3,
-)  # fmt: skip
+GROUPS = number("groups per latent", "groups_per_latent")
+DEAD = number("dead groups", "dead_groups")
+CORRELATION = number("total correlation (nats)", "measures.information.total_correlation")
+DCI = number("DCI disentanglement", "measures.factors.dci_disentanglement", 3)
 WRONG = Measure("went wrong", _went_wrong, of_failed=True)
 SHARES = (
     accuracy("linear probe, all labels", "cifar100", "fine_label"),
@@ -192,7 +180,6 @@ ALL, HALF = kept("all groups", "accuracy", 1), kept("half of the groups", "accur
 RANDOM = kept("as many random latents", "random_latents", 0.5)
 KEPT = (
     ALL, HALF, RANDOM, kept("as many principal components", "pca", 0.5),
-    kept("a quarter of the groups", "accuracy", 0.25),
     minus("half less all groups", HALF, ALL), minus("half less random latents", HALF, RANDOM),
 )  # fmt: skip
 TASKS = {
@@ -260,11 +247,9 @@ class Block:
             found = {**self.values(arm, measure, which), **found}
         return found if which == "untrained" else dict([*found.items()][:1])
 
-    def difference(
-        self, arm: str, control: str, measure: Measure, level: float = LEVEL
-    ) -> Interval | None:
+    def difference(self, arm: str, control: str, measure: Measure) -> Interval | None:
         """Return the interval of arm - control, paired by seed; None without a pair."""
-        return compare(self.values(arm, measure), self.values(control, measure), level)
+        return compare(self.values(arm, measure), self.values(control, measure))
 
     def done(self, arm: str) -> str:
         """Return "seeds done / planned", and how many failed."""
@@ -299,17 +284,6 @@ class Block:
         names = [f"{control}+{more}", control] if more else [control]
         return next((n for n in names if n in self.planned and n != arm), "")
 
-    def pick(self) -> tuple[str, int]:
-        """Return the penalised arm with the best CIFAR-100 accuracy, and among how many.
-
-        Only arms with the most seeds compete. The first is "" if there is none.
-        """
-        plain = [arm for arm in self.planned if "+" not in arm and arm not in ("dense", "lam=0")]
-        found = {arm: self.values(arm, CIFAR100) for arm in plain}
-        found = {arm: values for arm, values in found.items() if values}
-        arm, rivals = choose(found) if found else ("", [])
-        return arm, len(rivals)
-
 
 @dataclass(frozen=True)
 class Study:
@@ -328,11 +302,10 @@ class Study:
     @property
     def left_out(self) -> str:
         """Say how many lines are of other versions; empty if none is."""
-        now = f"{version.TRAIN_VERSION} and {version.EVAL_VERSION}"
-        return (
-            f"{len(self.others)} lines of `results/` are of other train and eval versions than the "
-            f"present ones ({now}); no table counts them."
-        ) * bool(self.others)
+        text = (
+            f"{len(self.others)} lines of `results/` are of other versions; no table counts them."
+        )
+        return text * bool(self.others)
 
     def blocks(self, table: int) -> list[Block]:
         """Return the blocks of a table: the CPU's first, CIFAR-100 first, then as queued."""
@@ -397,25 +370,21 @@ def one_batch(rows: Iterable[Row], recipe: Row) -> tuple[dict[str, dict[int, Row
     return chosen, f"Kept apart, never averaged with these: {'; '.join(parts)}." if parts else ""
 
 
-def device_of(row: Row) -> str:
-    """Return the kind of device and torch's major.minor, as "cuda with torch 2.8"."""
+def _batch(row: Row, recipe: Row) -> tuple[str, str]:
+    """Return what a row must share with others: device with torch's major.minor, and settings."""
     about = row["environment"]
     asked = row["settings"].get("run", {}).get("device", "auto")
     kind = "cuda" if about.get("gpus") and asked != "cpu" else "cpu"
     torch = ".".join(about.get("torch", "?").partition("+")[0].split(".")[:2])
-    return f"{kind} with torch {torch}"
-
-
-def _batch(row: Row, recipe: Row) -> tuple[str, str]:
-    """Return device and settings (all but arm and seed) that a row must share with others."""
+    device = f"{kind} with torch {torch}"
     try:
         base = recipe_config(recipe).flat()
         own = {name: base[name] for name in arm_settings(row["arm"])}
         settings = Config.from_dict(row["settings"], "results").replace(**own, seed=0).to_dict()
     except UserError:  # a setting that is no more
-        return device_of(row), row["key"]
+        return device, row["key"]
     limit = (row.get("probed") or {}).get("limit")
-    return device_of(row), row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
+    return device, row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
 
 
 def read_study(root: Path) -> Study:

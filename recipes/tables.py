@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from claims import VERDICTS, ledger
-from search import read_search, replay, text
+from search import read_search, replay, show
 from study import (
     CIFAR10,
     CIFAR100,
@@ -102,14 +102,12 @@ def scale(block: Block) -> str:
     head += f"{block.config.data}, ViT-{model.encoder.capitalize()}/{model.patch_size}, "
     head += f"{optim.steps:,} steps" if optim.steps else f"{optim.epochs} epochs"
     planned, rows = sum(map(len, block.planned.values())), block.all_rows
-    head += f". {len(rows)} of {planned} runs done (planned for {block.hardware})"
-    abouts = [row["environment"] for row in rows]
-    machines = {
-        ", ".join(a.get("gpus") or ()) or f"{a['cores']} cores of {a['cpu']}" for a in abouts
-    }
-    commits = {a.get("commit") or "unknown" for a in abouts}
-    made = f" on {'; '.join(sorted(machines))}, commit {', '.join(sorted(commits))}" if rows else ""
-    return f"{head}{made}."
+    machines = {", ".join(a.get("gpus") or ()) or f"{a['cores']} x {a['cpu']}"
+                for a in (row["environment"] for row in rows)}  # fmt: skip
+    made = (
+        f"done, on {'; '.join(sorted(machines))}" if rows else f"done; planned for {block.hardware}"
+    )
+    return f"{head}. {len(rows)} of {planned} runs {made}."
 
 
 def render(*lines: Sequence[str]) -> str:
@@ -137,20 +135,7 @@ def searched(study: Study) -> str:
     parts = []
     for name, rows in study.trials.items():
         state = replay(rows, read_search(study.root / "recipes" / f"{Path(name).stem}.toml"))
-        header = ["round", "rung", "arm", "tried", "steps", "trials", "score", "kept"]
-        kept = {True: "yes", False: "", None: "unfinished"}
-        lines = [
-            [f"{t.round} {t.name}", f"{t.rung}", f"`{t.arm}`", text(t.candidate), f"{t.steps:,}",
-             f"{len(t.scores) + t.failed}", t.score, kept[t.kept]]
-            for t in state.lines
-        ]  # fmt: skip
-        found = "; ".join(f"{arm}: {text(winner)}" for arm, winner in state.winners.items())
-        more = f", {len(state.todo)} come next" if state.todo else ""
-        parts += [
-            f"`{name}`: {len(rows)} trials{more}, scored on training images that were set aside, "
-            f"never on test; each arm with the same budget. Best: {found}.",
-            render(header, *lines),
-        ]
+        parts += [f"`{name}`, {len(rows)} trials:", "```text\n" + "\n".join(show(state)) + "\n```"]
     return "\n\n".join(parts) or "Queued: no trial of the present versions is in `results/`."
 
 

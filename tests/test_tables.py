@@ -325,10 +325,8 @@ def test_the_trace_of_a_search_is_shown() -> None:
         for i, task in enumerate(replay([], search).todo)
     ]  # fmt: skip
     trace = tables.searched(make_study([], trials={"search-demo.jsonl": rows}))
-    assert f"{len(rows)} trials" in trace and "Best: dense: as before" in trace
-    lines = [line for line in trace.splitlines() if "| `dense` |" in line]
-    assert "| as before | 100 | 1 | 20.0 | yes |" in lines[0]
-    assert lines[1].endswith("ema=0.98 | 100 | 1 | 20.1 |  |")
+    assert f"{len(rows)} trials" in trace and "\ndense so far (" in trace
+    assert "lr x ema, rung 1, dense, 100 steps: as before: 20.0 kept" in trace
 
 
 def filled() -> Study:
