@@ -7,7 +7,6 @@ decide alike. The main one prints and writes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import signal
 import sys
@@ -29,7 +28,6 @@ from sparsejepa.data.images import Batches, Images, block_order
 from sparsejepa.distributed import (
     Agreement,
     World,
-    gather_texts,
     joined,
     launch_name,
     mean_of,
@@ -37,10 +35,6 @@ from sparsejepa.distributed import (
 )
 from sparsejepa.encoders.encoder import (
     Encoder,
-    measure_rms,
-    measure_seen,
-    save_encoder,
-    save_groups,
 )
 from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
@@ -48,20 +42,18 @@ from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.files import partial_files, read_json, run_lock, write_text
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
-from sparsejepa.model.vit import ViT
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
     arm_name,
     build_augment,
     build_model,
-    build_sampler,
     default_run_dir,
     describe_parameters,
-    license_of,
     prepare,
     total_steps,
 )
 from sparsejepa.training.checkpoint import START, Checkpoints, open_run, read_config
+from sparsejepa.training.finish import SKIPPED, finish, list_skipped, summary_of
 from sparsejepa.training.monitor import (
     METRICS,
     MetricsLog,
@@ -69,18 +61,12 @@ from sparsejepa.training.monitor import (
     ProgressLine,
     Watch,
     check_trackers,
-    choose_images,
     group_state,
     trackers,
 )
 from sparsejepa.training.parallel import whole_encoder
 from sparsejepa.training.schedule import Schedule
 from sparsejepa.training.step import TERMS, TrainStep
-
-MEASURED = 2048
-"""Training images over which what the groups see and their units are measured, at most."""
-SKIPPED = "skipped.txt"
-"""File and reason, a line each, of images that could not be read while training."""
 
 
 @dataclass(frozen=True)
@@ -226,13 +212,13 @@ def _train(
             if stopping and done < total:
                 raise Interrupted(stopping)
             since, counted = time.perf_counter(), done
-        skipped = _list_skipped(run_dir, images, world)
+        skipped = list_skipped(run_dir, images, world)
         if skipped:
             report.say(f"{skipped} images could not be read: {run_dir / SKIPPED}")
         encoder = whole_encoder(model.target_encoder, world.main)
-        summary = _summary(config, model, total, state["seconds"], log) | {"skipped": skipped}
+        summary = summary_of(config, model, total, state["seconds"], log) | {"skipped": skipped}
         if encoder is not None:
-            _finish(run_dir, config, image_set, images, encoder, model.groups, summary)
+            finish(run_dir, config, image_set, images, encoder, model.groups, summary)
     # Nobody leaves before everything is written.
     return on_main(world, lambda: summary)
 
@@ -282,80 +268,6 @@ def _metrics(
         steered = model.controller is not None and step < schedule.penalised_steps
         row["lam"] = float(model.controller.lam) if steered else schedule.lam(step)  # type: ignore[union-attr]
     return row | group_state(model.groups)
-
-
-def _summary(
-    config: Config, model: SparseJEPA, total: int, seconds: float, log: MetricsLog
-) -> dict[str, Any]:
-    w_norms = None if model.groups is None else model.groups.block_norms()
-    count = total * config.optim.batch_size
-    return {
-        "arm": arm_name(config),
-        "seed": config.run.seed,
-        "data": config.data,
-        "steps": total,
-        "images": count,
-        "train_version": version.TRAIN_VERSION,
-        "seconds": seconds,
-        "images_per_second": count / max(seconds, 1e-9),
-        "final": log.last,
-        "alarms": log.alarms,
-        "w_nonzero": 0 if w_norms is None else int((w_norms > 0).sum()),
-        "w_total": 0 if w_norms is None else w_norms.numel(),
-    }
-
-
-def _finish(
-    run_dir: Path,
-    config: Config,
-    image_set: Images,
-    images: Batches,
-    encoder: ViT,
-    groups: GroupMap | None,
-    summary: dict[str, Any],
-) -> None:
-    """Write the encoder, the groups with statistics of it and, last of all, summary.json."""
-    about: dict[str, Any] = {"data": config.data, "arm": arm_name(config), "seed": config.run.seed}
-    if license := license_of(run_dir, config):
-        about["license"] = license
-    save_encoder(
-        run_dir,
-        encoder,
-        mean=image_set.mean,
-        std=image_set.std,
-        extra=about,
-    )
-    if groups is not None:
-        index = torch.from_numpy(choose_images(image_set, MEASURED, np.random.default_rng(0)))
-        mean, std = image_set.mean, image_set.std
-        frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
-        frozen.to(groups.W.device)
-        groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
-        looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
-        sampler = build_sampler(config, frozen.grid_size)
-        context = measure_seen(frozen, groups.kind, images.batches(looks.split(64)), sampler)
-        assert groups.norm.running_mean is not None and groups.norm.running_var is not None
-        groups.norm.running_mean.copy_(context[0])
-        groups.norm.running_var.copy_(context[1])
-        seen = measure_seen(frozen, groups.kind, images.batches(index.split(64)))
-        rms = measure_rms(frozen, groups, images.batches(index.split(64)), seen)
-        save_groups(run_dir, groups, rms, seen)
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
-
-
-def _list_skipped(run_dir: Path, images: Batches, world: World) -> int:
-    """Add the images that could not be read while training to `SKIPPED`; return how many it lists.
-
-    All processes' and, after a resume, those of earlier parts of the run.
-    """
-    lines = [f"{name}\t{reason}" for name, reason in images.skipped]
-    found = {line for text in gather_texts("\n".join(lines)) for line in text.splitlines()}
-    path = run_dir / SKIPPED
-    if path.exists():
-        found |= set(path.read_text(encoding="utf-8").splitlines())
-    if found and world.main:
-        write_text(path, "".join(f"{line}\n" for line in sorted(found)))
-    return len(found)
 
 
 def check_shares(config: Config, world: World) -> None:

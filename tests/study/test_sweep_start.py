@@ -43,7 +43,7 @@ def test_a_run_goes_on_from_its_checkpoint_without_the_encoder(
     def stop(*_: Any) -> None:
         raise UserError("stopped")
 
-    monkeypatch.setattr(loop, "_finish", stop)
+    monkeypatch.setattr(loop, "finish", stop)
     with pytest.raises(UserError, match="stopped"):
         run_tasks([task], tmp_path / "results.jsonl", jobs=1)
     monkeypatch.undo()

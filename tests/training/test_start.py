@@ -91,7 +91,7 @@ def test_a_resumed_run_needs_the_encoder_no_more(
     def stop(*args: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr(loop, "_finish", stop)
+    monkeypatch.setattr(loop, "finish", stop)
     with pytest.raises(Stop):
         pretrain(config, out=tmp_path / "run")
     shutil.rmtree(sorted((tmp_path / "run/checkpoints").iterdir())[-1])  # that of step 4
