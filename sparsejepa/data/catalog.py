@@ -3,7 +3,7 @@
 scenes, scenes:single        made on the spot
 cifar100, cifar10, svhn      from the data root, or fetched from the hub
 imagenet, places365,
-inaturalist2018, clevr-count what torchvision.datasets reads, from a folder of that name in the
+clevr-count                  what torchvision.datasets reads, from a folder of that name in the
                              data root
 hub:OWNER/NAME[/CONFIG]      any data set of the hub whose files are parquet
 PATH                         any folder of images, of tar shards (also FILE.tar, x-{000..012}.tar),
@@ -15,6 +15,7 @@ A name above comes before a folder of the same name: write ./cifar100 for the fo
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -25,22 +26,30 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from sparsejepa.config import Config
-from sparsejepa.data.corrupt import corrupt
 from sparsejepa.data.folders import (
     Files,
     Listing,
     as_source,
     chosen,
-    divide,
     find_table,
     read_folder,
 )
 from sparsejepa.data.hub import fetch, find_copy, list_hub
-from sparsejepa.data.images import EXTENSIONS, Images, ImageSet, Source, Target, load, size_pair
+from sparsejepa.data.images import (
+    EXTENSIONS,
+    Decoded,
+    Images,
+    ImageSet,
+    Source,
+    Target,
+    load,
+    size_pair,
+)
 from sparsejepa.data.scenes import SCENE_COUNTS, SCENES, scene_sources
 from sparsejepa.data.stream import ImageStream, open_stream
 from sparsejepa.data.tars import is_tars, list_tars
 from sparsejepa.errors import SizesDiffer, UserError, nearest
+from sparsejepa.rng import derive_seed
 
 HUB: dict[str, tuple[str, str | None]] = {
     "cifar100": ("uoft-cs/cifar100", "cifar100"),
@@ -56,11 +65,10 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"split": "train-standard", "small": True},
         {"split": "val", "small": True},
     ),
-    "inaturalist2018": ("INaturalist", {"version": "2018"}, {}),
     "clevr-count": ("CLEVRClassification", {"split": "train"}, {"split": "val"}),
 }
 """Name, which is that of a folder in the data root: the class of torchvision.datasets that reads
-it, and its arguments for train and test; none where the one split is divided."""
+it, and its arguments for train and test."""
 
 
 @dataclass(frozen=True)
@@ -173,14 +181,50 @@ def load_images(config: Config) -> Images:
         image_set = image_set.subset(wanted.limit, 0)
     if wanted.corruption != "none" and isinstance(image_set, ImageSet):
         config.check_image(image_set.img_size)
-        image_set = corrupt(
-            image_set,
-            wanted.corruption,
-            seed=0,
-            patch_size=config.model.patch_size,
-            cache_dir=cache_folder(None),
-        )
+        patch_size, folder = config.model.patch_size, cache_folder(None)
+        image_set = corrupt(image_set, wanted.corruption, patch_size=patch_size, cache_dir=folder)
     return image_set
+
+
+def corrupt(
+    image_set: ImageSet,
+    corruption: Literal["noise", "shuffle"],
+    *,
+    patch_size: int,
+    cache_dir: Path,
+) -> ImageSet:
+    """Return the set with other images under the same labels: a control of what pretraining learns.
+
+    noise: independent normal pixels with the set's mean and standard deviation, clipped to 0..255;
+    shuffle: each image's patches, of a size that divides it, in an order of its own. Each image has
+    a generator keyed on its position. Mean and standard deviation stay those of the true images, on
+    which the encoder is used later. The result is kept in the cache.
+
+    Raises UserError when the cache folder cannot be written.
+    """
+    mean, std = (np.asarray(x, np.float32) for x in (image_set.mean, image_set.std))
+
+    def draw(position: int) -> np.ndarray:
+        rng = np.random.default_rng(derive_seed(0, position, corruption))
+        image = image_set.images[position]
+        if corruption == "noise":
+            pixels = rng.standard_normal(image.shape, np.float32) * std + mean
+            return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8)
+        height, width, side = image.shape[0] // patch_size, image.shape[1] // patch_size, patch_size
+        patches = image.reshape(height, side, width, side, 3).swapaxes(1, 2)
+        patches = patches.reshape(-1, side, side, 3)[rng.permutation(height * width)]
+        return patches.reshape(height, width, side, side, 3).swapaxes(1, 2).reshape(image.shape)
+
+    def read(*_: object) -> Iterator[list[Decoded]]:
+        for position in range(len(image_set)):
+            yield [("", draw(position))]
+
+    about = [image_set.mean, image_set.std] if corruption == "noise" else patch_size
+    stamp = json.dumps([corruption, image_set.fingerprint, about])
+    name = f"{image_set.name}-{corruption}"
+    source = Source(name, image_set.split, stamp, read, image_set.targets)
+    drawn = load(source, cache_dir, None, False)
+    return replace(image_set, images=drawn.images, fingerprint=drawn.fingerprint, masks=None)
 
 
 def only_streamed(name: str) -> bool:
@@ -205,10 +249,8 @@ def find_sources(
                 for split, source in sources.items()
             }
         return sources
-    place = _find(name, data_folder(data_root))
-    if place.kind == "parquet" and place.path is None:
-        place = place._replace(path=fetch(place.repo, place.config))
-    return {split: as_source(found) for split, found in _list(place, factors).items()}
+    listings = find_listings(name, data_root, factors)
+    return {split: as_source(found) for split, found in listings.items()}
 
 
 def find_listings(
@@ -368,7 +410,8 @@ def _copy_place(folder: Path, name: str, repo: str = "", config: str | None = No
 
 def _list(place: _Place, factors: Sequence[str]) -> dict[str, Listing]:
     if place.kind == "parquet":
-        return list_hub(place.path, place.repo, place.name, place.config, factors)
+        folder = place.path or fetch(place.repo, place.config)
+        return list_hub(folder, place.name, place.config, factors)
     assert place.path is not None
     if place.kind == "tar":
         return list_tars(str(place.path), place.name, factors)
@@ -387,8 +430,6 @@ def _list_torchvision(name: str, root: Path, factors: Sequence[str]) -> dict[str
     kind, *arguments = TORCHVISION[name]
     listings: dict[str, Listing] = {}
     for split, own in zip(("train", "test"), arguments, strict=True):
-        if not own:
-            continue
         try:
             paths, targets = _named(getattr(torchvision.datasets, kind)(str(root), **own))
         except Exception as error:  # each class has its own ways to fail
@@ -402,12 +443,6 @@ def _list_torchvision(name: str, root: Path, factors: Sequence[str]) -> dict[str
         files = Files(root, (os.fsencode(os.path.relpath(path, root)) for path in paths))
         rows = np.arange(len(files))
         listings[split] = Listing(name, split, str(root), files, rows, targets)
-    if "test" not in listings:
-        whole = listings["train"]
-        test = divide([whole.reader.name(row) for row in whole.rows.tolist()], whole.targets)
-        for split, rows in (("train", np.flatnonzero(~test)), ("test", np.flatnonzero(test))):
-            own = {key: target.take(rows) for key, target in whole.targets.items()}
-            listings[split] = replace(whole, split=split, rows=rows, targets=own)
     return listings
 
 
@@ -417,18 +452,6 @@ def _named(data: Any) -> tuple[list[str], dict[str, Target]]:
     if kind == "CLEVRClassification":  # VTAB's CLEVR/Count: 3 to 10 objects
         counts = tuple(map(str, range(3, 11)))
         return data._image_files, {"count": Target(np.array(data._labels, np.int64) - 3, counts)}
-    if kind == "INaturalist":
-        categories, supers = data.all_categories, sorted(data.categories_index["super"])
-        number = {name: i for i, name in enumerate(supers)}
-        above = np.array([number[name.partition("/")[0]] for name in categories])
-        species = np.array([i for i, _ in data.index], np.int64)
-        paths = [
-            os.path.join(data.root, categories[category], file) for category, file in data.index
-        ]
-        return paths, {
-            "species": Target(species, tuple(categories)),
-            "supercategory": Target(above[species], tuple(supers)),
-        }
     labels = np.array([label for _, label in data.imgs], np.int64)
     if kind == "ImageNet":
         classes, key = [names[0] for names in data.classes], "class"

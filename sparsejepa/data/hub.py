@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: parquet files, from a local copy, fetched, or streamed.
+"""Data sets of the Hugging Face hub: parquet files, from a local copy or fetched.
 
 Layout: CONFIG/SPLIT-00000-of-00001.parquet, or data/SPLIT-..., or the files at the top. Which
 columns hold images and labels is written in each file's schema.
@@ -11,9 +11,7 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +32,6 @@ from sparsejepa.errors import UserError, nearest
 
 TIMEOUT = 10
 """Seconds to wait for the hub's answer."""
-REMOTE = "hf://"
-"""What an address of a file on the hub begins with, as its client writes it."""
 MEMORY = 2**30
 """Bytes of row groups that all readers of a stream keep, beside the newest of each."""
 
@@ -94,33 +90,13 @@ class Rows(Reader):
             return column
 
     def _fetch(self, shard: int, group: int) -> Any:
-        """Read the images of a row group; over a network in three attempts."""
-        path, attempt = self.shards[shard], 0
-        while True:
-            try:
-                with open_parquet(path) as file:
-                    return file.read_row_group(group, [self.column]).column(0)
-            except Exception as error:  # the client has changed its network library, and may again
-                if not path.startswith(REMOTE):
-                    raise OSError(first_line(error)) from None
-                attempt += 1
-                if attempt == 3:
-                    raise UserError(
-                        f"{path}: not to be had from the hub ({first_line(error)}); look after the "
-                        "network, then --resume"
-                    ) from None
-                time.sleep(attempt)
+        import pyarrow.parquet as pq
 
-
-def open_parquet(shard: str) -> Any:
-    """Open a parquet file (a context manager) by its path or its address on the hub."""
-    import pyarrow.parquet as pq
-
-    if not shard.startswith(REMOTE):
-        return pq.ParquetFile(shard)
-    from huggingface_hub import HfFileSystem
-
-    return pq.ParquetFile(HfFileSystem().open(shard.removeprefix(REMOTE), "rb"))
+        try:
+            with pq.ParquetFile(self.shards[shard]) as file:
+                return file.read_row_group(group, [self.column]).column(0)
+        except Exception as error:  # pyarrow has errors of many kinds
+            raise OSError(first_line(error)) from None
 
 
 def first_line(error: Exception) -> str:
@@ -145,17 +121,6 @@ def find_copy(repo: str, root: Path | None) -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def in_hub_cache(repo: str, config: str | None) -> Path | None:
-    """Return the hub's own copy of a data set, if both splits are in it."""
-    import huggingface_hub as hub
-
-    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
-        found = Path(hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
-        if "test" in choose_splits(local_shards(found, config)):
-            return found
-    return None
-
-
 def fetch(repo: str, config: str | None) -> Path:
     """Return the folder of a data set in the hub's own cache; fetch its two splits if need be.
 
@@ -164,33 +129,19 @@ def fetch(repo: str, config: str | None) -> Path:
     """
     import huggingface_hub as hub
 
-    local = in_hub_cache(repo, config)
-    if local is not None:
-        return local
-    with _from_hub(repo):
-        shards, _ = _remote_shards(repo, config)
+    with contextlib.suppress(OSError, ValueError):  # not there, or not whole
+        found = Path(hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
+        if "test" in choose_splits(local_shards(found, config)):
+            return found
+    try:
+        info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
+        shards = choose_shards([f.rfilename for f in info.siblings or ()], config, f"hub:{repo}")
         wanted = [file for split in choose_splits(shards).values() for file in shards[split]]
         return Path(
             hub.snapshot_download(
                 repo, repo_type="dataset", allow_patterns=wanted, etag_timeout=TIMEOUT
             )
         )
-
-
-def _remote_shards(repo: str, config: str | None) -> tuple[dict[str, list[str]], str]:
-    """Return the parquet files of each split and the newest revision."""
-    import huggingface_hub as hub
-
-    with _from_hub(repo):
-        info = hub.HfApi().dataset_info(repo, timeout=TIMEOUT)
-    files = [sibling.rfilename for sibling in info.siblings or ()]
-    return choose_shards(files, config, f"hub:{repo}"), str(info.sha)
-
-
-@contextlib.contextmanager
-def _from_hub(repo: str) -> Iterator[None]:
-    try:
-        yield
     except UserError:
         raise
     except Exception as error:  # the client has changed its network library, and may again
@@ -255,25 +206,21 @@ def choose_shards(files: Iterable[str], config: str | None, origin: str) -> dict
 
 
 def list_hub(
-    folder: Path | None, repo: str, name: str, config: str | None, factors: Sequence[str] = ()
+    folder: Path, name: str, config: str | None, factors: Sequence[str] = ()
 ) -> dict[str, Listing]:
-    """List a data set of the hub, from `folder`, or else from the hub's cache or over the network.
+    """List a local copy of a data set of the hub.
 
     Only footers and labels are read here, and the images by row group when they are needed. With
     `factors` those columns are the targets. Raises UserError when the copy is damaged or not
-    complete, when the hub cannot be reached, or when a factor is unusable.
+    complete, or when a factor is unusable.
     """
-    folder = folder or in_hub_cache(repo, config)
-    if folder is None:
-        origin, (found, revision) = f"hub:{repo}", _remote_shards(repo, config)
-        before = f"{REMOTE}datasets/{repo}@{revision}/"
-    else:
-        origin, found, before = str(folder), local_shards(folder, config), f"{folder}/"
+    import pyarrow.parquet as pq
+
+    origin, found = str(folder), local_shards(folder, config)
     splits = choose_splits(found).items()
-    shards = {split: [before + file for file in found[theirs]] for split, theirs in splits}
+    shards = {split: [f"{folder}/{file}" for file in found[theirs]] for split, theirs in splits}
     with _undamaged(origin):
-        with open_parquet(shards["train"][0]) as first:
-            schema = first.schema_arrow
+        schema = pq.read_schema(shards["train"][0])
         features = _features(schema)
         image, labels = _image_column(schema, features), _label_columns(schema, features)
         if image is None:
@@ -398,16 +345,14 @@ def _read_columns(shards: list[str], columns: list[str]) -> tuple[Any, list[list
     Returns the rows of each file's row groups as well.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def read(shard: str) -> tuple[Any, list[int]]:
-        with open_parquet(shard) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            return file.read(columns), groups
-
-    with ThreadPoolExecutor(8) as pool:  # over a network each file takes some round trips
-        found = list(pool.map(read, shards))
-    tables = [table for table, _ in found]
-    return pa.concat_tables(tables, promote_options="permissive"), [groups for _, groups in found]
+    tables, groups = [], []
+    for shard in shards:
+        with pq.ParquetFile(shard) as file:
+            tables.append(file.read(columns))
+            groups.append([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+    return pa.concat_tables(tables, promote_options="permissive"), groups
 
 
 @contextlib.contextmanager

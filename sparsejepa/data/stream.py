@@ -16,11 +16,12 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,25 +82,6 @@ class Decoder:
         return image
 
 
-class _Names(Sequence[str]):
-    """The names of a stream's images; each is made when it is asked for."""
-
-    def __init__(self, stream: ImageStream) -> None:
-        self._stream = stream
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
-        rows = self._stream.rows[index]
-        name = self._stream.decoder.reader.name
-        return tuple(map(name, rows.tolist())) if isinstance(index, slice) else name(int(rows))
-
-
 @dataclass(frozen=True, eq=False)
 class ImageStream(Images):
     """One split of a data set that is decoded while it is read."""
@@ -126,10 +108,10 @@ class ImageStream(Images):
         """Height and width of every image."""
         return self.decoder.img_size
 
-    @property
-    def files(self) -> Sequence[str]:
+    @cached_property
+    def files(self) -> tuple[str, ...]:
         """Where each image comes from."""
-        return _Names(self)
+        return tuple(map(self.decoder.reader.name, self.rows.tolist()))
 
     @property
     def blocks(self) -> np.ndarray | None:  # type: ignore[override]
