@@ -387,8 +387,8 @@ class StreamImages(Batches):
 
         On Linux they are forked: they share the list of images, and a script needs no guard.
         """
-        threads = threading.current_thread() is threading.main_thread()
-        before = signal.getsignal(signal.SIGCHLD) if threads and os.name == "posix" else None
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if main and os.name == "posix" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of more workers than cores, of forks beside threads
             decoded = iter(

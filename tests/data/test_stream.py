@@ -396,6 +396,38 @@ def test_a_streamed_run_equals_a_cached_one_and_resumes_at_the_next_image(
     assert encoder_of(tmp_path / "twice") == encoder_of(tmp_path / "cached")
 
 
+KILLED = """
+import os, signal, sys
+from sparsejepa.config import preset
+from sparsejepa.data.stream import StreamImages
+from sparsejepa.study import pretrain
+
+batches = StreamImages.batches
+
+def watched(images, indices):
+    for number, batch in enumerate(batches(images, indices)):
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+StreamImages.batches = watched
+config = preset("nano").replace(data=sys.argv[1], stream=True, workers=2, **{settings})
+pretrain(config, out=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_at_the_next_image(tiny_images: Path, tmp_path: Path):
+    config = preset("nano").replace(data=str(tiny_images), stream=True, workers=1, **TINY)
+    pretrain(config, out=tmp_path / "whole")
+    code = KILLED.replace("{settings}", repr(TINY))
+    words = [sys.executable, "-c", code, str(tiny_images), str(tmp_path / "killed")]
+    done = subprocess.run(words, capture_output=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    pretrain(config, out=tmp_path / "killed", resume=True)
+    assert encoder_of(tmp_path / "killed") == encoder_of(tmp_path / "whole")
+
+
 def test_settings_of_a_stream(tiny_images: Path, tmp_path: Path):
     config = preset("nano").replace(data=str(tiny_images), stream=True, **TINY)
     with pytest.raises(UserError, match="--corruption noise: not for streamed images"):
