@@ -214,7 +214,7 @@ def load_run(path: Path) -> Encoder:
         license = config.get("license") and str(config["license"])
         vit.load_state_dict(tensors, assign=True)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
-        reason = str(e).splitlines()[-1].strip()
+        reason = (str(e).splitlines() or [repr(e)])[-1].strip()
         raise UserError(
             f"{path / CONFIG}: damaged, or does not fit {WEIGHTS} ({reason}); copy the run again"
         ) from None
@@ -277,7 +277,7 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
             raise ValueError("units of other groups")
         groups.load_state_dict(tensors | {"mean_gradient": groups.mean_gradient})
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
-        detail = str(error).splitlines()[-1].strip()
+        detail = (str(error).splitlines() or [repr(error)])[-1].strip()
         raise UserError(f"{path}: does not fit {CONFIG} ({detail}); copy the run again") from None
     return groups.eval()
 

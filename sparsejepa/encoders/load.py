@@ -424,7 +424,7 @@ def build_vit(
             )
     except (LookupError, ValueError, RuntimeError, ArithmeticError) as error:
         lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        reason = lacks.splitlines()[-1].strip()
+        reason = (lacks.splitlines() or [repr(error)])[-1].strip()
         raise UserError(
             f"{origin}: {what} ({reason}); only such a one is read or exported"
         ) from None
