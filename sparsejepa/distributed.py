@@ -366,7 +366,8 @@ def _gathering() -> Callable[[Tensor], Tensor]:
             dist.all_reduce(grad)
             return grad[dist.get_rank() * ctx.rows :][: ctx.rows]
 
-    return torch.compiler.disable(Gather.apply)
+    gathered: Any = torch.compiler.disable(Gather.apply)
+    return gathered
 
 
 class Agreement:

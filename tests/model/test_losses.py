@@ -166,20 +166,6 @@ def test_small_batches_keep_their_own_gradient():
     torch.testing.assert_close(got, torch.autograd.grad(own, x)[0])
 
 
-def test_running_moments_resume_to_the_bit_and_rest_in_evaluation():
-    first, second = RunningMoments(10), RunningMoments(10)
-    for step in range(5):
-        first(normal(8, 10, seed=step).float())
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    x = normal(8, 10, seed=9).float()
-    first.eval()
-    evaluated = first(x)
-    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
-    first.train()
-    for a, b, c in zip(first(x), second(x), evaluated, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
-
-
 def test_moments_survive_a_mean_far_from_zero():
     x = normal(8, 10, dtype=torch.float32) * 1e-2 + 1e3
     moments = RunningMoments(10)

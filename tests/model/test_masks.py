@@ -234,11 +234,3 @@ def test_merged_targets_are_the_union(grid: tuple[int, int], step: int, batch_si
         assert union.tolist() == sorted(chosen)  # ascending, none twice
         assert not chosen & set(context.tolist())
         assert chosen <= whole or whole <= chosen
-
-
-def test_merged_targets_have_the_mean_size_of_the_union() -> None:
-    apart, merged = MaskSampler((8, 8)), MaskSampler((8, 8), merge=True)
-    for step in range(12):
-        blocks = apart.sample(512, seed=0, step=step).targets.flatten(1)
-        covered = torch.zeros(512, 64).scatter_(1, blocks, 1.0).sum(1).mean()
-        assert abs(merged.sample(8, seed=0, step=step).targets.shape[2] - covered) < 1
