@@ -496,8 +496,6 @@ class Embed(Verb):
     always streamed."""
     limit: int | None = None
     """Only this many images, at random."""
-    max_unreadable: float = 0.5
-    """Largest share of images that may be left out because they cannot be read."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     images: Reading = field(default_factory=Reading)
@@ -509,8 +507,6 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
     check_encoder(args.run)
     if not args.data:
         raise UserError(f"--data is needed: {DATA}")
-    if not 0 <= args.max_unreadable <= 1:
-        raise UserError(f"--max-unreadable {args.max_unreadable}: a share, 0 to 1")
     from sparsejepa.encoders.load import load
     from sparsejepa.environment import resolve_device
     from sparsejepa.evaluation.features import check_path, embed_to, find_groups, say_enlarged
@@ -552,7 +548,6 @@ def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> Images:
             img_size=size,
             data_root=args.images.data_root,
             upscale=upscale,
-            max_unreadable=args.max_unreadable,
         )
 
     return read_fitting(

@@ -176,7 +176,8 @@ def sap(
     ]
 
     def score(rows: np.ndarray) -> float:
-        return np.mean([_gap(_best_per_unit(hit[rows].mean(0), train.units)) for hit in hits])
+        gaps = [_gap(_best_per_unit(hit[rows].mean(0), train.units)) for hit in hits]
+        return float(np.mean(gaps))
 
     return _unit_interval(score, len(codes), folds, random_state, train.note)[0]
 

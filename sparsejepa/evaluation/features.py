@@ -300,13 +300,14 @@ def embed_to(
     if not current().main:
         written = sum(len(rows) for rows, _ in blocks)
         return {"images": written}
+    names: Sequence[str] = images.files  # type: ignore[attr-defined]  # both kinds have them
     index: list[np.ndarray] = []
 
     def named() -> Iterator[dict[str, Any]]:
         """Yield the columns of each block, and remember its rows."""
         for rows, arrays in blocks:
             index.append(rows)
-            files = [_printable(images.files[i]) for i in rows.tolist()] if images.files else None
+            files = [_printable(names[i]) for i in rows.tolist()] if names else None
             yield {"files": files, "rows": rows, **arrays}
 
     with atomic_path(path) as beside:
@@ -314,7 +315,7 @@ def embed_to(
         write(beside, named(), images.targets)
     rows = np.concatenate(index)
     dropped = np.setdiff1d(np.arange(len(images)), rows).tolist()
-    skipped = [name for name, _ in images.skipped] + [shown(images.files[i]) for i in dropped]
+    skipped = [name for name, _ in images.skipped] + [shown(names[i]) for i in dropped]
     return {
         "images": len(rows),
         "features": encoder.embed_dim * (4 if pool == "concat4" else 1),

@@ -365,7 +365,7 @@ def test_classes_that_one_part_lacks():
 )
 def test_wrong_codes_or_units(change: dict, said: str):
     with pytest.raises(ValueError, match=said):
-        Points(*(change.get(name, GRID) for name in ("codes", "factors")), change.get("units"))
+        Points(change.get("codes", GRID), GRID, change.get("units"))
 
 
 def test_parts_of_different_width():

@@ -274,7 +274,6 @@ def test_the_command_reads_tar_shards_and_the_hubs_files(
         assert table["groups"].shape == (rows, 6) and len(set(table["file"])) == rows
     for wrong, said in (
         ([*words, "--groups", str(tmp_path)], "no groups.safetensors there"),
-        ([*words, "--max-unreadable", "2"], "--max-unreadable 2.0: a share"),
         (["embed", str(run), "--data", "scenes", "--stream"], "--stream: the images of scenes"),
     ):
         assert cli.main(wrong) == 2 and said in capsys.readouterr().err
