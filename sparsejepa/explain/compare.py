@@ -15,7 +15,7 @@ from sparsejepa.explain.concepts import Matching, match_groups
 from sparsejepa.explain.run import ACTIVATIONS, METRICS
 from sparsejepa.explain.subject import REFERENCES, RUN, SHUFFLED, short_name
 from sparsejepa.files import load_tensors, read_json
-from sparsejepa.study.figures import group_map_figure, matching_figure
+from sparsejepa.study.figures import matching_figure
 from sparsejepa.study.page import Page, Picture, Table, write_page
 
 
@@ -74,8 +74,8 @@ def compare_runs(
                 "Clearly apart: the 95 % intervals over test images do not meet. They say nothing "
                 "of other seeds, and among many measures some differ by chance."
             ],
-            tables=[*_tables(rows, (a.name, b.name)), _matches(matched, a, b)],
-            pictures=_pictures(matched, a, b),
+            tables=[_table(rows, (a.name, b.name)), _matches(matched, a, b)],
+            pictures=[_picture(matched, a, b)],
             command=command or shlex.join(["sparsejepa", "compare", str(first), str(second)]),
             environment={
                 "commit": a.metrics["environment"]["commit"] or "not a source checkout",
@@ -135,19 +135,15 @@ def _measures(a: _Side, b: _Side) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, apart
 
 
-def _tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
-    tables = []
-    for section in dict.fromkeys(row["section"] for row in rows):
-        part = [row for row in rows if row["section"] == section]
-        used = {name for row in part for name in row["values"]}
-        columns = [name for name in (*names, *REFERENCES) if name in used]
-        cells = [
-            [row["name"], *(estimate_text(row["values"].get(c)) for c in columns)] for row in part
-        ]
-        tables.append(
-            Table(section, ["measure", *columns], cells, "Floors are those of the first run.")
-        )
-    return tables
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+    used = {name for row in rows for name in row["values"]}
+    columns = [name for name in (*names, *REFERENCES) if name in used]
+    cells = [
+        [row["section"], row["name"], *(estimate_text(row["values"].get(c)) for c in columns)]
+        for row in rows
+    ]
+    about = "Floors are those of the first run."
+    return Table("Measures", ["section", "measure", *columns], cells, about)
 
 
 def _matches(matched: Matching, a: _Side, b: _Side) -> Table:
@@ -165,28 +161,14 @@ def _matches(matched: Matching, a: _Side, b: _Side) -> Table:
     )
 
 
-def _pictures(matched: Matching, a: _Side, b: _Side) -> list[Picture]:
-    maps = [
-        Picture(
-            f"group-map-{i}",
-            group_map_figure(side.norms),
-            f"Which latents feed which group in {side.name}.",
-            f"Heat map of {side.norms.shape[0]} groups by {side.norms.shape[1]} latents of "
-            f"{side.name}; {100 * float((side.norms > 0).mean()):.0f} percent of the cells are not "
-            "zero.",
-        )
-        for i, side in enumerate((a, b))
-    ]
-    return [
-        *maps,
-        Picture(
-            "matching",
-            matching_figure(matched.matrix, matched.pairs, (a.name, b.name)),
-            "Correlation of every group of one run with every group of the other; rings: matched.",
-            f"Heat map of correlations between {len(a.norms)} and {len(b.norms)} groups; the "
-            f"matched pairs reach {np.mean(matched.correlations):.2f} on average.",
-        ),
-    ]
+def _picture(matched: Matching, a: _Side, b: _Side) -> Picture:
+    return Picture(
+        "matching",
+        matching_figure(matched.matrix, matched.pairs, (a.name, b.name)),
+        "Correlation of every group of one run with every group of the other; rings: matched.",
+        f"Heat map of correlations between {len(a.norms)} and {len(b.norms)} groups; the matched "
+        f"pairs reach {np.mean(matched.correlations):.2f} on average.",
+    )
 
 
 def estimate_text(estimate: Mapping[str, Any] | None) -> str:

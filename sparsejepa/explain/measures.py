@@ -115,10 +115,6 @@ ABOUT = {
     "hoyer": "Hoyer sparseness of a latent's block norms; 1: one group each",
     "RankMe": "effective rank of the pooled latents (Garrido et al. 2023); higher uses more "
     "dimensions",
-    "token variance between images": "share of the tokens' variance: what all patches of an image "
-    "have in common; where this is large, groups of patches tell images apart rather than objects",
-    "token variance between places": "share of the tokens' variance: what patches at one place "
-    "have in common",
     "total correlation, latents": "Gaussian-copula multi-information of the pooled latents, bias "
     "removed; lower is less shared. PCA shows what is left without linear dependence",
     "total correlation, groups": "the same of the groups' activations ||W^(g) z||, G numbers an "
@@ -190,26 +186,13 @@ def information_rows(x: Reading) -> Iterator[Row]:
     for name, column in x.columns.items():
         z, groups = column.test.z, column.test.pooled_activations
         numbers = found[name] = {"total correlation, latents": information.total_correlation(z)}
-        if name != PCA:  # it shares the run's tokens
-            between_images, between_places = variance_shares(column.test.tokens)
+        if name != PCA:  # it shares the run's latents
             numbers["RankMe"] = rankme(column.raw)
-            numbers["token variance between images"] = between_images
-            numbers["token variance between places"] = between_places
         if column.W is not None:
             numbers["total correlation, groups"] = information.total_correlation(groups)
             if name != UNTRAINED:  # it has the run's W
                 numbers["overlap of W"] = information.overlap_information(column.W)
     yield from make_rows("Information", found)
-
-
-def variance_shares(tokens: np.ndarray) -> tuple[float, float]:
-    """Return the shares of the variance of tokens [m, N, D] between images and between places.
-
-    Variances of the means over an image's patches, and over a place's images, summed over D and
-    divided by the whole variance; 0 for constant tokens.
-    """
-    whole = float(tokens.var((0, 1)).sum()) or 1.0
-    return float(tokens.mean(1).var(0).sum()) / whole, float(tokens.mean(0).var(0).sum()) / whole
 
 
 def prediction_rows(x: Reading) -> Iterator[Row]:

@@ -332,8 +332,6 @@ def _on_images(subject: Subject, named: Mapping[str, Values]) -> str:
         if value > 0:
             text = f"From the context they predict {100 * value:.0f} % of the variance of hidden "
             text += "patches that their place does not tell"
-            if (chance := r2.get(RANDOM)) and chance.value is not None:
-                text += f", against {100 * chance.value:.0f} % for random patterns"
     if (cost := _value(named, SILENCED)) is not None:
         text += "; to silence one costs the probe "
         chance = named[SILENCED][DIRECTIONS]
@@ -364,13 +362,6 @@ def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
             "is worth more than a random one shows beside a run that was trained with --pattern "
             "random and the same density: give it as --control, or to `sparsejepa compare`."
         )
-    if on.all():
-        remarks.append(
-            "No connection is zero: every latent feeds every group, so the groups differ by their "
-            "directions only, not by their latents."
-        )
-    if dead := int((~on.any(1)).sum()):
-        remarks.append(f"{dead} of {len(on)} groups are dead: no latent feeds them.")
     remarks.append(
         "Intervals resample images (those of DCI's disentanglement and completeness the trees of "
         "its forest) and say nothing of other seeds. A difference between columns is called clear "
