@@ -103,7 +103,7 @@ class Start:
 
     def scaled(self, images: Images) -> Images:
         """Return the images with the encoder's mean and standard deviation."""
-        return dataclasses.replace(images, mean=self.mean, std=self.std)
+        return dataclasses.replace(images, mean=self.mean, std=self.std)  # type: ignore[type-var]
 
     def write(self, run_dir: Path) -> None:
         """Write all but the weights, so that the run can go on without the encoder."""
@@ -182,10 +182,10 @@ def prepare(
     """
     start = first_here(world, lambda: find_start(config, run_dir))
     config = start.settings(config) if start else config
-    if callable(images):
-        images = first_here(world, lambda: images(config))  # type: ignore[operator]
-    config.check_image(images.img_size)
-    return start, config, start.scaled(images) if start else images
+    loaded = isinstance(images, Images)
+    image_set = images if loaded else first_here(world, lambda: images(config))
+    config.check_image(image_set.img_size)
+    return start, config, start.scaled(image_set) if start else image_set
 
 
 def total_steps(config: Config, num_images: int) -> int:
@@ -233,8 +233,10 @@ def build_model(
         if start is not None:
             encoder = start.encoder(img_size, config.model.drop_path)
         else:
-            sizes = {"embed_dim": width, "depth": depth, "num_heads": heads}
-            encoder = ViT(img_size, patch, **sizes, drop_path=config.model.drop_path)
+            drop = config.model.drop_path
+            encoder = ViT(
+                img_size, patch, embed_dim=width, depth=depth, num_heads=heads, drop_path=drop
+            )
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
         dim, layers = config.model.predictor_dim, config.model.predictor_depth
         predictor = None

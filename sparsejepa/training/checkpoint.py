@@ -142,7 +142,9 @@ class Checkpoints:
         can hold. Raises UserError when the disk is full, read-only or the like: what was there
         before is untouched.
         """
-        import torch.distributed.checkpoint as engine  # slow to import: not before it is used
+        # Slow to import: not before it is used.
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         final = self.folder / f"step-{progress['step']:09d}"
         beside = _hidden(final)
@@ -153,8 +155,8 @@ class Checkpoints:
         earlier = self._on_main(lambda: _steps(self.folder))
         try:
             self._on_main(lambda: self._make(beside))
-            writer = engine.HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            self._engine(engine.save, tensors, storage_writer=writer)
+            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+            self._engine(save, tensors, storage_writer=writer)
             written = self._everywhere(lambda: self._written(beside))
             files = {name: entry for part in written for name, entry in part.items()}
             self._on_main(lambda: self._publish(beside, final, files, progress))
@@ -234,13 +236,14 @@ class Checkpoints:
         _remove_leftovers(self.folder)
 
     def _load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        import torch.distributed.checkpoint as engine
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        reader = engine.HuggingFaceStorageReader(str(path))
+        reader = HuggingFaceStorageReader(str(path))
         room: list[tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]] = []
         self._everywhere(lambda: room.append(_room(reader, model, optimizer)))
         tensors, state = room[0]
-        self._engine(engine.load, tensors, storage_reader=reader)
+        self._engine(load, tensors, storage_reader=reader)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -124,40 +124,48 @@ def trackers(
     shown from `step` on. wandb goes on with its run if that did not end, and reads its own
     variables (WANDB_MODE, WANDB_PROJECT). Raises UserError for a tracker that does not start.
     """
-    shows: list[Show] = []
     with contextlib.ExitStack() as stack:
+        shows: list[Show] = []
         for name in dict.fromkeys(names):
             try:
                 if name == "tensorboard":
-                    from torch.utils.tensorboard import SummaryWriter
-
-                    writer = SummaryWriter(run_dir / "tensorboard", purge_step=step or None)
-                    stack.callback(writer.close)
-
-                    def show(row: Mapping[str, Any], writer: Any = writer) -> None:
-                        for key, value in _numbers(row).items():
-                            writer.add_scalar(key, value, row["step"])
-
+                    shows.append(_tensorboard(run_dir, step, stack))
                 else:
-                    import wandb
-
-                    folder = run_dir.resolve()
-                    run = wandb.init(
-                        project=os.environ.get("WANDB_PROJECT", "sparsejepa"),
-                        dir=str(run_dir), name=folder.name, group=folder.parent.name,
-                        config=config.to_dict(), resume="auto",
-                        settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-                    )  # fmt: skip
-                    stack.push(lambda kind, *_, run=run: run.finish(exit_code=int(bool(kind))))
-
-                    def show(row: Mapping[str, Any], run: Any = run) -> None:
-                        run.log(_numbers(row), step=row["step"])
-
+                    shows.append(_wandb(run_dir, config, stack))
             except Exception as error:  # no login, no network, a full disk
                 what = " ".join(str(error).split())[:300] or type(error).__name__
                 raise UserError(f"--log {name}: {what}; mend that or leave it out") from None
-            shows.append(show)
         yield shows
+
+
+def _tensorboard(run_dir: Path, step: int, stack: contextlib.ExitStack) -> Show:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=step)
+    stack.callback(writer.close)
+
+    def show(row: Mapping[str, Any]) -> None:
+        for name, value in _numbers(row).items():
+            writer.add_scalar(name, value, row["step"])
+
+    return show
+
+
+def _wandb(run_dir: Path, config: Config, stack: contextlib.ExitStack) -> Show:
+    import wandb
+
+    folder = run_dir.resolve()
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "sparsejepa"),
+        dir=str(run_dir),
+        name=folder.name,
+        group=folder.parent.name,
+        config=config.to_dict(),
+        resume="auto",
+        settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+    )
+    stack.push(lambda kind, *_: run.finish(exit_code=int(bool(kind))))
+    return lambda row: run.log(_numbers(row), step=row["step"])
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

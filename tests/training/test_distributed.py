@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsejepa import distributed
 from sparsejepa.config import Config
 from sparsejepa.distributed import Share, World, launch_name, own_rows, slurm_address
 from sparsejepa.errors import UserError
@@ -337,34 +334,6 @@ def test_what_names_a_launch() -> None:
         assert launch_name(told) == launch_name({}) == ""
     named = {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_ERROR_FILE": logs.format(0)}
     assert launch_name(named) == "a1"
-
-
-@pytest.mark.parametrize(
-    ("device", "error", "ends"),
-    [("cuda:0", None, "destroy"), ("cuda:0", KeyError, "abort"), ("cpu", KeyError, "destroy"),
-     ("cuda:0", KeyboardInterrupt, "abort")],
-)  # fmt: skip
-def test_after_an_error_nobody_waits_for_the_others_on_gpus(
-    device: str, error: type[BaseException] | None, ends: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[str] = []
-    engine = SimpleNamespace(
-        is_initialized=lambda: False, PrefixStore=lambda *_: None,
-        init_process_group=lambda *_, **__: None,
-        destroy_process_group=lambda: ended.append("destroy"),
-        distributed_c10d=SimpleNamespace(_abort_process_group=lambda: ended.append("abort")),
-    )  # fmt: skip
-    monkeypatch.setattr(distributed, "_engine", lambda: engine)
-    monkeypatch.setattr(distributed, "_meeting_place", lambda world: None)
-    monkeypatch.setattr(distributed, "_settled", lambda error, *_: error)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    with (
-        pytest.raises(error) if error else contextlib.nullcontext(),
-        distributed.joined(World(0, 2), device),
-    ):
-        if error:
-            raise error
-    assert ended == [ends]
 
 
 @pytest.mark.parametrize(
