@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
-from tyro.constructors import PrimitiveConstructorSpec
 
 from sparsejepa.config import (
     PRESETS,
@@ -561,16 +560,7 @@ def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> Images:
     )
 
 
-Format = Literal["timm", "transformers", "hub", "onnx"]
-FORMATS: tuple[str, ...] = get_args(Format)
-# A word as it is: tyro's own complaint of another one lists None as well, and in any order.
-_ANY_WORD = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar=f"{{{','.join(FORMATS)}}}",
-    instance_from_str=lambda words: words[0],
-    is_instance=lambda value: value is None or isinstance(value, str),
-    str_from_instance=lambda value: [str(value)],
-)
+FORMATS = ("timm", "transformers", "hub", "onnx")
 
 
 @dataclass(frozen=True)
@@ -579,7 +569,7 @@ class Export(Verb):
 
     run: Positional[str | None] = None
     """Run directory, timm:NAME, hub:OWNER/NAME, a folder or a file of weights."""
-    to: Annotated[Format | None, _ANY_WORD] = None
+    to: str = ""
     """timm: timm.create_model; transformers: IJepaModel; hub: sparsejepa.load; onnx:
     onnxruntime."""
     out: str = ""
