@@ -53,7 +53,7 @@ class Rows(Reader):
         return {k: v for k, v in self.__dict__.items() if k not in ("_read", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _read={}, _lock=threading.Lock())
+        vars(self).update(state, _read={}, _lock=threading.Lock())
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -242,7 +242,7 @@ class _Pixels(Dataset[_Part]):
         return images, failed, ""
 
 
-def _as_it_is(part: _Part) -> _Part:
+def _as_it_is(part: Any) -> Any:
     return part
 
 
@@ -251,9 +251,9 @@ def _begin_work(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-    info = torch.utils.data.get_worker_info()
-    reader: Any = info.dataset.stream.decoder.reader if info else None
-    if info and hasattr(reader, "memory"):
+    info: Any = torch.utils.data.get_worker_info()
+    reader = info.dataset.stream.decoder.reader
+    if hasattr(reader, "memory"):
         reader.memory //= info.num_workers
 
 

@@ -57,7 +57,7 @@ class Members(Named):
         return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _files={}, _lock=threading.Lock())
+        vars(self).update(state, _files={}, _lock=threading.Lock())
 
     def source(self, row: int) -> bytes:
         offset, length = self.place[row].tolist()

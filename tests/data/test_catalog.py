@@ -242,8 +242,9 @@ def root(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_torchvision_reads(root: Path, name, target, names, train, test):
     for split, values in (("train", train), ("test", test)):
         images = load_dataset(name, split, data_root=root, cache_dir=root / "cache")
-        assert images.primary is images.targets[target] and images.primary.names == names
-        assert images.primary.values.tolist() == values
+        found = images.targets[target]
+        assert images.primary is found and found.names == names
+        assert found.values.tolist() == values
         for file, pixels in zip(images.files, images.images, strict=True):
             assert (read_image(file, root / name / file, None, False) == pixels).all()
         stream = stream_dataset(name, split, data_root=root, factors=[target])

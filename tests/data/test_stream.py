@@ -241,7 +241,7 @@ def test_a_dead_worker_is_one_line(photos: Path, opened):
     batches = images.batches(iter(lambda: torch.arange(8), None))
     next(batches)
     worker = multiprocessing.active_children()[-1]
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker.pid or 0, signal.SIGKILL)
     with pytest.raises(UserError, match=r"decodes images died .*--workers") as caught:
         for _ in range(1000):
             next(batches)
