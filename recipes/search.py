@@ -262,7 +262,7 @@ def _round(number: int, values: Settings) -> tuple[str, list[Settings]]:
     candidates = values.get("alternatives") or products
     if ("grid" in values) == ("alternatives" in values) or not all(candidates):
         raise UserError(f"{where}: give it a grid or alternatives, each with settings to try")
-    return values.get("name", where), candidates
+    return str(values.get("name", where)), list(candidates)
 
 
 if __name__ == "__main__":

@@ -408,14 +408,14 @@ class Explain(Options, Verb):
 def explain(args: Explain, console: Console) -> dict[str, Any]:
     """Explain, and print the verdict and the measures."""
     args.check()
-    check_encoder(args.run)
+    run = check_encoder(args.run)
     if not args.data:
         raise UserError(f"--data is needed: {DATA}")
     from sparsejepa.encoders.encoder import FITTED
     from sparsejepa.explain.run import METRICS, REPORT, run_explain, run_folder
 
-    found = run_explain(args.run, args.data, options=args, command=_command(), say=console.print)
-    out = args.out or run_folder(args.run)
+    found = run_explain(run, args.data, options=args, command=_command(), say=console.print)
+    out = args.out or run_folder(run)
     _show_measures(console, found["measures"])
     console.print(found["verdict"])
     for remark in found["remarks"]:
@@ -503,7 +503,7 @@ class Embed(Verb):
 def embed(args: Embed, console: Console) -> dict[str, Any]:
     """Embed a data set and write one row per image."""
     check_counts(args, "limit")
-    check_encoder(args.run)
+    run = check_encoder(args.run)
     if not args.data:
         raise UserError(f"--data is needed: {DATA}")
     from sparsejepa.encoders.load import load
@@ -511,8 +511,8 @@ def embed(args: Embed, console: Console) -> dict[str, Any]:
     from sparsejepa.evaluation.features import check_path, embed_to, find_groups, say_enlarged
 
     check_path(args.out)
-    encoder = load(args.run, resolve_device(args.device))
-    activations = find_groups(args.run, args.groups, encoder)
+    encoder = load(run, resolve_device(args.device))
+    activations = find_groups(run, args.groups, encoder)
     images = first_here(current(), lambda: _open(args, encoder, console.print)).subset(args.limit)
     say_enlarged(encoder, images.img_size, args.data, console.print)
     start = time.perf_counter()
@@ -583,7 +583,7 @@ class Export(Verb):
 
 def export(args: Export, console: Console) -> dict[str, Any]:
     """Export, and print the lines of Python that use the result."""
-    check_encoder(args.run)
+    run = check_encoder(args.run)
     if not args.to:
         raise UserError(f"--to is needed: {', '.join(FORMATS)}")
     if args.to not in FORMATS:
@@ -602,7 +602,7 @@ def export(args: Export, console: Console) -> dict[str, Any]:
 
     if not uploads:
         exports.check_out(Path(args.out))
-    source = exports.Export(args.run, load(args.run), args.groups)
+    source = exports.Export(run, load(run), args.groups)
     if uploads:
         found = exports.publish(source, args.out, public=args.public)
     else:
@@ -839,10 +839,11 @@ def check_counts(verb: Verb, *names: str) -> None:
             raise UserError(f"{flag(name)} {value}: must be at least 1")
 
 
-def check_encoder(ref: str | None) -> None:
-    """Raise UserError if no encoder is named."""
+def check_encoder(ref: str | None) -> str:
+    """Return the encoder's name. Raises UserError if there is none."""
     if not ref:
         raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
+    return ref
 
 
 def _command() -> str:

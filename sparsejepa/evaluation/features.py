@@ -307,15 +307,15 @@ def embed_to(
         """Yield the columns of each block, and remember its rows."""
         for rows, arrays in blocks:
             index.append(rows)
-            files = [_printable(names[i]) for i in rows.tolist()] if names else None
+            files = [_printable(names[int(i)]) for i in rows] if names else None
             yield {"files": files, "rows": rows, **arrays}
 
     with atomic_path(path) as beside:
         write = _write_parquet if path.suffix == ".parquet" else _write_npz
         write(beside, named(), images.targets)
     rows = np.concatenate(index)
-    dropped = np.setdiff1d(np.arange(len(images)), rows).tolist()
-    skipped = [name for name, _ in images.skipped] + [shown(names[i]) for i in dropped]
+    dropped = np.setdiff1d(np.arange(len(images)), rows)
+    skipped = [name for name, _ in images.skipped] + [shown(names[int(i)]) for i in dropped]
     return {
         "images": len(rows),
         "features": encoder.embed_dim * (4 if pool == "concat4" else 1),

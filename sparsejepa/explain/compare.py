@@ -164,7 +164,7 @@ def _matches(matched: Matching, a: _Side, b: _Side) -> Table:
 def _picture(matched: Matching, a: _Side, b: _Side) -> Picture:
     return Picture(
         "matching",
-        matching_figure(matched.matrix, matched.pairs, (a.name, b.name)),
+        matching_figure(matched.matrix, matched.pairs.tolist(), (a.name, b.name)),
         "Correlation of every group of one run with every group of the other; rings: matched.",
         f"Heat map of correlations between {len(a.norms)} and {len(b.norms)} groups; the matched "
         f"pairs reach {np.mean(matched.correlations):.2f} on average.",

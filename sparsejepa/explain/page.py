@@ -19,6 +19,8 @@ from sparsejepa.explain.subject import REFERENCES
 from sparsejepa.files import write_text
 from sparsejepa.study.page import render, resource
 
+PACKAGE = "sparsejepa.explain"
+
 
 @dataclass(frozen=True)
 class ExplainPage:
@@ -77,10 +79,10 @@ CURVES = {
 def write_explain_page(path: Path, page: ExplainPage) -> Path:
     """Render `page` to one HTML file, atomically, and return its path."""
     norms = np.asarray(page.block_norms, float)
-    script = resource("page.js", __package__)
+    script = resource("page.js", PACKAGE)
     html = render(
         "page.html",
-        package=__package__,
+        package=PACKAGE,
         page=page,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

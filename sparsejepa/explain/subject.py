@@ -172,8 +172,8 @@ def build_columns(
         W = fit_groups(fresh, train, replace(options, num_groups=G)).W_
     columns[UNTRAINED] = _read_both(fresh, W, train, test)
     # The units of PCA are the axes themselves.
-    both = (replace(readout, z=readout.z @ axes.T) for readout in (mine.under(pca), other))
-    columns[PCA] = Column(pca, *both, raw, grid)
+    ours, others = (replace(r, z=r.z @ axes.T) for r in (mine.under(pca), other))
+    columns[PCA] = Column(pca, ours, others, raw, grid)
     return columns
 
 

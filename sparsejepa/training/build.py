@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,7 @@ def prepare(
     """
     start = first_here(world, lambda: find_start(config, run_dir))
     config = start.settings(config) if start else config
-    loaded = isinstance(images, Images)
-    image_set = images if loaded else first_here(world, lambda: images(config))
+    image_set = images if isinstance(images, Images) else first_here(world, partial(images, config))
     config.check_image(image_set.img_size)
     return start, config, start.scaled(image_set) if start else image_set
 

@@ -226,8 +226,8 @@ def test_the_audit_says_what_failed() -> None:
     found = audit(MaskSampler((8, 8)), batch_size=16, batches=4)
     figure = mask_audit_figure(found)
     assert figure.get_suptitle() == "Mask audit passed: 8x8 patches, 64 images"
-    shares = figure.axes[0].images[0].get_array()
-    np.testing.assert_array_equal(np.ravel(shares), found.context.share)
+    shares = np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_array_equal(shares.ravel(), found.context.share)
     broken = dataclasses.replace(found, disjoint=False)
     assert "FAILED" in mask_audit_figure(broken).get_suptitle()
 
