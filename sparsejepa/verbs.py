@@ -767,10 +767,10 @@ def info(args: Info, console: Console) -> dict[str, Any]:
     finished = (folder / "summary.json").exists()
     try:
         for row in read_rows(folder / "metrics.jsonl"):
-            last |= row
+            last |= dict(row)
         if finished:
             last = dict(read_json(folder / "summary.json")["final"])
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError):
         raise UserError(f"{folder}: its numbers are damaged; copy or train the run again") from None
     found = {"run": folder, "finished": finished, "config": config.to_dict(), "last": last}
     show_facts(console, config.flat(), f"{folder}: settings")
