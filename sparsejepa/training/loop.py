@@ -155,8 +155,6 @@ def _train(
     images = image_set.open(device, config.run.workers)
     order = epoch_order(config, image_set, images)
     evaluate = OnlineEvaluation(image_set, images, world=world)
-    if world.main:
-        _begin(run_dir, config)
     checkpoints = Checkpoints(run_dir, world=world, say=report.say)
     state = {"step": 0, "seconds": 0.0, "images": image_set.fingerprint}
     state |= checkpoints.restore(model, train_step.optimizer) or {}
@@ -165,6 +163,8 @@ def _train(
             f"{config.data}: the images or labels are not those that {run_dir} began with; "
             "bring them back or name a new folder with --out"
         )
+    if world.main:
+        _begin(run_dir, config)
     start = state["step"]
     if start == 0 and model.groups is not None:
         weak = train_step.schedule.too_weak(float(model.groups.block_norms().detach().min()))
@@ -253,8 +253,10 @@ def _begin(run_dir: Path, config: Config) -> None:
     about = environment()
     if launch_name():
         about["launch"] = launch_name()
-    write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
+    # The settings last: a folder that has them holds a run, and one that is started anew looks up
+    # in the environment whether that run is its own.
     write_text(run_dir / "environment.json", json.dumps(about, indent=1))
+    write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
 
 
 def _metrics(
