@@ -257,7 +257,7 @@ def verdict(summary: Summary) -> Verdict:
     if measure is None:
         return none(
             "on every target the controls dense and lam=0 do not beat the untrained encoder by "
-            "more than the interval. Train longer, or probe an easier target."
+            "more than the interval. Train longer, or probe another target."
         )
     probed = {arm.name: arm.accuracy[measure] for arm in sparse if arm.accuracy.get(measure)}
     if not probed:
