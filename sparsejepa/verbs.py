@@ -770,6 +770,8 @@ def info(args: Info, console: Console) -> dict[str, Any]:
             last |= dict(row)
         if finished:
             last = dict(read_json(folder / "summary.json")["final"])
+    except UserError:
+        raise
     except (LookupError, TypeError, ValueError):
         raise UserError(f"{folder}: its numbers are damaged; copy or train the run again") from None
     found = {"run": folder, "finished": finished, "config": config.to_dict(), "last": last}
