@@ -29,6 +29,7 @@ import tyro
 from sparsejepa import __version__
 from sparsejepa.config import REMOVED, Config, load_toml, present_settings, preset
 from sparsejepa.distributed import World, joined, speaks_for
+from sparsejepa.environment import resolve_device
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
 from sparsejepa.verbs import VERBS, Settings
 
@@ -178,8 +179,6 @@ def _together(name: str, args: Any, world: World) -> Iterator[None]:
     if world.size == 1 or name not in ("probe", "embed"):
         yield
         return
-    from sparsejepa.environment import resolve_device
-
     with joined(world, world.place(resolve_device(args.device))):
         yield
 

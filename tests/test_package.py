@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sparsejepa"
 
 # From the ground up; a module imports from its own floor or one below it.
 FLOORS = [
-    ["errors"],
+    ["errors", "version"],
     ["config", "files", "rng", "environment", "distributed"],
     ["model"],
     ["data"],
@@ -78,6 +78,42 @@ def test_rooms_import_only_from_floors_below() -> None:
                 if name.startswith("sparsejepa."):
                     room = name.split(".")[1]
                     assert HEIGHT[room] <= HEIGHT[own], f"{path.name} imports {name}"
+
+
+CORE = {
+    "errors", "rng", "files", "config", "distributed", "environment", "version", "__version__",
+    "data.images", "data.folders", "data.augment", "encoders.encoder", "encoders.load",
+}  # fmt: skip
+"""What a newcomer reads, with all of model and training."""
+
+
+def test_the_core_imports_nothing_outside_itself() -> None:
+    def is_core(module: str) -> bool:
+        return module in CORE or module.split(".")[0] in ("model", "training")
+
+    checked = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if not is_core(".".join(path.relative_to(PACKAGE).with_suffix("").parts)):
+            continue
+        checked += 1
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsejepa"):
+                module = (node.module or "").removeprefix("sparsejepa").removeprefix(".")
+                modules = [module] if module else [alias.name for alias in node.names]
+                assert all(map(is_core, modules)), f"{path.name} imports {modules}"
+    assert checked >= len(CORE) + 15
+
+
+def test_only_verbs_import_the_package_inside_functions() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "verbs.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                for node in ast.walk(function):
+                    module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                    assert not module.startswith("sparsejepa"), f"{path.name}: {module}"
 
 
 def test_the_package_says_that_it_is_typed() -> None:

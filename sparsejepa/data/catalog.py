@@ -436,7 +436,8 @@ def _list_torchvision(name: str, root: Path, factors: Sequence[str]) -> dict[str
             reason = str(error).partition("\n")[0]
             raise UserError(
                 f"{root}: not as torchvision.datasets.{kind} reads it ({reason}); its "
-                "documentation says which files belong there (--data PATH reads a plain folder)"
+                "documentation says which files belong there (a path in place of the name reads a "
+                "plain folder)"
             ) from None
         if factors:
             targets = {key: targets[key] for key in chosen(factors, list(targets), str(root))}

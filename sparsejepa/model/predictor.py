@@ -27,7 +27,6 @@ class TransformerPredictor(nn.Module):
         dim: width of the predictor, a multiple of 4.
         depth: number of blocks.
         num_heads: attention heads; the largest count with heads of at least 32 if not given.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         out_dim: width D' of what is predicted; D if not given.
 
     Attributes:
@@ -45,7 +44,6 @@ class TransformerPredictor(nn.Module):
         dim: int = 128,
         depth: int = 4,
         num_heads: int | None = None,
-        drop_path: float = 0.0,
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -57,8 +55,7 @@ class TransformerPredictor(nn.Module):
         self.register_buffer(
             "positions", sincos_position_embedding(grid_size, dim), persistent=False
         )
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*(Block(dim, num_heads, drop_path=rate) for rate in rates))
+        self.blocks = nn.Sequential(*(Block(dim, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.proj = Linear(dim, out_dim or embed_dim)
         self.apply(init_weights)

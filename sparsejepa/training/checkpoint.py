@@ -117,7 +117,7 @@ class _Broken(Exception):
 class Checkpoints:
     """The checkpoints of a run, of which the newest `keep` stay.
 
-    One job at a time may use them (see `lock`). Methods are collective: every process of
+    One job at a time may use them (see `files.run_lock`). Methods are collective: every process of
     `world` calls them, and if one of them fails, all raise the same error. `say` gets one line for
     each broken checkpoint that is passed over.
     """

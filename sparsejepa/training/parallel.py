@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsejepa.distributed import local
+from sparsejepa.encoders.encoder import vit_arguments
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.vit import ViT
 
@@ -111,8 +112,6 @@ def whole_encoder(encoder: ViT, main: bool) -> ViT | None:
             tensors[name] = full.cpu()
     if not main:
         return None
-    from sparsejepa.encoders.encoder import vit_arguments
-
     with torch.device("meta"):
         copy = ViT(**vit_arguments(encoder))
     copy.load_state_dict(tensors, assign=True)
