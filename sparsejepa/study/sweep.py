@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,7 +262,12 @@ def _write_report(result: SweepResult, arms: Sequence[str], config: Config, titl
     """Write the figures as PNG and the page."""
     first, summary = result.rows[0], result.summary
     settings, about = first["settings"], first["environment"]
-    pictures = _pictures(result, arms, config)
+    folders = {arm: result.out / f"{arm}-s{config.run.seed}" for arm in arms}
+    gone = [folder.name for folder in folders.values() if not folder.is_dir()]
+    remarks = result.verdict.remarks
+    if gone:  # the numbers are in the results all the same
+        remarks = (*remarks, f"No curves, images and W: {', '.join(gone)} is gone from the folder.")
+    pictures = sweep_pictures(result.summary, {}, None) if gone else _pictures(result, folders)
     for picture in pictures:
         save_png(picture.figure, result.out / "figures" / f"{picture.name}.png")
     hardware = ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores"
@@ -277,7 +282,7 @@ def _write_report(result: SweepResult, arms: Sequence[str], config: Config, titl
             f"{settings['optim']['batch_size']} images, {len(arms)} arms, "
             f"{seeds} seed{'s' if seeds > 1 else ''}, on {hardware}.",
             verdict=result.verdict.text,
-            remarks=result.verdict.remarks,
+            remarks=remarks,
             tables=[Table("Results", header, lines, caption(summary))],
             pictures=pictures,
             command=first["command"],
@@ -295,21 +300,23 @@ def _write_report(result: SweepResult, arms: Sequence[str], config: Config, titl
     )
 
 
-def _pictures(result: SweepResult, arms: Sequence[str], config: Config) -> list[Picture]:
-    """Return the page's figures: of all runs, and of the first seed's training and images."""
-    seed = config.run.seed
-    runs = {arm: result.out / f"{arm}-s{seed}" for arm in arms}
-    config = read_config(runs[arms[-1]])  # with the patches of an encoder that runs began from
-    image_set = prepare(config, load_images, runs[arms[-1]])[2]
+def _pictures(result: SweepResult, runs: Mapping[str, Path]) -> list[Picture]:
+    """Return the page's figures: of all runs, and of one seed's training and images.
+
+    `runs`: that seed's run directories by arm.
+    """
+    last = list(runs)[-1]
+    config = read_config(runs[last])  # with the patches of an encoder that runs began from
+    image_set = prepare(config, load_images, runs[last])[2]
     patch = config.model.patch_size
     grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
-    masks = build_sampler(config, grid).sample(SAMPLES, seed=seed, step=0)
+    masks = build_sampler(config, grid).sample(SAMPLES, seed=config.run.seed, step=0)
     opened = image_set.open("cpu", 0)  # a stream has no array of all
     first = opened.take(torch.arange(SAMPLES)).numpy()
     opened.close()
     samples = samples_picture(first, masks, grid)
     curves = {arm: read_rows(run / "metrics.jsonl") for arm, run in runs.items()}
-    shown = result.verdict.arm or arms[-1]
+    shown = result.verdict.arm or last
     w = load_w(runs[shown])
     norms = None if w is None else (shown, np.linalg.norm(w, axis=1))
     return [*sweep_pictures(result.summary, curves, norms), samples]

@@ -356,6 +356,11 @@ def test_a_tiny_sweep_from_end_to_end(tmp_path: Path, tiny_images: Path) -> None
         run_sweep(config.replace(lr=1e-4), **kw)
     assert again.rows == read_rows(out / "results.jsonl")
 
+    shutil.rmtree(out / "dense-s0")  # what was measured is shown without it
+    assert run_sweep(config, **kw).rows == result.rows
+    page = (out / "report.html").read_text()
+    assert "dense-s0 is gone" in page and page.count("<figure") >= 1
+
 
 def test_unlabelled_probe_data_is_refused_before_training(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
