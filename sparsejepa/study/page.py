@@ -69,10 +69,11 @@ def write_page(path: Path, page: Page) -> Path:
 
 def render(template: str, *, package: str = "sparsejepa.study", **values: Any) -> str:
     """Return a template of `package` with `values`, all escaped, and the pages' style."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    shared = PackageLoader("sparsejepa.study", ".")  # what templates import
     return (
-        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        Environment(loader=shared, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         .from_string(resource(template, package))
         .render(style=resource("style.css"), **values)
     )
