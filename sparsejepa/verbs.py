@@ -186,7 +186,10 @@ def _with_batch_that_fits(config: Config, work: Callable[[Config], T], console: 
         count = error.count
     while batch > count:
         batch //= 2
-    console.print(f"batch size {batch}: there are only {count} training images")
+    console.print(
+        f"batch size {batch} in place of {config.optim.batch_size}: there are only {count} "
+        "training images"
+    )
     return work(config.replace(batch_size=batch))
 
 
@@ -251,18 +254,20 @@ def sweep(args: Sweep, console: Console) -> dict[str, Any]:
 
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
     out = args.out or Path("runs") / f"sweep-{name}"
-    found = run_sweep(
-        config,
-        lams=args.lam,
-        densities=args.density,
-        seeds=args.seeds,
-        out=out,
-        probes=Probes(tuple(split_names(args.data_eval)) or (config.data,), limit=args.probe_limit),
-        jobs=args.jobs,
-        cluster=_cluster(args, out),
-        console=console,
-        command=_command(),
-    )
+    options: dict[str, Any] = {
+        "lams": args.lam,
+        "densities": args.density,
+        "seeds": args.seeds,
+        "out": out,
+        "probes": Probes(
+            tuple(split_names(args.data_eval)) or (config.data,), limit=args.probe_limit
+        ),
+        "jobs": args.jobs,
+        "cluster": _cluster(args, out),
+        "console": console,
+        "command": _command(),
+    }
+    found = _with_batch_that_fits(config, lambda c: run_sweep(c, **options), console)
     found.show(console)
     return found.to_dict()
 

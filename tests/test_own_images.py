@@ -47,7 +47,7 @@ def test_what_pretrain_was_told_need_not_be_repeated(
     status, out, err = call(capsys, f"pretrain photos {tiny} --out a")
     # The preset's batch is halved until it fits, and the run's settings say so.
     assert status == 0, err
-    assert re.search("batch size 64: there are only [78]. training images", out)
+    assert re.search("batch size 64 in place of 128: there are only [78]. training images", out)
     assert Config.from_dict(load_toml(Path("a/config.toml"))).optim.batch_size == 64
     assert call(capsys, "pretrain --out a --resume")[0] == 0
     status, _, err = call(capsys, f"pretrain photos {tiny} --batch-size 90 --out b")
@@ -103,3 +103,18 @@ def test_images_without_labels_are_explained_next(
         file.unlink()
     status, _, err = call(capsys, "explain a --data photos")
     assert status == 2 and "test images are too few" in err and "about 80 in all" in err
+
+
+def test_a_sweep_takes_a_smaller_batch_as_a_run_does(
+    tmp_path: Path, tiny_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep", str(tiny_images), *"--preset nano --patch-size 8 --steps 2 --lam 0".split()]
+    words += ["--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "out"), "--json"]
+    assert cli.main(words) == 0
+    assert "batch size 64 in place of 128: there are only 96" in capsys.readouterr().err
+    row = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[0])
+    assert row["settings"]["optim"]["batch_size"] == 64
+    # One that was asked for is refused.
+    words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    assert cli.main([*words, "--batch-size", "100"]) == 2
+    assert "--batch-size 100" in capsys.readouterr().err
