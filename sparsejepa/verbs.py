@@ -142,6 +142,11 @@ def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
         where = f"in {args.out}" if args.out else "to be found"
         raise UserError(f"--resume: there is no run {where}; name its folder with --out")
     config = args.settings(args.data)
+    if (Path(config.data) / "config.toml").exists():
+        raise UserError(
+            f"{config.data}: a run directory in place of images; to go on with it: --resume "
+            f"--out {config.data}"
+        )
     from sparsejepa.data.catalog import load_images
     from sparsejepa.training.build import default_run_dir
     from sparsejepa.training.loop import plan, train

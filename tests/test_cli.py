@@ -328,6 +328,7 @@ def test_pretrain_then_look_at_the_run(photos: Path, capsys: pytest.CaptureFixtu
 
     # A second start needs --resume; other settings are refused and the flag at fault is named.
     assert "--resume" in error_line(*call(capsys, f"pretrain photos {TINY} --out a"))
+    assert "--resume --out a" in error_line(*call(capsys, "pretrain --resume a"))
     line = error_line(*call(capsys, "pretrain --out a --resume --lam 0.5"))
     assert line.startswith("--lam 0.5") and "0.01" in line
     status, out, _ = call(capsys, "pretrain --out a --resume --json")
