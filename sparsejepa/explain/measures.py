@@ -130,10 +130,6 @@ ABOUT = {
     "better",
     "SAP": "gap between the two units that predict a factor best (Kumar et al. 2018); higher is "
     "better",
-    "modularity": "does a unit know one factor only (Ridgeway and Mozer 2018); higher is better",
-    "explicitness": "can a linear map read the factors (Ridgeway and Mozer 2018); higher is better",
-    "IRS": "do units stay put when other factors change (Suter et al. 2019); higher is better",
-    "FactorVAE score": "does a fixed factor still one unit (Kim and Mnih 2018); higher is better",
     "DCI: disentanglement": "each unit predicts one factor (Eastwood and Williams 2018), forest of "
     "30 trees; higher is better",
     "DCI: completeness": "each factor is predicted by one unit; higher is better",
@@ -281,7 +277,7 @@ def disentanglement_rows(x: Reading) -> Iterator[Row]:
         found = disentangle.disentanglement(
             mine, train, held_out, test, units=units, quick=x.options.quick
         )
-        return {DISENTANGLEMENT[key]: e for key, e in found.items()}
+        return {name: found[key] for key, name in DISENTANGLEMENT.items() if key in found}
 
     latents, groups = {}, {}
     for name, column in x.columns.items():
@@ -297,10 +293,6 @@ def disentanglement_rows(x: Reading) -> Iterator[Row]:
 DISENTANGLEMENT = {
     "mig": "MIG",
     "sap": "SAP",
-    "modularity": "modularity",
-    "explicitness": "explicitness",
-    "irs": "IRS",
-    "factor_vae": "FactorVAE score",
     "dci_disentanglement": "DCI: disentanglement",
     "dci_completeness": "DCI: completeness",
     "dci_informativeness": "DCI: informativeness",

@@ -17,7 +17,7 @@ from sparsejepa.explain.groups import Card
 from sparsejepa.explain.measures import Row
 from sparsejepa.explain.subject import REFERENCES
 from sparsejepa.files import write_text
-from sparsejepa.study.page import render, resource
+from sparsejepa.study.template import render, resource
 
 PACKAGE = "sparsejepa.explain"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from sparsejepa.study.figures import (
     pareto_figure,
     samples_figure,
 )
+from sparsejepa.study.template import render
 from sparsejepa.study.verdict import Summary, percent
 
 
@@ -65,25 +65,6 @@ def write_page(path: Path, page: Page) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)
     return path
-
-
-def render(template: str, *, package: str = "sparsejepa.study", **values: Any) -> str:
-    """Return a template of `package` with `values`, all escaped, and the pages' style."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    shared = PackageLoader("sparsejepa.study", ".")  # what templates import
-    return (
-        Environment(loader=shared, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        .from_string(resource(template, package))
-        .render(style=resource("style.css"), **values)
-    )
-
-
-def resource(name: str, package: str = "sparsejepa.study") -> Any:
-    """Return a file of a package as markup, which is trusted as the code is."""
-    from markupsafe import Markup
-
-    return Markup(files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 def drawn(pictures: Sequence[Picture], prefix: str) -> list[dict[str, Any]]:
