@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,11 +31,9 @@ from study import Row, check_entries, read_recipe
 from sparsejepa.config import load_toml
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.study.results import read_beside, read_results
-from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.results import ALWAYS, Task, read_results, read_rows, row_key
+from sparsejepa.study.runs import run_tasks, terminable
 from sparsejepa.study.sweep import arm_settings
-from sparsejepa.study.tasks import Task, row_key
-from sparsejepa.study.workers import terminable
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,56 +64,48 @@ def work(args: argparse.Namespace) -> int:
     status, end = 0, time.monotonic() + 60 * args.budget_minutes
     with stop_after(args.budget_minutes):
         for entry in entries if not args.dry_run else ():
-            ledger, minutes = Ledger(args), (end - time.monotonic()) / 60
-            count = int(minutes // entry.minutes) * (args.jobs or 1)
+            elsewhere, last = read_ledger(args)
+            count = int((end - time.monotonic()) / 60 // entry.minutes) * (args.jobs or 1)
             try:
                 run_tasks(
-                    ledger.left(entry)[:count], args.results, jobs=args.jobs,
-                    before=ledger.elsewhere, again=ledger.again, console=Console(highlight=False),
+                    left(entry, last, args)[:count], args.results, jobs=args.jobs, before=elsewhere,
+                    retry_failed=args.retry_failed, console=Console(highlight=False),
                 )  # fmt: skip
             except UserError as error:
                 print(f"failed: {error}", flush=True)
                 status = 1
-    Ledger(args).show(entries)  # read anew: the budget's end is anywhere
+    show(entries, read_ledger(args)[1], args)  # read anew: the budget's end is anywhere
     return status
 
 
-class Ledger:
-    """What results say: which runs are done, and how they ended.
+def read_ledger(args: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]:
+    """Return the lines of results in the files beside --results, and the last line of each key."""
+    others = sorted(p for p in args.results.parent.glob("*.jsonl") if p.name != args.results.name)
+    elsewhere = [row for path in others for row in read_rows(path) if row.keys() >= ALWAYS]
+    return elsewhere, {row_key(row): row for row in [*elsewhere, *read_results(args.results)]}
 
-    `elsewhere` are the lines of the files beside --results.
-    """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        self.elsewhere = read_beside(args.results)
-        self._rows = [*self.elsewhere, *read_results(args.results)]
-        self._last = {row_key(row): row for row in self._rows}
+def left(entry: Entry, last: Mapping[str, Row], args: argparse.Namespace) -> list[Task]:
+    """Return the runs of an entry that are still to do."""
+    rows = [(task, last.get(task.key)) for task in entry.tasks]
+    return [t for t, row in rows if row is None or (args.retry_failed and row.get("failed"))]
 
-    def again(self, row: Row) -> bool:
-        """Return whether a run that has this line is to be done again."""
-        return bool(self._args.retry_failed and row.get("failed"))
 
-    def left(self, entry: Entry) -> list[Task]:
-        """Return the runs of an entry that are still to do."""
-        rows = [(task, self._last.get(task.key)) for task in entry.tasks]
-        return [task for task, row in rows if row is None or self.again(row)]
-
-    def show(self, entries: Sequence[Entry]) -> None:
-        """Print what is left, entry by entry, and what --results keeps apart."""
-        count, total = 0, 0.0
-        for entry in entries:
-            tasks = self.left(entry)
-            minutes = len(tasks) * entry.minutes
-            count, total = count + len(tasks), total + minutes
-            if tasks:
-                arms = ", ".join(dict.fromkeys(task.arm for task in tasks))
-                what = f"{len(tasks)} of {_runs(len(entry.tasks))} of {tasks[0].recipe} ({arms})"
-                print(f"left: {what}, about {minutes:.3g} minutes on {entry.hardware}")
-        print(f"{_runs(count)} left, about {total:.3g} minutes; results in {self._args.results}")
-        keys = {task.key for entry in entries for task in entry.tasks}
-        if failed := sum(bool(r.get("failed")) for key, r in self._last.items() if key in keys):
-            print(f"{_runs(failed)} failed and recorded so; --retry-failed runs them again")
+def show(entries: Sequence[Entry], last: Mapping[str, Row], args: argparse.Namespace) -> None:
+    """Print what is left, entry by entry, and how many runs failed."""
+    count, total = 0, 0.0
+    for entry in entries:
+        tasks = left(entry, last, args)
+        minutes = len(tasks) * entry.minutes
+        count, total = count + len(tasks), total + minutes
+        if tasks:
+            arms = ", ".join(dict.fromkeys(task.arm for task in tasks))
+            what = f"{len(tasks)} of {_runs(len(entry.tasks))} of {tasks[0].recipe} ({arms})"
+            print(f"left: {what}, about {minutes:.3g} minutes on {entry.hardware}")
+    print(f"{_runs(count)} left, about {total:.3g} minutes; results in {args.results}")
+    keys = {task.key for entry in entries for task in entry.tasks}
+    if failed := sum(bool(row.get("failed")) for key, row in last.items() if key in keys):
+        print(f"{_runs(failed)} failed and recorded so; --retry-failed runs them again")
 
 
 def _runs(count: int) -> str:

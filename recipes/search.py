@@ -31,10 +31,9 @@ from study import check_entries, read_recipe
 
 from sparsejepa.config import Config, load_toml
 from sparsejepa.errors import UserError
-from sparsejepa.study.results import is_current, read_results
+from sparsejepa.study.results import Probes, Task, is_current, read_results, row_key
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
-from sparsejepa.study.tasks import Probes, Task, row_key
 
 Settings = Mapping[str, Any]
 

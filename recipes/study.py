@@ -15,9 +15,8 @@ from typing import Any
 
 from sparsejepa.config import Config, load_toml, preset
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.study.results import is_current, read_checked
+from sparsejepa.study.results import Probes, hash_of, is_current, read_rows
 from sparsejepa.study.sweep import arm_settings
-from sparsejepa.study.tasks import Probes, row_key
 from sparsejepa.study.verdict import BySeed, Interval, compare, mean_sd
 
 Row = Mapping[str, Any]
@@ -380,11 +379,11 @@ def _batch(row: Row, recipe: Row) -> tuple[str, str]:
     try:
         base = recipe_config(recipe).flat()
         own = {name: base[name] for name in arm_settings(row["arm"])}
-        settings = Config.from_dict(row["settings"], "results").replace(**own, seed=0).to_dict()
+        config = Config.from_dict(row["settings"], "results").replace(**own, seed=0)
     except UserError:  # a setting that is no more
         return device, row["key"]
     limit = (row.get("probed") or {}).get("limit")
-    return device, row_key({"key": "", "settings": settings, "probed": {"limit": limit}})
+    return device, hash_of(config, {"limit": limit})
 
 
 def read_study(root: Path) -> Study:
@@ -403,11 +402,15 @@ def read_study(root: Path) -> Study:
     rows: list[Row] = []
     trials: dict[str, Sequence[Row]] = {}
     for path in sorted((root / "results").glob("*.jsonl")):
-        found = [row for row in read_checked(path) if {"arm", "seed", "environment"} <= set(row)]
+        found = [
+            row
+            for row in read_rows(path, strict=True)
+            if {"arm", "seed", "environment"} <= set(row)
+        ]
         if path.stem.startswith("search"):
             trials |= {path.name: kept} if (kept := current(found)) else {}
         else:
             rows += [{**row, "recipe": row.get("recipe") or path.stem} for row in current(found)]
     explained = root / "results" / "explain.jsonl"
-    explain = current(read_checked(explained) if explained.exists() else [])
+    explain = current(read_rows(explained, strict=True))
     return Study(root, queue, recipes, rows, trials, explain, others)

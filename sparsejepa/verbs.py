@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from sparsejepa.data.images import Images
     from sparsejepa.encoders.encoder import Encoder
-    from sparsejepa.study.cluster import Cluster
     from sparsejepa.training.loop import Run
 
 T = TypeVar("T")
@@ -234,19 +233,10 @@ class Sweep(Settings):
     """Labelled training images per probe, a random subset; all of them if not given."""
     out: Path | None = None
     """Folder of the sweep; runs/sweep-DATA if not given."""
-    cluster: Literal["none", "slurm"] = "none"
-    """slurm: each run is a job of the cluster, --jobs at a time. The jobs go on when this command
-    ends, and the same command again collects them."""
-    slurm_partition: str | None = None
-    """Partition of the jobs; the cluster's default if not given."""
-    slurm_time: int = 24 * 60
-    """Minutes after which a job saves and is queued again."""
-    slurm_gpus: int = 0
-    """GPUs of a job, 0 or 1."""
-    slurm_cpus: int | None = None
-    """CPU cores of a job; the cluster's default if not given."""
-    slurm_more: tuple[str, ...] = ()
-    """Anything else that sbatch takes, as KEY=VALUE, such as account=vision mem=16G."""
+    slurm: tuple[str, ...] = ()
+    """Make each run a job of a SLURM cluster, --jobs at a time, with these KEY=VALUE of sbatch,
+    such as time=240 partition=gpu gpus-per-node=1. The jobs go on when this command ends, and the
+    same command again collects them."""
     groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
     """The group-sparse map; --lam and --density are lists here."""
 
@@ -254,8 +244,9 @@ class Sweep(Settings):
 def sweep(args: Sweep, console: Console) -> dict[str, Any]:
     """Run the sweep."""
     config = args.settings(args.data)
+    from sparsejepa.study.cluster import Cluster
+    from sparsejepa.study.results import Probes
     from sparsejepa.study.sweep import run_sweep
-    from sparsejepa.study.tasks import Probes
 
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
     out = args.out or Path("runs") / f"sweep-{name}"
@@ -268,28 +259,13 @@ def sweep(args: Sweep, console: Console) -> dict[str, Any]:
             tuple(split_names(args.data_eval)) or (config.data,), limit=args.probe_limit
         ),
         "jobs": args.jobs,
-        "cluster": _cluster(args, out),
+        "cluster": Cluster(out / "jobs", args.slurm) if args.slurm else None,
         "console": console,
         "command": _command(),
     }
     found = _with_batch_that_fits(config, lambda c: run_sweep(c, **options), console)
     found.show(console)
     return found.to_dict()
-
-
-def _cluster(args: Sweep, out: Path) -> Cluster | None:
-    """Return what jobs get, None if runs are no jobs. Raises UserError for flags without use."""
-    fields = [f for f in dataclasses.fields(args) if f.name.startswith("slurm_")]
-    given = {f.name: getattr(args, f.name) for f in fields}
-    if args.cluster == "none":
-        for f in fields:
-            if given[f.name] != f.default:
-                raise UserError(f"{flag(f.name)} {given[f.name]}: only with --cluster slurm")
-        return None
-    from sparsejepa.study.cluster import Cluster
-
-    flags = {name.removeprefix("slurm_"): value for name, value in given.items()}
-    return Cluster(out / "jobs", minutes=flags.pop("time"), **flags).check()
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ NOT_RUN = {
     r"python bench/\w+\.py": "minutes: tests/test_bench.py runs each at a tiny size",
     r"python recipes/(run|search)\.py .*--budget": "minutes: tests/test_runner.py, test_search.py",
     r"python recipes/tables\.py": "writes these pages: tests/test_tables.py",
-    r"sparsejepa sweep .*--cluster slurm": "needs SLURM, for which tests have a stand-in",
+    r"sparsejepa sweep .*--slurm": "needs SLURM, for which tests have a stand-in",
     r"tensorboard\b": "serves until it is stopped",
 }
 """What is not run: how a command begins, and why."""

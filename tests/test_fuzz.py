@@ -28,8 +28,7 @@ from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.model.vit import ViT
 from sparsejepa.study.figures import points
-from sparsejepa.study.results import read_checked, read_results, read_rows
-from sparsejepa.study.tasks import row_key
+from sparsejepa.study.results import read_results, read_rows, row_key
 
 DEADLINE = 10  # seconds for one case; the slowest takes a fraction of one
 SPICE = (
@@ -282,7 +281,7 @@ def test_results(count: int, tmp_path: Path) -> None:
     def read() -> None:
         rows = read_results(path)
         assert all(isinstance(row_key(row), str) for row in rows)
-        read_checked(path)
+        read_rows(path, strict=True)
 
     whole = "".join(json.dumps(row) + "\n" for row in lines).encode()
     survive(count, path, whole, read, json_too=True)

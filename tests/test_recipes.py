@@ -11,8 +11,8 @@ import study
 
 from sparsejepa import cli
 from sparsejepa.config import load_toml, preset
+from sparsejepa.study.results import Probes
 from sparsejepa.study.sweep import DEMO_PROBES, sweep_arms
-from sparsejepa.study.tasks import Probes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in study.recipe_files(RECIPES))

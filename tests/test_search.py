@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejepa import version
-from sparsejepa.study.results import read_rows
-from sparsejepa.study.tasks import Task
+from sparsejepa.study.results import Task, read_rows
 
 TOML = """
 recipe = "tiny"
@@ -291,14 +290,14 @@ def test_a_real_search_resumes_and_never_sees_test(
     assert rows[:2] == half and len({r["key"] for r in rows}) == len(rows)
     for each in rows:
         assert each["recipe"] == "search-real" and each["arm"] == "lam=0"
-        assert set(each["trial"]) == {"round", "rung", "candidate", "score"}
+        assert set(each["trial"]) == {"round", "rung", "candidate"}
         assert bool(each["failed"]) == (each["settings"]["optim"]["lr"] == 1e9)
         if each["failed"]:
-            assert each["trial"]["score"] is None and "is not finite at step" in each["failed"]
+            assert "is not finite at step" in each["failed"]
         else:
             (probe,) = each["probes"]
             assert probe["n_test"] == 24 and probe["settings"]["scored_on"] == "holdout"
-            assert each["trial"]["score"] == probe["accuracy"] and probe["n_train"] <= 50
+            assert probe["n_train"] <= 50
     said = capsys.readouterr().out
     assert "rates, rung 1, lam=0, 2 steps: as before: " in said and "1 failed" in said
     assert search.main(words) == 0 and read_rows(results) == rows

@@ -151,7 +151,7 @@ def test_write_then_check_then_a_changed_row(checkout: Path, capsys: Capture) ->
     [
         ("README.md", "<!-- tables:begin --><!-- tables:end -->", "unknown marker 'tables'"),
         ("recipes/queue.toml", '[[run]]\nrecipe = "nonsense"\n', "unknown recipe 'nonsense'"),
-        ("results/queue.jsonl", '{"key": 1}\n{"ar', "line 2: no line of results"),
+        ("results/queue.jsonl", '{"key": 1}\n{"ar', "line 2: no JSON object"),
     ],
 )
 def test_a_broken_file_is_one_clear_line(

@@ -101,6 +101,7 @@ def evaluate(
     img_size: tuple[int, int] | None = None,
     upscale: bool = False,
     seed: int = 0,
+    untrained_seed: int | None = None,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     device: torch.device | str = "cpu",
@@ -125,7 +126,8 @@ def evaluate(
             of on test, which is not even loaded: for searching settings.
         img_size: height and width of the images, for data sets with images of several sizes.
         upscale: enlarge images that are smaller than `img_size` instead of refusing them.
-        seed: of that draw, the validation part, and the untrained encoder's weights.
+        seed: of that draw, the validation part, and the untrained encoder's weights, unless they
+            have an `untrained_seed` of their own.
         cache_dir: keep the floors there, for other calls on equal data with equal settings.
         progress: called with a line of text before each part of the work.
 
@@ -165,10 +167,11 @@ def evaluate(
             say(f"{name}: {encoder.name}")
             say_enlarged(encoder, train.img_size, name, say)
             found = bench.scores(partial(embed, encoder, pool=pool), encoder)
-            kind = json.dumps([encoder.architecture, encoder.precision, pool])
+            fresh_seed = seed if untrained_seed is None else untrained_seed
+            kind = json.dumps([encoder.architecture, encoder.precision, pool, fresh_seed])
             if floors and kind not in untrained:
                 say(f"{name}: untrained encoder")
-                fresh = encoder.untrained(seed)
+                fresh = encoder.untrained(fresh_seed)
                 untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool), fresh)
             about = {
                 "pool": pool,

@@ -1,19 +1,23 @@
-"""Files of results: one JSON object a line, appended when a run is finished."""
+"""Lines of results: one JSON object for each run, and the key that says which run a line is of."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsejepa import version
+from sparsejepa.config import REMOVED, Config
 from sparsejepa.errors import UserError
 
-ROW = {
-    "key": "hash of settings, seed, probes and versions, see `tasks.Task.key`",
+FIELDS = {
+    "key": "hash of settings, seed, probes and versions, see `Task.key`",
     "train_version": "`TRAIN_VERSION` of the run; 1 where a line does not say",
     "eval_version": "`EVAL_VERSION` of its probes and measures; 1 where a line does not say",
     "recipe": "the recipe or search that it belongs to; empty for a sweep",
@@ -25,7 +29,7 @@ ROW = {
     "jobs": "runs that shared the machine",
     "command": "what repeats it",
     "settings": "as `Config.to_dict`, without data_root",
-    "probed": "as `tasks.Probes`",
+    "probed": "as `Probes`",
     "environment": "versions, hardware and commit of the training",
     "finished": "when the line was written, UTC",
 }
@@ -48,15 +52,105 @@ DONE = {
     "images_per_second": "of the training",
     "encoder": "sha256 of encoder.safetensors, which recipes/run.py keeps in runs/encoders/",
 }
-"""What a line holds as well unless its run failed."""
+"""What it holds as well unless its run failed. A line of a search also has its "trial"."""
 
-RARE = {
-    "trial": "in a search: round, rung, candidate and score",
-    "final": "in the oldest lines: the run's last metrics, among them knn to dead_groups",
-}
-"""What only some lines hold."""
+ALWAYS = {"key", "arm", "seed", "probes"}
+"""What the oldest lines have, too."""
 
-_ALWAYS = {"key", "arm", "seed", "probes"}
+# Settings that change no number.
+_FREE = {
+    "data_root", "device", "threads", "compile", "checkpoint_every", "log_every", "log", "preset",
+}  # fmt: skip
+# Settings that were gone before the oldest run of this train version.
+_BEFORE_KEYS = {"balance", "w_lr_sum"}
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a run is probed on, see `evaluation.probe.evaluate`.
+
+    `targets` names some of a data set's targets (all if it is not in there), `limit` is the largest
+    number of labelled training images. On the first data set come `extra_protocols` as well, and
+    the `measures` of `evaluation.measured`.
+    """
+
+    data: tuple[str, ...]
+    protocols: tuple[str, ...] = ("logistic",)
+    targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    limit: int | None = None
+    measures: tuple[str, ...] = ()
+    extra_protocols: tuple[str, ...] = ()
+
+    def protocols_on(self, data: str) -> tuple[str, ...]:
+        """Return the protocols for a data set."""
+        return self.protocols + (self.extra_protocols if data == self.data[0] else ())
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run and the probes on it; `command` is what repeats it.
+
+    `arm` is the run's name among its twins, by default that of `training.build.arm_name`; `recipe`
+    the one that it belongs to, if any; `trial` what a search has to say about it; `jobs` how many
+    runs share the machine meanwhile; `encoders` the folder where encoders outlive run directories,
+    if any, and `earlier` the line of this run from before `EVAL_VERSION` was raised, if any.
+    """
+
+    config: Config
+    run_dir: Path
+    probes: Probes
+    command: str = ""
+    arm: str = ""
+    recipe: str = ""
+    trial: Mapping[str, Any] | None = None
+    jobs: int = 1
+    encoders: Path | None = None
+    earlier: Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of all that the numbers depend on: settings, seed, probes and versions."""
+        return hash_of(self.config, asdict(self.probes), version.EVAL_VERSION)
+
+    @functools.cached_property
+    def run_key(self) -> str:
+        """The key but for `EVAL_VERSION`: what a run and its kept encoder are called by."""
+        return hash_of(self.config, asdict(self.probes))
+
+
+def row_key(row: Mapping[str, Any], *, run: bool = False) -> str:
+    """Return the key of a line of results; with `run` its `run_key`.
+
+    It is made anew from the line's settings: one that came later has its default there, which must
+    be what was done before, and one that is gone the value that every run has now. A line of
+    another `TRAIN_VERSION`, or of a run that could not be done again, keeps its written key.
+    """
+    train, probe = versions(row)
+    try:
+        if train == version.TRAIN_VERSION:
+            config = Config.from_dict(row["settings"], "results")
+            return hash_of(config, row["probed"], 1 if run else probe)
+    except (ValueError, LookupError, TypeError, AttributeError):  # UserError is a ValueError
+        pass
+    return str(row["key"])
+
+
+def hash_of(config: Config, probes: Mapping[str, Any], eval_version: int = 1) -> str:
+    """Return the hash of a run of this `TRAIN_VERSION` and its probes.
+
+    Settings that there are no more count with the value that every run has now: what was hashed
+    when they still were settings keeps its key. Another run whose pattern is taken counts by its
+    name, wherever it lies and whatever its key was called.
+    """
+    gone = {name: now for name, (now, _) in REMOVED.items() if name not in _BEFORE_KEYS}
+    settings = {k: v for k, v in {**gone, **config.flat()}.items() if k not in _FREE}
+    settings["pattern"] = re.sub("-[0-9a-f]{8}$", "", Path(config.groups.pattern).name)
+    # What came later counts only where it is used, so that older lines keep their keys.
+    later = {"measures", "extra_protocols"}
+    used = {k: v for k, v in probes.items() if v or k not in later}
+    about = [settings, used, version.TRAIN_VERSION, eval_version]
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def versions(row: Mapping[str, Any]) -> tuple[int, int]:
@@ -69,13 +163,15 @@ def is_current(row: Mapping[str, Any]) -> bool:
     return versions(row) == (version.TRAIN_VERSION, version.EVAL_VERSION)
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Read a JSON-lines file; a missing one is empty, a line that a kill cut short is left out."""
-    rows = []
-    for _, line in _lines(path) if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    return rows
+def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file that has one on each line; a missing file has none.
+
+    Other lines, such as one that a kill cut short, are left out; UserError names one if `strict`.
+    """
+    rows = list(_lines(path))
+    if strict and (broken := [number for number, row in rows if row is None]):
+        raise UserError(f"{path}, line {broken[0]}: no JSON object (cut short?); remove it")
+    return [row for _, row in rows if row is not None]
 
 
 def read_results(
@@ -83,61 +179,37 @@ def read_results(
 ) -> list[dict[str, Any]]:
     """Read a file of results; `say` gets a line about each one that a kill cut short.
 
-    Raises UserError for a line that is none, by its number.
+    Raises UserError for an object that is no line of results, by its number.
     """
     rows = []
-    for number, line in _lines(path) if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+    for number, row in _lines(path):
+        if row is None:
             say(f"{path}, line {number}: cut short and passed over; its run is done again")
-            continue
-        missing = _ALWAYS - set(row) if isinstance(row, dict) else _ALWAYS
-        if missing:
+        elif missing := ALWAYS - row.keys():
             raise UserError(
                 f"{path}, line {number}: no line of results, it has no '{min(missing)}'; remove it "
                 "or name another file"
             )
-        rows.append(row)
+        else:
+            rows.append(row)
     return rows
 
 
-def read_checked(path: Path) -> list[Any]:
-    """Read a JSON-lines file of which every line counts.
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield the number and the object of each line, None where it is none.
 
-    Raises UserError, by its number, for a line that is no JSON object, and for a probe whose
-    accuracy is no share.
+    Raises UserError if the file is no text.
     """
-    rows = []
-    for number, line in _lines(path):
-        try:
-            row = dict(json.loads(line))
-            shares = [probe["accuracy"] for probe in row.get("probes", [])]
-            right = all(0 <= share <= 1 for share in shares)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            right = False
-        if not right:
-            raise UserError(
-                f"{path}, line {number}: no line of results (cut short, or an accuracy that is no "
-                "share from 0 to 1); remove it"
-            )
-        rows.append(row)
-    return rows
-
-
-def read_beside(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of results in the other JSON-lines files of a file's folder."""
-    others = sorted(other for other in path.parent.glob("*.jsonl") if other.name != path.name)
-    rows = [row for other in others for row in read_rows(other)]
-    return [row for row in rows if isinstance(row, dict) and set(row) >= _ALWAYS]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Return the lines of a file with their numbers. Raises UserError if it is no text."""
     try:
-        return enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file (UTF-8)") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        yield number, row if isinstance(row, dict) else None
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Runs and the probes on them, several at a time, one JSON line each.
+"""Runs and the probes on them, several at a time, one line of results each.
 
 A run that is finished is read, one that is not goes on from its newest checkpoint. Runs are
 independent, so several go at once in processes of their own: two processes with one thread each get
@@ -7,35 +7,49 @@ more done on two cores than one process with two.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import shutil
+import signal
+import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 
+from sparsejepa import version
 from sparsejepa.config import check_pattern
 from sparsejepa.data.catalog import load_dataset, load_images
-from sparsejepa.environment import cores, resolve_device
+from sparsejepa.encoders.encoder import CONFIG, GROUPS, WEIGHTS, load_groups
+from sparsejepa.encoders.load import load
+from sparsejepa.environment import cores, environment, resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.measured import check_measures
-from sparsejepa.evaluation.probe import check_protocols
+from sparsejepa.evaluation.measured import check_measures, measure
+from sparsejepa.evaluation.probe import check_protocols, evaluate
+from sparsejepa.files import load_tensors
 from sparsejepa.study.cluster import Cluster, outcomes
-from sparsejepa.study.results import append_row, read_results
-from sparsejepa.study.tasks import Task, attempt, opening, row_key
+from sparsejepa.study.results import Task, append_row, read_results, row_key
 from sparsejepa.study.verdict import measure_name
-from sparsejepa.study.workers import terminable, workers
-from sparsejepa.training.build import prepare, total_steps
+from sparsejepa.training.build import arm_name, prepare, total_steps
 from sparsejepa.training.checkpoint import open_run
+from sparsejepa.training.loop import Run, train
 from sparsejepa.training.monitor import check_trackers
 
-_MOST = 16  # runs at a time, unless more are asked for
 _LINE_SECONDS = 30.0
 """How often progress is said where there is no terminal to show a bar on."""
 Outcomes = Generator[tuple[Task, dict[str, Any] | UserError] | None, None, None]
@@ -47,7 +61,7 @@ def run_tasks(
     *,
     jobs: int | None = None,
     before: Sequence[dict[str, Any]] = (),
-    again: Callable[[Mapping[str, Any]], object] = lambda row: False,
+    retry_failed: bool = False,
     cluster: Cluster | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
@@ -61,8 +75,7 @@ def run_tasks(
         jobs: runs at a time; if not given one per GPU, on the CPU one per core, four at most. They
             take turns on the GPUs.
         before: lines of other files, which count as those of `results` do.
-        again: says of a line whether its run is to be done again, from the start; the second one
-            lies in RUN_DIR~2 and the last line counts.
+        retry_failed: do runs that failed again, in RUN_DIR~2; the last line counts.
         cluster: where each run is a job; if not given they are processes of this one.
         console: where progress and finished runs are shown; silent if not given.
 
@@ -84,19 +97,37 @@ def run_tasks(
         rows = found.setdefault(task.key, [])
         if not rows:
             todo.append(replace(task, earlier=trained.get(task.run_key)))
-        elif again(rows[-1]):
+        elif retry_failed and rows[-1].get("failed"):
             beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
             todo.append(replace(task, run_dir=beside))
     check_tasks(todo)
-    failed = []
-    ways = _from_jobs(cluster, todo, jobs, console) if cluster else _outcomes(todo, jobs, console)
-    with terminable(), contextlib.closing(ways) as ended, _Progress(console, todo, tasks) as shown:
+    if cluster:
+        named = {f"{task.run_dir.name}.{task.key}": task for task in todo}
+        ways = outcomes(cluster, named, attempt, at_a_time=jobs, say=console.print)
+    else:
+        ways = _outcomes(todo, jobs, console)
+    failed, done, said = list[UserError](), 0, time.monotonic()
+
+    def say(*lines: str) -> None:
+        nonlocal said
+        said = time.monotonic()
+        for line in lines:
+            console.print(line, highlight=False, markup=False)
+
+    say(f"{len(todo)} of {len(tasks)} runs to do")
+    # A single run shows a bar of its own.
+    bar = Progress(console=console, disable=len(todo) < 2 or not console.is_terminal)
+    with terminable(), contextlib.closing(ways) as ended, bar:
+        line = bar.add_task("runs", total=len(todo))
         for end in ended:
-            shown.tick()
             if end is None:
+                if bar.disable and time.monotonic() - said > _LINE_SECONDS:
+                    say(f"{done} of {len(todo)} runs done")
                 continue
             task, outcome = end
-            shown.finished(task.run_dir, outcome)
+            done += 1
+            bar.advance(line)
+            say(*_told(task, outcome))
             if isinstance(outcome, UserError):
                 failed.append(outcome)
             else:
@@ -126,7 +157,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
             _, config, loaded = prepare(task.config, load_images, task.run_dir)
             total_steps(config, len(loaded))
         for name in set(task.probes.data) - known:
-            train = load_dataset(name, "train", **opening(task, name))
+            train = load_dataset(name, "train", **_opening(task, name))
             if not any(len(target.names) > 1 for target in train.targets.values()):
                 raise UserError(
                     f"{name}: has no labels of two classes or more to probe on; name labelled data "
@@ -141,87 +172,283 @@ def _outcomes(tasks: Sequence[Task], jobs: int | None, console: Console) -> Outc
         return
     on_cuda = resolve_device(tasks[0].config.run.device).startswith("cuda")
     gpus = torch.cuda.device_count() if on_cuda else 0
-    processes = min(jobs or gpus or min(4, cores()), _MOST if jobs is None else jobs, len(tasks))
-    if processes == 1:
+    count = min(jobs or gpus or min(4, cores()), len(tasks))
+    if count == 1:
         for task in tasks:
             try:
                 yield task, attempt(task, console)
             except UserError as error:
                 yield task, error
         return
-    if tasks[0].config.run.threads is None:
-        threads = max(1, cores() // processes)
-        tasks = [replace(t, config=t.config.replace(threads=threads)) for t in tasks]
-    sharing = -(-processes // gpus) if gpus else processes
-    waiting = deque(replace(task, jobs=sharing) for task in tasks)
-    running: dict[Future[Any], tuple[Task, int]] = {}
-    with workers(processes) as submit:
+    threads = tasks[0].config.run.threads or max(1, cores() // count)
+    sharing = -(-count // gpus) if gpus else count
+
+    def placed(task: Task, slot: int) -> Task:
+        own = {"threads": threads}
+        if gpus > 1 and task.config.run.device in ("auto", "cuda"):
+            own |= {"device": f"cuda:{slot % gpus}"}
+        return replace(task, config=task.config.replace(**own), jobs=sharing)
+
+    yield from side_by_side(tasks, attempt, count, placed)
+
+
+def side_by_side(
+    tasks: Sequence[Any],
+    step: Callable[[Any], Any],
+    count: int,
+    placed: Callable[[Any, int], Any] = lambda task, slot: task,
+) -> Generator[tuple[Any, Any] | None, None, None]:
+    """Do `step` of each task in a process of its own, `count` at a time.
+
+    Yields each task, as `placed` on one of `count` slots, with what came of it or its UserError, as
+    they end, and None now and then. When this is left, every process gets one SIGINT, on which a
+    run saves, and is waited for; Ctrl-C reaches this process alone.
+    """
+    waiting, stop = deque(tasks), multiprocessing.get_context("spawn").Event()
+    running: dict[int, tuple[Any, Any, Any]] = {}
+    try:
         while waiting or running:
-            # Each worker gets one thing at a time, so that a stop has nothing to recall.
-            while waiting and len(running) < processes:
-                task = waiting.popleft()
-                slot = min({*range(processes)} - {slot for _, slot in running.values()})
-                if gpus > 1 and task.config.run.device in ("auto", "cuda"):
-                    own = task.config.replace(device=f"cuda:{slot % gpus}")
-                    task = replace(task, config=own)
-                running[submit(attempt, task, threads=task.config.run.threads)] = task, slot
-            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
-                task, _ = running.pop(future)
-                error = future.exception()
-                if error is not None and not isinstance(error, UserError):
-                    raise error
-                yield task, error or future.result()
+            for slot in set(range(count)) - set(running):
+                if waiting:
+                    task = placed(waiting.popleft(), slot)
+                    running[slot] = (task, *_begin(step, task, stop))
+            ends = multiprocessing.connection.wait([r[2] for r in running.values()], timeout=1)
+            for slot, (task, process, pipe) in list(running.items()):
+                if pipe in ends:
+                    try:
+                        outcome = pipe.recv()
+                    except EOFError:
+                        outcome = UserError(
+                            f"{task}: its process was killed, perhaps for want of memory: use "
+                            "fewer --jobs; the same command again goes on from the checkpoint"
+                        )
+                    process.join()
+                    del running[slot]
+                    yield task, outcome
             yield None
+    finally:
+        stop.set()
+        for _, process, _ in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+        for _, process, _ in running.values():
+            process.join()
 
 
-def _from_jobs(
-    cluster: Cluster, tasks: Sequence[Task], jobs: int | None, console: Console
-) -> Outcomes:
-    """Yield as `_outcomes` does, each run being a job of a cluster."""
-    named = {f"{task.run_dir.name}.{task.key}": task for task in tasks}
-    yield from outcomes(cluster, named, attempt, at_a_time=jobs, say=console.print)
+def _begin(step: Callable[[Any], Any], task: Any, stop: Any) -> tuple[Any, Any]:
+    """Start a process that does `step` of a task; return it and the end of its pipe."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(step, task, other, stop))
+    with _handled(signal.SIGINT, signal.SIG_IGN):  # as the process does until it can save
+        process.start()
+    other.close()
+    return process, pipe
 
 
-class _Progress:
-    """A line per finished run, and between them a bar on a terminal or a line now and then."""
+def _work(step: Callable[[Any], Any], task: Any, pipe: Any, stop: Any) -> None:
+    """Do `step` of a task in a process of its own, which stops when the parent is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # out of reach of the terminal's Ctrl-C
 
-    def __init__(self, console: Console, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
-        self._console, self._todo, self._done = console, len(todo), 0
-        # A single run shows a bar of its own.
-        self._bar = Progress(console=console, disable=len(todo) < 2 or not console.is_terminal)
-        self._line, self._said = self._bar.add_task("runs", total=len(todo)), time.monotonic()
-        self._say(f"{len(todo)} of {len(tasks)} runs to do")
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        _thread.interrupt_main()  # a run at work writes its checkpoint and stops
 
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
+    threading.Thread(target=watch, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not stop.is_set():
+            try:
+                outcome = step(task)
+            except UserError as error:
+                outcome = error
+            pipe.send(outcome)
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
 
-    def tick(self) -> None:
-        """Say how far things are where there is no bar and nothing was said for a while."""
-        if self._bar.disable and time.monotonic() - self._said > _LINE_SECONDS:
-            self._say(f"{self._done} of {self._todo} runs done")
+def terminable() -> contextlib.AbstractContextManager[None]:
+    """Take SIGTERM as Ctrl-C; outside the main thread nothing changes."""
+    return _handled(signal.SIGTERM, signal.default_int_handler)
 
-    def finished(self, run_dir: Path, row: dict[str, Any] | UserError) -> None:
-        """Say how a run ended: its line of results, or its error."""
-        self._done += 1
-        self._bar.update(self._line, completed=self._done)
-        if isinstance(row, UserError):
-            self._say(f"{run_dir.name}: failed: {row}")
-        elif row["failed"]:
-            self._say(f"{run_dir.name}: failed and recorded so: {row['failed']}")
-        else:
-            first = row["probes"][0]
-            text = f"{run_dir.name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
-            if row["groups_per_latent"] is not None:
-                text += f", {row['groups_per_latent']:.1f} groups per latent"
-            self._say(f"{text}, {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes")
-            for alarm in row["alarms"]:
-                self._say(f"  alarm: {alarm}")
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
-        self._said = time.monotonic()
+@contextlib.contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Handle a signal by `handler` for a while; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def _told(task: Task, row: dict[str, Any] | UserError) -> list[str]:
+    """Say how a run ended: its line of results, or its error."""
+    name = task.run_dir.name
+    if isinstance(row, UserError):
+        return [f"{name}: failed: {row}"]
+    if row["failed"]:
+        return [f"{name}: failed and recorded so: {row['failed']}"]
+    first, groups = row["probes"][0], row["groups_per_latent"]
+    text = f"{name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
+    text += "" if groups is None else f", {groups:.1f} groups per latent"
+    text += f", {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes"
+    return [text, *(f"  alarm: {alarm}" for alarm in row["alarms"])]
+
+
+# --- one run
+
+
+def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
+    """Return the line of a run, also of one that ended because a loss was not finite or exploded.
+
+    Raises UserError for whatever else ends it, memory that is not enough for instance.
+    """
+    try:
+        with threadpool_limits(task.config.run.threads):
+            row = {**run_and_probe(task, console), "failed": None}
+    except Exception as error:
+        if not isinstance(error, UserError):
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{where.filename}, line {where.lineno}"
+            raise UserError(f"{task.run_dir}: {what} ({at})") from None
+        found = re.search(r"'(\w+)' ((?:is not finite|exploded) at step \d+)", str(error))
+        if not found:
+            raise
+        row = {**_about(task), "failed": f"{found[1]} {found[2]}", "probes": []}
+    # A run that is only probed again keeps what it was trained with.
+    row.setdefault("environment", environment())
+    return json.loads(json.dumps(row))  # as it will be read back
+
+
+def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
+    """Train (or go on with, or read) one run, probe it and return its line, see `results.FIELDS`.
+
+    Where only probes have changed since `task.earlier`, its kept encoder is probed instead.
+    """
+    kept = task.encoders / task.run_key if task.encoders else task.run_dir
+    if task.earlier and _digest(kept) == task.earlier["encoder"]:
+        row, task = {**task.earlier}, replace(task, run_dir=kept)
+    else:
+        run = train(task.config, load_images, out=task.run_dir, resume=True, console=console)
+        row = _trained(task, run)
+    began = time.perf_counter()
+    row |= {**_about(task), **_probed(task)}
+    spent = time.perf_counter() - began
+    on_gpu = resolve_device(task.config.run.device).startswith("cuda")
+    row["probe_seconds"] = round(spent, 1)
+    row["gpu_seconds"] = round((row["seconds"] + spent) / task.jobs, 1) if on_gpu else 0
+    return row
+
+
+def _about(task: Task) -> dict[str, Any]:
+    """Return what every line of results says of its run, see `results.FIELDS`."""
+    return {
+        "key": task.key,
+        "train_version": version.TRAIN_VERSION,
+        "eval_version": version.EVAL_VERSION,
+        "recipe": task.recipe,
+        "arm": task.arm or arm_name(task.config),
+        "seed": task.config.run.seed,
+        "data": task.config.data,
+        "jobs": task.jobs,
+        "command": task.command,
+        "settings": task.config.replace(data_root=None).to_dict(),
+        "probed": asdict(task.probes),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({"trial": task.trial} if task.trial else {}),
+    }
+
+
+def _trained(task: Task, run: Run) -> dict[str, Any]:
+    """Return what a line says of a finished run before it is probed, and keep its encoder."""
+    final, w = run.summary["final"], load_w(task.run_dir)
+    names = ("knn", "rankme", "density", "groups_per_latent", "dead_groups")
+    return {
+        **{name: final.get(name) for name in names},
+        "nonzero_elements": None if w is None else int((w != 0).sum()),
+        "elements": None if w is None else int(w.size),
+        "alarms": run.summary["alarms"],
+        "steps": run.summary["steps"],
+        "seconds": round(run.summary["seconds"], 1),
+        "images_per_second": round(run.summary["images_per_second"], 1),
+        "encoder": _keep(task),
+    }
+
+
+def load_w(run_dir: Path) -> Any:
+    """Return W of a run as an array [G, P, D], None for a dense run."""
+    path = run_dir / GROUPS
+    return load_tensors(path)[0]["W"].numpy() if path.exists() else None
+
+
+def _keep(task: Task) -> str | None:
+    """Copy a run's encoder and groups to ENCODERS/RUN_KEY; return the sha256 of the encoder."""
+    if task.encoders:
+        folder = task.encoders / task.run_key
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in (GROUPS, CONFIG, WEIGHTS):  # the weights last: with them it is whole
+            if (task.run_dir / name).exists():
+                shutil.copy2(task.run_dir / name, folder)
+    return _digest(task.run_dir)
+
+
+def _digest(folder: Path) -> str | None:
+    """Return the sha256 of the encoder in a folder, None if there is none."""
+    path = folder / WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _probed(task: Task) -> dict[str, Any]:
+    """Return the probes, a line per data set, target and protocol with its floors, and measures.
+
+    Probes and the raw-pixel floor are seeded alike for all runs; the untrained floor is that of
+    another fresh encoder for each seed, so that it pairs with the runs. Floors are kept beside the
+    run directories.
+    """
+    probes, seed = task.probes, task.config.run.seed
+    device = resolve_device(task.config.run.device)
+    encoder = load(task.run_dir, device)
+
+    def reading(data: str) -> dict[str, Any]:
+        own = data == task.config.data  # scored on the training images that the run never saw
+        held = task.config.images.holdout if own else 0
+        kw = {"targets": probes.targets.get(data), "limit": probes.limit, "holdout": held}
+        return {**kw, **_opening(task, data)}
+
+    rows = [
+        {key: value for key, value in row.to_dict().items() if key != "encoder"}
+        for data in probes.data
+        for row in evaluate(
+            encoder,
+            data,
+            protocols=probes.protocols_on(data),
+            untrained_seed=seed,
+            cache_dir=task.run_dir.parent / "floors",
+            device=device,
+            **reading(data),
+        )
+    ]
+    measured: dict[str, Any] = {}
+    if probes.measures:
+        groups, first = load_groups(task.run_dir, encoder.grid_size), probes.data[0]
+        w = None if groups is None else groups.W
+        measured = measure(probes.measures, encoder, w, first, seed=seed, **reading(first))
+    return {"probes": rows, "measures": measured}
+
+
+def _opening(task: Task, data: str) -> dict[str, Any]:
+    """Return how to open `data`: the run's own images as in pretraining, others at their size."""
+    images = task.config.images
+    size = images.img_size if data == task.config.data else ()
+    return {
+        "img_size": (size[0], size[-1]) if size else None,
+        "upscale": images.upscale and data == task.config.data,
+        "data_root": images.data_root,
+    }

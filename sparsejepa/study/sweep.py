@@ -32,9 +32,8 @@ from sparsejepa.study.page import (
     sweep_pictures,
     write_page,
 )
-from sparsejepa.study.results import read_rows
-from sparsejepa.study.runs import run_tasks
-from sparsejepa.study.tasks import Probes, Task, load_w
+from sparsejepa.study.results import Probes, Task, read_rows
+from sparsejepa.study.runs import load_w, run_tasks
 from sparsejepa.study.verdict import Summary, Verdict, summarise, table, verdict
 from sparsejepa.training.build import build_sampler, prepare
 from sparsejepa.training.checkpoint import read_config

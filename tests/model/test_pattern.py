@@ -16,8 +16,8 @@ from sparsejepa.errors import UserError
 from sparsejepa.model.groups import largest, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.study import pretrain
+from sparsejepa.study.results import Probes, Task
 from sparsejepa.study.runs import run_tasks
-from sparsejepa.study.tasks import Probes, Task
 from sparsejepa.training.build import build_model
 from sparsejepa.training.loop import plan
 

@@ -1,4 +1,4 @@
-"""Runs as jobs of a stand-in for SLURM: cut off, left alone, picked up; and each on its own GPU."""
+"""Runs as jobs of a stand-in for SLURM: cut off, left alone, picked up, and refused in one line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import pytest
 from sparsejepa import cli
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
-from sparsejepa.study import cluster, runs
+from sparsejepa.study import cluster
 from sparsejepa.study.cluster import Cluster
-from sparsejepa.study.results import read_rows
+from sparsejepa.study.results import Probes, Task, read_rows
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
-from sparsejepa.study.tasks import Probes, Task
 
 STAND_IN = Path(__file__).with_name("slurm_stand_in.py")
 
@@ -60,6 +57,7 @@ def steps_of(run_dir: Path) -> int:
     return sum("loss" in row for row in read_rows(run_dir / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_slurm_jobs_go_on_after_their_time_is_up(
     tmp_path: Path, slurm: Path, tiny_images: Path
 ) -> None:
@@ -68,10 +66,8 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
         make_task(tmp_path / "sweep", tiny_images, "lam=0.1", **long),
         make_task(tmp_path / "sweep", tiny_images, "dense"),
     ]
-    where = Cluster(
-        tmp_path / "sweep" / "jobs", minutes=90, partition="gpu", gpus=1, cpus=4,
-        more=("account=a b", "requeue-note=$(touch x); `y`"),
-    )  # fmt: skip
+    options = ("time=90", "partition=gpu", "account=a b", "requeue-note=$(touch x); `y`")
+    where = Cluster(tmp_path / "sweep" / "jobs", options)
     # As the time limit does, when the run has no checkpoint but the one that it makes now.
     code = (
         "import sys, time, pathlib, subprocess\n"
@@ -87,8 +83,8 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
     assert "Requeued job 1000_0" in logged and logged.count("Starting with") == 2
     script = (slurm / "1000.script").read_text()
     for line in (
-        "#SBATCH --partition=gpu", "#SBATCH --time=90", "#SBATCH --gpus-per-node=1",
-        "#SBATCH --cpus-per-task=4", "#SBATCH --array=0-1%2", "#SBATCH --signal=USR2@120",
+        "#SBATCH --partition=gpu", "#SBATCH --time=90", "#SBATCH --array=0-1%2",
+        "#SBATCH --signal=USR2@120", "#SBATCH --job-name=sweep",
         "#SBATCH --account='a b'", "#SBATCH --requeue-note='$(touch x); `y`'",
     ):  # fmt: skip
         assert line in script
@@ -146,24 +142,12 @@ def test_jobs_that_are_left_alone_are_picked_up(
     assert len(list(slurm.glob("*.script"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"minutes": 0}, "--slurm-time 0"),
-        ({"gpus": 4}, "--slurm-gpus 4: a run of a sweep takes one GPU"),
-        ({"cpus": 0}, "--slurm-cpus 0"),
-        ({"partition": "a\n rm -rf x"}, "--slurm-partition"),
-        ({"more": ("account",)}, "--slurm-more 'account': must be KEY=VALUE"),
-        ({"more": ("x\nrm=1",)}, "--slurm-more"),
-        ({"more": ("x=1\nrm -rf y",)}, "--slurm-more"),
-        ({"folder": Path("a\nrm -rf x")}, "--out"),
-    ],
-)
-def test_what_cannot_work_or_could_reach_a_shell_is_refused(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        Cluster(**{"folder": tmp_path, **changes}).check()
+@pytest.mark.parametrize("item", ["account", "=a", "x\nrm=1", "x=1\nrm -rf y", "Setup=x"])
+def test_what_could_reach_a_shell_is_refused(tmp_path: Path, slurm: Path, item: str) -> None:
+    with pytest.raises(UserError, match="must be KEY=VALUE of sbatch"):
+        Cluster(tmp_path, ("time=5", item)).executor(None)
+    with pytest.raises(UserError, match="--slurm"):
+        Cluster(Path("a\nrm -rf x")).executor(None)
 
 
 def test_missing_parts_are_named(
@@ -172,15 +156,12 @@ def test_missing_parts_are_named(
 ) -> None:  # fmt: skip
     words = ["sweep", str(tiny_images), "--preset", "nano", "--batch-size", "16", "--device", "cpu",
              "--seeds", "1", "--lam", "0", "--out", str(tmp_path / "sweep")]  # fmt: skip
-    for flags in (["--slurm-time", "5"], ["--slurm-gpus", "1"], ["--slurm-more", "mem=16G"]):
-        assert cli.main([*words, *flags]) == 2
-        assert f"{flags[0]} " in (said := capsys.readouterr().err)
-        assert "only with --cluster slurm" in said
+    words += ["--slurm", "time=5"]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli.main([*words, "--cluster", "slurm"]) == 2
+    assert cli.main(words) == 2
     assert "there is no SLURM here" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert cli.main([*words, "--cluster", "slurm"]) == 2
+    assert cli.main(words) == 2
     assert "pip install 'sparsejepa[slurm]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="the jobs were not taken: no such partition"):
         cluster._submit(Refusing(), {"a": cluster.Job(work, "a", tmp_path / "a.json")})
@@ -196,50 +177,3 @@ class Refusing:
 
     def submit(self, job: Any) -> None:
         return None
-
-
-def test_each_run_at_a_time_has_a_gpu_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four GPUs and five runs; a stand-in for the workers keeps the first one longest."""
-    seen: list[tuple[int, str, int]] = []
-    held: list[tuple[Future[Any], dict[str, Any]]] = []
-
-    @contextmanager
-    def stand_in(count: int) -> Iterator[Any]:
-        def submit(step: Any, task: Task, threads: Any = None) -> Future[Any]:
-            future: Future[Any] = Future()
-            seen.append((task.config.run.seed, task.config.run.device, task.jobs))
-            row = {"key": task.key, "failed": "as planned"}
-            if task.config.run.seed == 0:
-                held.append((future, row))
-            else:
-                future.set_result(row)
-            if len(seen) == 5:
-                held[0][0].set_result(held[0][1])
-            return future
-
-        yield submit
-
-    monkeypatch.setattr(runs, "workers", stand_in)
-    monkeypatch.setattr(runs, "check_tasks", lambda tasks: None)
-    monkeypatch.setattr(runs, "resolve_device", lambda name: "cuda")
-    monkeypatch.setattr(runs.torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(runs, "cores", lambda: 64)
-    tasks = [make_task(tmp_path / str(seed), tmp_path, seed=seed) for seed in range(5)]
-    auto = [replace(t, config=t.config.replace(device="auto", threads=None)) for t in tasks]
-    assert len(run_tasks(auto, tmp_path / "a.jsonl")) == 5
-    devices = {seed: device for seed, device, _ in seen}
-    assert set(devices.values()) == {f"cuda:{i}" for i in range(4)}
-    assert {jobs for *_, jobs in seen} == {1}
-    assert [devices[seed] for seed in range(1, 5)].count(devices[0]) == 0
-    seen.clear()
-    held.clear()
-    # Five at a time: two share a GPU; one that is named stays.
-    assert len(run_tasks(auto, tmp_path / "b.jsonl", jobs=5)) == 5
-    assert [d for _, d, _ in seen].count("cuda:0") == 2 and {jobs for *_, jobs in seen} == {2}
-    seen.clear()
-    held.clear()
-    named = [replace(t, config=t.config.replace(device="cuda:3")) for t in auto]
-    run_tasks(named, tmp_path / "c.jsonl")
-    assert {device for _, device, _ in seen} == {"cuda:3"}

@@ -1,61 +1,110 @@
-"""Files of results: what counts as a line, and what is named as broken."""
+"""Lines of results: what counts as one, what is named as broken, and which run a line is of."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sparsejepa.config import REMOVED, preset
 from sparsejepa.errors import UserError
 from sparsejepa.study import results
-from sparsejepa.study.results import append_row, read_checked, read_results, read_rows, versions
+from sparsejepa.study.results import Probes, Task, append_row, read_results, read_rows, row_key
+from sparsejepa.study.sweep import arm_settings
+from sparsejepa.version import TRAIN_VERSION
 
 ROW = {"key": "a", "arm": "dense", "seed": 0, "probes": [{"accuracy": 0.25}]}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        '"key": "a", "arm',
-        "42",
-        "[1, 2]",
-        *(json.dumps(ROW | {"probes": [p]}) for p in ({"accuracy": 13.7}, {"accuracy": "0.1"}, {})),
-    ],
-)
-def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    append_row(path, ROW)
-    assert read_checked(path) == [ROW]
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=f"{re.escape(str(path))}, line 2: no line of results"):
-        read_checked(path)
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xff\xfe{}")
-    with pytest.raises(UserError, match="not a text file"):
-        read_checked(path)
-
-
-def test_a_torn_line_is_said_by_file_and_number(tmp_path: Path) -> None:
+def test_broken_lines_are_said_or_named_by_file_and_number(tmp_path: Path) -> None:
     path, said = tmp_path / "rows.jsonl", list[str]()
+    assert read_rows(path) == read_results(path) == []
     path.write_text('{"key": "a"')
     append_row(path, ROW)
-    assert read_results(path, said.append) == [ROW]
+    assert read_results(path, said.append) == read_rows(path) == [ROW]
     assert said == [f"{path}, line 1: cut short and passed over; its run is done again"]
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}, line 1: no JSON object"):
+        read_rows(path, strict=True)
+    append_row(path, {"key": "a", "arm": "dense"})
+    with pytest.raises(UserError, match="line 3: no line of results, it has no 'probes'"):
+        read_results(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="not a text file"):
+        read_rows(path)
 
 
 def test_the_lines_at_hand_have_the_fields_that_are_documented() -> None:
-    known = {*results.ROW, *results.DONE, *results.RARE}
-    count = 0
+    # "final" is in the oldest lines: the run's last metrics.
+    known, count = {*results.FIELDS, *results.DONE, "trial", "final"}, 0
     for path in (Path(__file__).parents[2] / "results").glob("*.jsonl"):
-        for row in read_rows(path):
+        for row in read_rows(path, strict=True):
             if "arm" in row:
                 assert set(row) <= known, f"{path}: {sorted(set(row) - known)}"
-                assert set(row) >= {"arm", "seed", "data", "probes", "settings", "environment"}
-                assert all(number >= 1 for number in versions(row))
+                assert set(row) >= {"seed", "data", "probes", "settings", "environment"}
                 count += 1
     assert count
+
+
+def make_task(arm: str = "lam=0", seed: int = 0, folder: str = "x", **settings: Any) -> Task:
+    config = preset("nano").replace(**arm_settings(arm) | settings, seed=seed)
+    probes = Probes(("scenes",), targets={"scenes": ("count",)}, limit=9)
+    return Task(config, Path(folder), probes)
+
+
+def line(task: Task, **more: Any) -> dict[str, Any]:
+    row = {"key": "as written then", "settings": task.config.to_dict(),
+           "probed": asdict(task.probes), "train_version": TRAIN_VERSION}  # fmt: skip
+    return json.loads(json.dumps(row | more))
+
+
+def test_a_key_is_about_numbers_only() -> None:
+    task, pattern = make_task(), {"density": 0.5, "pattern": "runs/a/dense-s0-0123abcd"}
+    same = make_task(folder="y", threads=2, device="auto", data_root="/data")
+    assert task.key == same.key and re.fullmatch("[0-9a-f]{16}", task.key)
+    others = [make_task(seed=1), make_task("dense"), make_task(lr=1e-4), make_task(**pattern)]
+    for changes in (
+        {"data": ("scenes", "scenes:single")}, {"protocols": ("knn",)}, {"targets": {}},
+        {"limit": 100}, {"measures": ("kept",)}, {"extra_protocols": ("knn",)},
+    ):  # fmt: skip
+        others.append(replace(task, probes=replace(task.probes, **changes)))
+    assert len({task.key, *(t.key for t in others)}) == 11
+    # A run that is taken as a pattern counts by its name, wherever it lies, whatever its hash was.
+    assert make_task(**pattern | {"pattern": "b/dense-s0-9876fedc"}).key == others[3].key
+
+
+@given(st.sampled_from(["dense", "lam=0.1", "density=0.25+crop_scale=0.1,0.2"]), st.integers(0, 99))
+def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
+    task = make_task(arm, seed)
+    row = line(task)
+    assert row_key(row) == task.key
+    # As if these did not exist when the line was written; they have their defaults here.
+    for section, name in (("images", "corruption"), ("loss", "predict"), ("optim", "accumulate")):
+        del row["settings"][section][name]
+    del row["probed"]["measures"], row["probed"]["extra_protocols"]
+    assert row_key(row) == task.key
+    # Another value is another run; what cannot be read, or is of other training, keeps its key.
+    row["settings"]["loss"]["beta"] = 0.6
+    assert row_key(row) not in (task.key, "as written then")
+    assert row_key(row | {"train_version": TRAIN_VERSION + 1}) == "as written then"
+    row["settings"]["loss"]["gone"] = 0.5
+    assert row_key(row) == "as written then" and row_key({"key": "old"}) == "old"
+
+
+def test_a_rows_key_outlives_removed_settings() -> None:
+    """A line from before they were removed names them all; its key is the one written then."""
+    config = preset("nano").replace(data="cifar100", lam=0.03, seed=4, limit=500)
+    task = replace(make_task(), config=config)
+    row = line(task, key="f38e803f9de04e67", train_version=3)
+    gone = {name: now for name, (now, _) in REMOVED.items() if now is not None}
+    row["settings"]["optim"] |= json.loads(json.dumps(gone))
+    assert row_key(row) == row["key"]
+    assert row_key({**row, "train_version": TRAIN_VERSION}) == task.key
+    row["settings"]["optim"] |= {"vicreg": [0.1, 0.0]}
+    row["key"] = "of a run that nothing repeats"
+    assert row_key(row) == row["key"], "at another value it keeps the key that it has"

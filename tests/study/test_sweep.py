@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from rich.console import Console
 
 from sparsejepa import cli
-from sparsejepa.config import REMOVED, preset
+from sparsejepa.config import preset
 from sparsejepa.errors import UserError
 from sparsejepa.model.groups import GroupMap
-from sparsejepa.study import runs
-from sparsejepa.study import tasks as tasks_module
-from sparsejepa.study.results import read_results, read_rows
-from sparsejepa.study.runs import run_tasks
+from sparsejepa.study.results import read_rows
 from sparsejepa.study.sweep import (
     DEMO_LAM,
     DEMO_PROBES,
@@ -37,19 +24,11 @@ from sparsejepa.study.sweep import (
     run_sweep,
     sweep_arms,
 )
-from sparsejepa.study.tasks import Probes, Task, row_key
 from sparsejepa.training.build import arm_name
-from sparsejepa.training.checkpoint import has_checkpoint
-from sparsejepa.version import TRAIN_VERSION
 
 TINY = preset("nano").replace(
     data="scenes", steps=4, batch_size=32, predictor_depth=1, device="cpu", threads=1
 )
-
-
-def make_task(tmp_path: Path, arm: str = "lam=0", seed: int = 0, **settings: Any) -> Task:
-    config = TINY.replace(**arm_settings(arm), seed=seed, **settings)
-    return Task(config, tmp_path / f"{arm}-s{seed}", Probes(("scenes",)))
 
 
 def test_dense_and_unpenalised_are_always_inside() -> None:
@@ -147,95 +126,6 @@ def test_dense_is_one_run_whatever_the_base_lambda() -> None:
     assert one == two
 
 
-def test_key_is_about_numbers_only(tmp_path: Path) -> None:
-    task = make_task(tmp_path)
-    same = make_task(tmp_path / "elsewhere", threads=2, device="auto", data_root="/data")
-    assert task.key == same.key and re.fullmatch("[0-9a-f]{16}", task.key)
-    others = [
-        make_task(tmp_path, seed=1),
-        make_task(tmp_path, arm="dense"),
-        make_task(tmp_path, lr=1e-4),
-        *(
-            dataclasses.replace(task, probes=probes)
-            for probes in (
-                Probes(("scenes", "scenes:single")),
-                Probes(("scenes",), ("knn",)),
-                Probes(("scenes",), targets={"scenes": ("count",)}),
-                Probes(("scenes",), limit=100),
-            )
-        ),
-    ]
-    assert len({task.key, *(t.key for t in others)}) == 8
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace training and probing; the list records what ran."""
-    ran: list[str] = []
-
-    def run_and_probe(task: Task, console: Any = None) -> dict[str, Any]:
-        ran.append(task.run_dir.name)
-        if task.config.optim.lr > 1:
-            if task.config.optim.lr > 5:
-                raise UserError(f"{task.config.data}: no such file")
-            raise UserError(f"{task.run_dir}: 'kl' is not finite at step 7; start anew")
-        if task.config.optim.lr > 0.5:
-            raise KeyboardInterrupt
-        probe = {"data": "scenes", "target": "count", "protocol": "logistic", "accuracy": 0.5}
-        return {
-            "key": task.key, "arm": arm_name(task.config), "seed": task.config.run.seed,
-            "probes": [probe], "groups_per_latent": None, "seconds": 1.0, "probe_seconds": 1.0,
-            "alarms": [],
-        }  # fmt: skip
-
-    monkeypatch.setattr(tasks_module, "run_and_probe", run_and_probe)
-    monkeypatch.setattr(runs, "check_tasks", lambda tasks: None)
-    return ran
-
-
-def test_finished_runs_are_not_repeated(tmp_path: Path, fake: list[str]) -> None:
-    results = tmp_path / "results.jsonl"
-    tasks = [make_task(tmp_path, arm, seed) for seed in (0, 1) for arm in ("dense", "lam=0")]
-    first = run_tasks(tasks[:3], results, jobs=1)
-    assert fake == ["dense-s0", "lam=0-s0", "dense-s1"]
-    rows = run_tasks(tasks, results, jobs=1)
-    assert fake[3:] == ["lam=0-s1"]
-    assert rows[:3] == first and [r["key"] for r in rows] == [t.key for t in tasks]
-    assert read_rows(results) == rows
-    assert run_tasks(tasks, results) == rows and len(fake) == 4
-
-
-def test_one_failing_run_does_not_cost_the_others(tmp_path: Path, fake: list[str]) -> None:
-    results = tmp_path / "results.jsonl"
-    tasks = [make_task(tmp_path, "lam=0", seed, lr=9.0 if seed == 0 else 1e-3) for seed in range(3)]
-    console = Console(file=(tmp_path / "log").open("w"), width=200)
-    with pytest.raises(UserError, match=r"1 of 3 runs failed.*no such file"):
-        run_tasks(tasks, results, jobs=1, console=console)
-    console.file.close()
-    assert [row["seed"] for row in read_rows(results)] == [1, 2]
-    log = (tmp_path / "log").read_text()
-    assert "lam=0-s0: failed" in log and "lam=0-s1: scenes: count 50.0 %" in log
-
-
-def test_a_run_that_is_not_finite_is_recorded_and_not_repeated(
-    tmp_path: Path, fake: list[str]
-) -> None:
-    results = tmp_path / "results.jsonl"
-    tasks = [make_task(tmp_path, "lam=0", seed, lr=3.0 if seed == 0 else 1e-3) for seed in range(2)]
-    first, second = run_tasks(tasks, results, jobs=1)
-    assert first["failed"] == "kl is not finite at step 7" and first["probes"] == []
-    assert (first["key"], first["arm"], first["seed"]) == (tasks[0].key, "lam=0", 0)
-    assert first["settings"]["optim"]["lr"] == 3.0 and first["train_version"] == TRAIN_VERSION
-    assert second["failed"] is None
-    assert run_tasks(tasks, results, jobs=1) == [first, second] and len(fake) == 2
-    # Asked for, it is run again beside the first one, and the last line counts.
-    again = run_tasks(tasks, results, jobs=1, again=lambda row: row["failed"])
-    assert fake[2:] == ["lam=0-s0~2"] and again[1] == second
-    assert [row["key"] for row in read_rows(results)] == [first["key"], second["key"], first["key"]]
-    run_tasks(tasks, results, jobs=1, again=lambda row: row["failed"])
-    assert fake[3:] == ["lam=0-s0~3"]
-
-
 def test_a_sweep_leaves_failed_runs_out_and_says_so(
     tmp_path: Path, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,67 +141,6 @@ def test_a_sweep_leaves_failed_runs_out_and_says_so(
     assert "lam=0, seed 0: failed" in (tmp_path / "sweep" / "report.html").read_text()
     with pytest.raises(UserError, match="all runs failed; dense, seed 0: failed"):
         run_sweep(config.replace(lr=1e9), seeds=1, jobs=1, out=tmp_path / "other")
-
-
-@pytest.mark.parametrize("line", ['{"key": "a", "arm": "dense"}', "[1]", "17"])
-def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, fake: list[str]) -> None:
-    results = tmp_path / "results.jsonl"
-    good = {"key": "a", "arm": "dense", "seed": 0, "probes": []}
-    results.write_text(json.dumps(good) + '\n{"torn\n' + line + "\n")
-    with pytest.raises(UserError, match=re.escape(f"{results}, line 3: no line of results")):
-        run_tasks([make_task(tmp_path)], results, jobs=1)
-    assert not fake
-    results.write_text(json.dumps(good) + '\n{"torn\n')
-    assert read_results(results) == [good]
-
-
-@given(st.sampled_from(["dense", "lam=0.1", "density=0.25+crop_scale=0.1,0.2"]), st.integers(0, 99))
-def test_a_rows_key_outlives_new_settings(arm: str, seed: int) -> None:
-    config = TINY.replace(**arm_settings(arm), seed=seed)
-    task = Task(config, Path("x"), Probes(("scenes",), targets={"scenes": ("count",)}, limit=9))
-    row: dict[str, Any] = {
-        "key": "as written then", "settings": config.to_dict(), "train_version": TRAIN_VERSION,
-        "probed": dataclasses.asdict(task.probes),
-    }  # fmt: skip
-    row = json.loads(json.dumps(row))
-    assert row_key(row) == task.key
-    # As if these did not exist when the line was written; they have their defaults here.
-    for section, name in (("images", "corruption"), ("loss", "predict"), ("optim", "accumulate")):
-        del row["settings"][section][name]
-    del row["probed"]["measures"]
-    assert row_key(row) == task.key
-    # Another value is another run, and what cannot be read keeps its key.
-    row["settings"]["loss"]["beta"] = 0.6
-    assert row_key(row) not in (task.key, "as written then")
-    row["settings"]["loss"]["gone"] = 0.5
-    assert row_key(row) == "as written then"
-    assert row_key({"key": "old"}) == "old"
-
-
-def test_a_rows_key_outlives_removed_settings() -> None:
-    """A line from before they were removed names them all; its key is the one written then."""
-    config = preset("nano").replace(data="cifar100", lam=0.03, seed=4, limit=500)
-    task = Task(config, Path("x"), Probes(("scenes",), targets={"scenes": ("count",)}, limit=9))
-    settings = config.to_dict()
-    gone = {name: now for name, (now, _) in REMOVED.items() if now is not None}
-    settings["optim"] |= {name: list(v) if isinstance(v, tuple) else v for name, v in gone.items()}
-    row = {"key": "f38e803f9de04e67", "settings": settings, "train_version": 3,
-           "probed": dataclasses.asdict(task.probes)}  # fmt: skip
-    row = json.loads(json.dumps(row))
-    assert row_key(row) == row["key"]
-    assert row_key({**row, "train_version": TRAIN_VERSION}) == task.key
-    row["settings"]["optim"] |= {"vicreg": [0.1, 0.0], "key": "of a run that nothing repeats"}
-    assert row_key(row) == row["key"], "at another value it keeps the key that it has"
-
-
-def test_an_interruption_ends_the_sweep_and_keeps_the_lines(
-    tmp_path: Path, fake: list[str]
-) -> None:
-    results = tmp_path / "results.jsonl"
-    tasks = [make_task(tmp_path, "lam=0", seed, lr=0.9 if seed == 1 else 1e-3) for seed in range(3)]
-    with pytest.raises(KeyboardInterrupt):
-        run_tasks(tasks, results, jobs=1)
-    assert [row["seed"] for row in read_rows(results)] == [0] and len(fake) == 2
 
 
 @pytest.mark.parametrize(
@@ -362,17 +191,6 @@ def test_a_tiny_sweep_from_end_to_end(tmp_path: Path, tiny_images: Path) -> None
     assert "dense-s0 is gone" in page and page.count("<figure") >= 1
 
 
-def test_unlabelled_probe_data_is_refused_before_training(tmp_path: Path) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for i in range(40):
-        Image.fromarray(np.full((32, 32, 3), i, np.uint8)).save(flat / f"{i}.png")
-    config = TINY.replace(data=str(flat))
-    with pytest.raises(UserError, match=r"no labels.*--data-eval"):
-        run_sweep(config, seeds=1, out=tmp_path / "out", jobs=1)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 def test_the_quick_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["demo", "--quick", "--jobs", "1", "--out", str(tmp_path / "demo"), "--json"]
@@ -386,63 +204,3 @@ def test_the_quick_demo_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert "untrained floor" in said and "raw-pixel floor" in said
     assert "No verdict" in said or "On scenes" in said
     assert Path(found["report"]).read_text().startswith("<!DOCTYPE html>")
-
-
-SWEEP = """
-import sys
-from pathlib import Path
-from sparsejepa.study.sweep import run_sweep
-from sparsejepa.config import preset
-
-if __name__ == "__main__":
-    config = preset("nano").replace(
-        data=sys.argv[2], steps=200, batch_size=16, device="cpu",
-        checkpoint_every=1000,
-    )
-    run_sweep(config, lams=[], seeds=1, out=Path(sys.argv[1]), jobs=2)
-"""
-
-
-def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_workers_stop_with_a_checkpoint_and_go_on(
-    tmp_path: Path, tiny_images: Path, kill: signal.Signals
-) -> None:
-    script, out = tmp_path / "sweep.py", tmp_path / "out"
-    script.write_text(SWEEP)
-    words = [sys.executable, str(script), str(out), str(tiny_images)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True)
-    logs = [out / arm / "metrics.jsonl" for arm in ("dense-s0", "lam=0-s0")]
-    wait_for(lambda: all(log.exists() and log.read_text() for log in logs), process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) >= 2
-    os.killpg(process.pid, kill)  # as a terminal does; workers have groups of their own
-    process.wait()
-    assert not psutil.wait_procs(children, timeout=120)[1]  # not even orphans stay
-    assert all(has_checkpoint(log.parent) for log in logs)
-    assert not any(log.with_name("summary.json").exists() for log in logs)
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [row["steps"] for row in read_rows(out / "results.jsonl")] == [200, 200]
-
-
-def test_a_folder_of_several_sizes_is_probed_at_the_size_of_pretraining(
-    tmp_path: Path, tiny_images: Path
-) -> None:
-    folder = tmp_path / "sizes"
-    shutil.copytree(tiny_images, folder)
-    for split in ("train", "test"):
-        Image.new("RGB", (48, 40), (90, 0, 0)).save(folder / split / "red" / "large.png")
-    config = TINY.replace(data=str(folder), img_size=32)
-    task = Task(config, tmp_path / "dense-s1", Probes((str(folder),)))
-    task = dataclasses.replace(task, config=config.replace(groups="none", seed=1))
-    (row,) = run_tasks([task], tmp_path / "results.jsonl", jobs=1)
-    assert row["probes"][0]["settings"]["data_img_size"] == [32, 32]
-    assert row["probes"][0]["n_test"] == 49
