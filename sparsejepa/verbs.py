@@ -31,7 +31,7 @@ from sparsejepa.config import (
     preset,
 )
 from sparsejepa.distributed import World, current, first_here
-from sparsejepa.errors import TooFewImages, UserError, flag, nearest
+from sparsejepa.errors import TooFewImages, UserError, flag
 from sparsejepa.explain.options import Options
 
 if TYPE_CHECKING:
@@ -558,60 +558,40 @@ class Export(Verb):
     to: str = ""
     """timm: timm.create_model; transformers: IJepaModel; hub: sparsejepa.load; onnx:
     onnxruntime."""
-    out: str = ""
-    """Folder to write; with --to hub, hub:OWNER/NAME uploads it."""
+    out: Path | None = None
+    """Folder to write."""
     groups: Path | None = None
     """Folder with the groups.safetensors to take, such as that of explain; the run's own if not
     given."""
-    public: FlagCreatePairsOff[bool] = False
-    """Let everybody see a repository that hub:OWNER/NAME makes; it is private otherwise."""
 
 
 def export(args: Export, console: Console) -> dict[str, Any]:
     """Export, and print the lines of Python that use the result."""
     run = check_encoder(args.run)
-    if not args.to:
-        raise UserError(f"--to is needed: {', '.join(FORMATS)}")
     if args.to not in FORMATS:
-        raise UserError(
-            f"--to {args.to}: not one of {', '.join(FORMATS)}{nearest(args.to, FORMATS)}"
-        )
-    if not args.out:
+        raise UserError(f"--to {args.to}: name one of {', '.join(FORMATS)}")
+    if args.out is None:
         raise UserError("--out is needed: the folder to write")
-    uploads = args.out.startswith("hub:")
-    if uploads and args.to != "hub":
-        raise UserError(f"--out {args.out}: only --to hub uploads; name a folder")
-    if args.public and not uploads:
-        raise UserError("--public: only for --out hub:OWNER/NAME")
     from sparsejepa.encoders import export as exports
     from sparsejepa.encoders.load import load
 
-    if not uploads:
-        exports.check_out(Path(args.out))
     source = exports.Export(run, load(run), args.groups)
-    if uploads:
-        found = exports.publish(source, args.out, public=args.public)
-    else:
-        found = exports.write_export(source, args.to, Path(args.out))
+    found = exports.write_export(source, args.to, args.out)
     groups = source.groups
     facts = {
         "written": args.out,
-        "files": ", ".join(found.files),
+        "files": ", ".join(found["files"]),
         "groups": "none" if groups is None else f"{len(groups.W)} of kind {groups.kind}",
-        "largest difference": f"{found.difference:.1e}",
+        "largest difference": f"{found['difference']:.1e}",
+        "license": source.encoder.license,
     }
-    if source.encoder.license:
-        facts["licence of the weights"] = source.encoder.license
     show_facts(console, facts, f"{args.run}: exported to {args.to}")
-    console.print(f"\n{found.use}", highlight=False, markup=False, soft_wrap=True)
-    return {
-        "out": args.out,
-        "to": args.to,
-        "files": found.files,
-        "difference": found.difference,
-        "groups": None if groups is None else groups.kind,
-        "use": found.use,
-    }
+    console.print(f"\n{found['use']}", soft_wrap=True)
+    if args.to == "hub":
+        again = shlex.join(["hf", "upload", "OWNER/NAME", str(args.out)])
+        console.print(f"to put it on the hub: {again}", soft_wrap=True)
+    kind = None if groups is None else groups.kind
+    return {"out": args.out, "to": args.to, "groups": kind, **found}
 
 
 # masks, data, info

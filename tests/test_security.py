@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import pickle
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -177,15 +177,17 @@ def test_a_foreign_checkpoint_runs_no_code(name: str, tmp_path: Path, mark: Path
 def test_timms_cached_weights_run_no_code(
     tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timm = pytest.importorskip("timm")
-    path = tmp_path / "pytorch_model.bin"
-    torch.save({"norm.weight": torch.ones(192), "more": Bomb(mark)}, path)
-    about = timm.models.get_pretrained_cfg("vit_tiny_patch16_224")
-    about = dataclasses.replace(about, hf_hub_filename=path.name)
-    monkeypatch.setattr("timm.models.get_pretrained_cfg", lambda name: about)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(UserError, match="holds more than weights"):
-        load("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    about: Any = timm.models.get_pretrained_cfg("vit_tiny_patch16_224")
+    repo = tmp_path / f"models--{about.hf_hub_id.replace('/', '--')}"
+    (repo / "snapshots/abc").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("abc")
+    content = {"norm.weight": torch.ones(192), "more": Bomb(mark)}
+    torch.save(content, repo / "snapshots/abc/pytorch_model.bin")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="weights_only"):
+        load("timm:vit_tiny_patch16_224")
     assert not mark.exists()
 
 

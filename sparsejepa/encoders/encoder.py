@@ -5,10 +5,12 @@ Letters: B images, H x W pixels, N patches, D latents, G groups, P group width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +36,11 @@ IMAGENET: tuple[RGB, RGB] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FORMAT = 1
 WEIGHTS, CONFIG, GROUPS = "encoder.safetensors", "config.json", "groups.safetensors"
 FITTED = "fitted-groups"
-"""Where in its folder ``explain`` keeps the groups that it fits. A folder of their own: beside the
-encoder of a dense run they would pass for those that it was trained with."""
-LARGEST_SIDE = 4096
-"""Of an image, in pixels; a file that says more would only exhaust memory."""
+"""Where in its folder ``explain`` keeps the groups that it fits: beside the encoder of a dense run
+they would pass for those that it was trained with."""
 
 
+@dataclass(eq=False, repr=False)
 class Encoder:
     """A frozen encoder together with what its pixels must look like.
 
@@ -52,25 +53,20 @@ class Encoder:
         license: of foreign weights, where their publisher states one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        name: str,
-        mean: RGB,
-        std: RGB,
-        precision: Precision = "fp32",
-        license: str | None = None,
-    ) -> None:
-        self.model: Any = model.eval()
-        self.name = name
-        self.mean, self.std = mean, std
-        self.precision: Precision = precision
+    model: Any
+    _: KW_ONLY
+    name: str
+    mean: RGB
+    std: RGB
+    precision: Precision = "fp32"
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        self.model.eval()
         self.img_size: tuple[int, int] = self.model.img_size
         self.grid_size: tuple[int, int] = self.model.grid_size
         self.embed_dim: int = self.model.embed_dim
         self.depth: int = self.model.depth
-        self.license = license
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +77,7 @@ class Encoder:
     def architecture(self) -> dict[str, Any]:
         """Everything but the weights; equal for encoders that share an untrained floor."""
         model = self.model
-        own = {"kind": "vit", **vit_arguments(model)} if isinstance(model, ViT) else model.about()
+        own = {"kind": "vit", **vit_arguments(model)} if isinstance(model, ViT) else model.about
         return {**own, "mean": list(self.mean), "std": list(self.std)}
 
     def to(self, device: torch.device | str) -> Encoder:
@@ -95,7 +91,7 @@ class Encoder:
         Images of another size are resized (bilinear with antialiasing, the aspect ratio gives way)
         to the encoder's; the tokens are those after the final norm, without class token.
         """
-        return self._run(images, lambda pixels: [self.model(pixels)])[0]
+        return self._run(images)[0]
 
     def layers(self, images: Tensor, n: int) -> list[Tensor]:
         """Return the tokens [B, N, D] of the last `n` blocks, each through the final norm.
@@ -104,7 +100,7 @@ class Encoder:
         """
         if not 1 <= n <= self.depth:
             raise UserError(f"{self.name}: has {self.depth} blocks, so not the last {n} of them")
-        return self._run(images, lambda pixels: self.model.forward_intermediates(pixels, n))
+        return self._run(images, n)
 
     def untrained(self, seed: int = 0) -> Encoder:
         """Return the same architecture with fresh weights, a fixed function of `seed`."""
@@ -114,8 +110,7 @@ class Encoder:
             ours = isinstance(self.model, ViT)
             model = ViT(**vit_arguments(self.model)) if ours else self.model.fresh()
         name = f"{self.name} (untrained)"
-        fresh = Encoder(model, name=name, mean=self.mean, std=self.std, precision=self.precision)
-        return fresh.to(self.device)
+        return replace(self, model=model, name=name, license=None).to(self.device)
 
     def fingerprint(self) -> str:
         """Return a hash of architecture, weights and precision, the same on every machine."""
@@ -139,12 +134,12 @@ class Encoder:
 
     # Not inference_mode: its tensors can never enter autograd, and maps are trained on tokens.
     @torch.no_grad()
-    def _run(self, images: Tensor, forward: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        device, pixels = self.device, self.pixels(images)
-        bf16 = self.precision == "bf16" and has_bf16(str(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = forward(pixels)
-        return [x.float() for x in outputs]
+    def _run(self, images: Tensor, n: int | None = None) -> list[Tensor]:
+        model, pixels = self.model, self.pixels(images)
+        bf16 = self.precision == "bf16" and has_bf16(str(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            found = [model(pixels)] if n is None else model.forward_intermediates(pixels, n)
+        return [x.float() for x in found]
 
 
 def vit_arguments(vit: ViT) -> dict[str, Any]:
@@ -176,17 +171,9 @@ def save_encoder(
 ) -> None:
     """Write encoder.safetensors, then config.json, to `run_dir`, each whole or not at all."""
     save_tensors(run_dir / WEIGHTS, dict(vit.state_dict()), {})
-    config = {
-        "format": FORMAT,
-        "sparsejepa": __version__,
-        "kind": "vit",
-        "arch": vit_arguments(vit),
-        "mean": list(mean),
-        "std": list(std),
-        "img_size": list(vit.img_size),
-        **(extra or {}),
-    }
-    write_text(run_dir / CONFIG, json.dumps(config, indent=2) + "\n")
+    config = {"format": FORMAT, "sparsejepa": __version__, "kind": "vit"}
+    config |= {"arch": vit_arguments(vit), "mean": mean, "std": std, "img_size": vit.img_size}
+    write_text(run_dir / CONFIG, json.dumps(config | (extra or {}), indent=2) + "\n")
 
 
 def load_run(path: Path) -> Encoder:
@@ -203,32 +190,35 @@ def load_run(path: Path) -> Encoder:
     config, (tensors, _) = read_json(path / CONFIG), load_tensors(path / WEIGHTS)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{path / CONFIG}: not an encoder's, or of another version; {remedy}")
-    try:
-        sizes = {"img_size", "patch_size"}
-        arch: Any = {k: tuple(v) if k in sizes else v for k, v in config["arch"].items()}
-        if not (0 < arch["depth"] <= len(tensors) and max(arch["img_size"]) <= LARGEST_SIDE):
-            raise ValueError("sizes that no encoder has")
+    with refusing(f"{path / CONFIG}: damaged, or does not fit {WEIGHTS}", "copy the run again"):
+        arch: Any = dict(config["arch"])
+        arch |= {name: tuple(arch[name]) for name in ("img_size", "patch_size")}
+        if not 0 < arch["depth"] <= len(tensors):
+            raise ValueError("a depth that no encoder has")
         with torch.device("meta"):  # takes no memory before the sizes are known to fit
             vit = ViT(**arch)
         mean, std = check_scale(config["mean"], config["std"])
         license = config.get("license") and str(config["license"])
         vit.load_state_dict(tensors, assign=True)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
-        reason = (str(e).splitlines() or [repr(e)])[-1].strip()
-        raise UserError(
-            f"{path / CONFIG}: damaged, or does not fit {WEIGHTS} ({reason}); copy the run again"
-        ) from None
     return Encoder(vit.float(), name=str(path), mean=mean, std=std, license=license)
+
+
+@contextlib.contextmanager
+def refusing(what: str, remedy: str) -> Iterator[None]:
+    """Make errors that a file's content causes one line: ``WHAT (REASON); REMEDY``."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
+        text = f"lacks {e}" if isinstance(e, KeyError) else str(e) or repr(e)
+        raise UserError(f"{what} ({text.splitlines()[-1].strip()}); {remedy}") from None
 
 
 def check_scale(mean: Any, std: Any) -> tuple[RGB, RGB]:
     """Return mean and standard deviation of pixels; ValueError or TypeError if they are none."""
-    means, stds = [float(x) for x in mean], [float(x) for x in std]
-    if len(means) != 3 or len(stds) != 3 or not all(map(math.isfinite, means + stds)):
-        raise ValueError("mean and standard deviation are not three finite numbers each")
-    if min(stds) <= 0:
-        raise ValueError("the standard deviation must be above 0")
-    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
+    m, s = [float(x) for x in mean], [float(x) for x in std]
+    if len(m) != 3 or len(s) != 3 or not all(map(math.isfinite, m + s)) or min(s) <= 0:
+        raise ValueError("mean and std must be three finite numbers each, std above 0")
+    return (m[0], m[1], m[2]), (s[0], s[1], s[2])
 
 
 def save_groups(
@@ -236,8 +226,8 @@ def save_groups(
 ) -> None:
     """Write groups.safetensors to `run_dir`, whole or not at all.
 
-    `rms` [G] are the units of the groups' activations, as `measure_rms` gives them, and `seen`
-    [2, D] what `measure_seen` gives of whole images.
+    `rms` [G] are the units of the groups' activations, see `group_rms`, and `seen` [2, D] mean and
+    variance of `measure_seen` on whole images.
     """
     about = {"kind": groups.kind, "num_groups": len(groups.W)}
     about |= {"sphere": groups.sphere, "eps": groups.norm.eps}
@@ -257,11 +247,18 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
 
     Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
     """
+    return _read_groups(run_dir, grid_size)[0]
+
+
+def _read_groups(
+    run_dir: Path, grid_size: tuple[int, int]
+) -> tuple[GroupMap | None, Tensor | None, Tensor | None]:
+    """Return what `save_groups` was given."""
     path = run_dir / GROUPS
     if not path.exists():
-        return None
+        return None, None, None
     tensors, about = load_tensors(path)
-    try:
+    with refusing(f"{path}: damaged, or does not fit {CONFIG}", "copy the run again"):
         if not all(tensor.numel() for tensor in tensors.values()):
             raise ValueError("an empty tensor")  # whose other sides could be of any length
         num_groups, group_dim, embed_dim = tensors["W"].shape
@@ -271,15 +268,12 @@ def load_groups(run_dir: Path, grid_size: tuple[int, int]) -> GroupMap | None:
         sizes |= {"out_dim": out_dim, "sphere": about.get("sphere", True)}
         groups = GroupMap(about["kind"], embed_dim, grid_size, **sizes)
         groups.norm.eps = float(about.get("eps", groups.norm.eps))
-        units = tensors.pop("rms", torch.ones(num_groups))
-        seen = tensors.pop("seen", torch.ones(2, embed_dim))
-        if units.shape != (num_groups,) or seen.shape != (2, embed_dim):
-            raise ValueError("units of other groups")
+        rms, seen = tensors.pop("rms", None), tensors.pop("seen", None)
+        for units, shape in ((rms, (num_groups,)), (seen, (2, embed_dim))):
+            if units is not None and units.shape != shape:
+                raise ValueError("units of other groups")
         groups.load_state_dict(tensors | {"mean_gradient": groups.mean_gradient})
-    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
-        detail = (str(error).splitlines() or [repr(error)])[-1].strip()
-        raise UserError(f"{path}: does not fit {CONFIG} ({detail}); copy the run again") from None
-    return groups.eval()
+    return groups.eval(), rms, seen
 
 
 class GroupActivations(nn.Module):
@@ -291,41 +285,31 @@ class GroupActivations(nn.Module):
     normalised per latent with the statistics of whole images (`measure_seen`).
 
     Args:
-        kind: what a group is, see `GroupMap`.
-        W: [G, P, D].
-        mean, scale: [D]; the normalised latent is (z - mean) * scale.
-        rms: [G], root mean square of ||W^(g) z|| over training images, from `measure_rms`; a group
-            whose rms is 0 is dead, and so is its activation. Without it activations keep the units
-            that they have.
+        groups: nothing is shared with it.
+        rms: [G], from `group_rms`; a group whose rms is 0 is dead, and so is its activation.
+            Without it activations keep the units that they have.
+        seen: [2, D], mean and variance from `measure_seen`; without them those of the map, which
+            for groups that were trained are of contexts, not of whole images.
+
+    Buffers: W [G, P, D]; mean and scale [D], the normalised latent is (z - mean) * scale; rms [G].
     """
 
+    W: Tensor
+    mean: Tensor
+    scale: Tensor
+    rms: Tensor
+
     def __init__(
-        self, kind: Kind, W: Tensor, mean: Tensor, scale: Tensor, rms: Tensor | None = None
+        self, groups: GroupMap, rms: Tensor | None = None, seen: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.kind: Kind = kind
-        self.W: Tensor
-        self.mean: Tensor
-        self.scale: Tensor
-        self.rms: Tensor
-        units = torch.ones(len(W)) if rms is None else rms
-        for name, tensor in {"W": W, "mean": mean, "scale": scale, "rms": units}.items():
+        self.kind: Kind = groups.kind
+        W, norm = groups.W, groups.norm
+        mean, variance = (norm.running_mean, norm.running_var) if seen is None else seen.to(W)
+        assert mean is not None and variance is not None
+        scale, rms = (variance + norm.eps).rsqrt(), torch.ones(len(W)) if rms is None else rms
+        for name, tensor in {"W": W, "mean": mean, "scale": scale, "rms": rms}.items():
             self.register_buffer(name, tensor.detach().clone())
-
-    @classmethod
-    def from_map(
-        cls, groups: GroupMap, rms: Tensor | None = None, seen: Tensor | None = None
-    ) -> GroupActivations:
-        """Return the activations of a map; nothing is shared with it.
-
-        `seen` [2, D], mean and variance from `measure_seen`, normalise z; without them the map's
-        own do, which for groups that were trained are of contexts, not of whole images.
-        """
-        norm = groups.norm
-        assert norm.running_mean is not None and norm.running_var is not None
-        mean, variance = (norm.running_mean, norm.running_var) if seen is None else seen
-        mean, variance = mean.to(groups.W.device), variance.to(groups.W.device)
-        return cls(groups.kind, groups.W, mean, (variance + norm.eps).rsqrt(), rms)
 
     @property
     def unit(self) -> Tensor:
@@ -337,25 +321,19 @@ class GroupActivations(nn.Module):
         """Map tokens [B, N, D] to activations of images [B, G] and of patches [B, N, G].
 
         Region groups read the mean token and have no patches' activations (None). For concept and
-        feature groups an image's activation is the mean of its patches', as on the page of
-        ``explain``.
+        feature groups an image's activation is the mean of its patches', as ``explain`` shows it.
         """
-        if self.kind == "region":
-            return self._activate(full(tokens).mean(1)), None
-        group_map = self._activate(full(tokens))
-        return group_map.mean(1), group_map
-
-    def _activate(self, z: Tensor) -> Tensor:
-        """Map what enters W, [..., D], to activations [..., G]."""
-        z = (z - self.mean) * self.scale
-        return group_norms(self.W, z) * self.unit
+        tokens = full(tokens)
+        z = tokens.mean(1) if self.kind == "region" else tokens
+        found = group_norms(self.W, (z - self.mean) * self.scale) * self.unit
+        return (found, None) if self.kind == "region" else (found.mean(1), found)
 
 
 @torch.no_grad()
 def measure_seen(
     encoder: Encoder, kind: Kind, batches: Iterable[Tensor], sampler: MaskSampler | None = None
-) -> Tensor:
-    """Return mean and variance, [2, D], of what groups see of a frozen encoder.
+) -> tuple[Tensor, Tensor]:
+    """Return mean [D] and covariance [D, D] of what groups see of a frozen encoder, in float64.
 
     That is its tokens, for region groups their mean over an image. Training collects them of the
     context encoder; the EMA encoder, which is read afterwards, gives others.
@@ -366,44 +344,32 @@ def measure_seen(
 
     Raises ValueError if there is no image.
     """
-    moments, count = torch.zeros(2, encoder.embed_dim, dtype=torch.float64), 0
-    model: Any = encoder.model
+    total, power, count = 0.0, 0.0, 0
     for step, images in enumerate(batches):
         if sampler is None:
             z = full(encoder.tokens(images))
         else:
             masks = sampler.sample(len(images), seed=0, step=step, device=encoder.device)
-            z = full(model(encoder.pixels(images), masks.context))
+            z = full(encoder.model(encoder.pixels(images), masks.context))
         z = z.mean(1) if kind == "region" else z.flatten(0, 1)
-        variance, mean = (x.cpu().double() for x in torch.var_mean(z, 0, correction=0))
-        moments += len(z) * torch.stack([mean, variance + mean.square()])
+        # Centred in float32 on the device, added up in float64.
+        mean, covariance = z.mean(0).cpu().double(), torch.cov(z.T, correction=0).cpu().double()
+        total, power = total + len(z) * mean, power + len(z) * (covariance + mean.outer(mean))
         count += len(z)
-    if count == 0:
+    if not isinstance(total, Tensor) or not isinstance(power, Tensor):
         raise ValueError("no images to measure groups on")
-    mean, power = moments / count
-    return torch.stack([mean, power - mean.square()]).float()
+    mean = total / count
+    return mean, power / count - mean.outer(mean)
 
 
-def measure_rms(
-    encoder: Encoder, groups: GroupMap, batches: Iterable[Tensor], seen: Tensor | None = None
-) -> Tensor:
-    """Return the root mean square of ||W^(g) z|| over images (region) or all patches, [G] float32.
+def group_rms(groups: GroupMap, covariance: Tensor) -> Tensor:
+    """Return the root mean square of ||W^(g) z||, [G], where z is normalised by its statistics.
 
-    Args:
-        batches: uint8 images [B, H, W, 3].
-        seen: what normalises z, see `GroupActivations.from_map`.
-
-    Raises ValueError if there is no image.
+    `covariance` [D, D] is that of `measure_seen`, before the normalisation.
     """
-    activations = GroupActivations.from_map(groups, seen=seen).to(encoder.device).float()
-    squares, count = torch.zeros(len(groups.W), dtype=torch.float64, device=encoder.device), 0
-    for images in batches:
-        pooled, patches = activations(encoder.tokens(images))
-        found = (pooled if patches is None else patches.flatten(0, 1)).double()
-        squares, count = squares + found.square().sum(0), count + len(found)
-    if count == 0:
-        raise ValueError("no images to measure groups on")
-    return (squares / count).sqrt().float().cpu()
+    W = groups.W.detach().cpu().double()
+    W = W * (covariance.diagonal() + groups.norm.eps).rsqrt()
+    return ((W @ covariance) * W).sum((1, 2)).clamp(min=0).sqrt().float()
 
 
 def load_activations(run_dir: Path, grid_size: tuple[int, int]) -> GroupActivations | None:
@@ -411,8 +377,5 @@ def load_activations(run_dir: Path, grid_size: tuple[int, int]) -> GroupActivati
 
     Raises UserError if the file is damaged or does not fit the encoder's grid of patches.
     """
-    groups = load_groups(run_dir, grid_size)
-    if groups is None:
-        return None
-    tensors, _ = load_tensors(run_dir / GROUPS)
-    return GroupActivations.from_map(groups, tensors.get("rms"), tensors.get("seen"))
+    groups, rms, seen = _read_groups(run_dir, grid_size)
+    return None if groups is None else GroupActivations(groups, rms, seen)

@@ -1,24 +1,25 @@
 """An encoder and its groups for other programs: timm, transformers, the hub, ONNX.
 
-Every export is a folder with weights, the groups, and a README.md (the model card on the hub) that
-has the lines of Python which use them. It is written beside its final name, loaded again by the
-program that it is for and compared with ours on random pixels; only then does it get its name.
+Every export is a folder with weights, the groups, and a README.md (the model card, of the template
+card.md) that has the lines of Python which use them. It is written beside its final name, loaded
+again by the program that it is for and compared with ours on random pixels; only then does it get
+its name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import html
+import importlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from sparsejepa.encoders.encoder import (
 )
 from sparsejepa.encoders.load import CARD, MODEL, NAME, QKV, TRANSFORMERS, folder_of, plain
 from sparsejepa.errors import UserError
-from sparsejepa.files import write_text
+from sparsejepa.files import save_tensors, write_text
 from sparsejepa.model.vit import ViT
 
 ACTIVATIONS, ONNX = "group_activations.safetensors", "model.onnx"
@@ -47,59 +48,6 @@ TOLERANCE = 1e-5
 """Largest difference, as a share of the output's largest value, that an export may have."""
 OPSET = 18
 """Of ONNX: what torch's exporter writes without converting; onnxruntime reads it from 1.14 on."""
-_CARD = """\
----
-library_name: {library}
-pipeline_tag: image-feature-extraction
-{license}tags:
-- sparsejepa
-- jepa
----
-
-# {name}
-
-A vision transformer as a frozen encoder of images of {height} x {width} pixels: patches of {patch},
-width {embed_dim}, {depth} blocks, {num_heads} heads. Pixels are in [0, 1], less the mean {mean},
-over the standard deviation {std}. Of images of another size the shorter side is resized (bicubic,
-antialiased) and the longer one cropped around its centre.
-
-```python
-{use}```
-{groups}"""
-_GROUPS = """
-{count} groups of kind {kind}. Of the connections between latents and groups {density:.1%} are not
-zero; {dead} groups have none. A group's activation is ||W z|| in units of its root mean square over
-training images.
-"""
-_GROUPS_USE = """
-from safetensors.torch import load_file
-
-g = load_file("{{out}}/group_activations.safetensors")
-z = ({tokens} - g["mean"]) * g["scale"]
-groups = torch.einsum("gpd,{axes}d->{axes}gp", g["W"], z).norm(dim=-1) * g["unit"]  # [{shape}]
-"""
-_HUB_USE = """\
-import sparsejepa as sj
-
-encoder = sj.load("{out}")
-tokens = encoder.tokens(images)  # uint8 [B, H, W, 3] to [B, N, D]
-"""
-_HUB_GROUPS_USE = """
-from sparsejepa.encoders.encoder import load_activations
-from sparsejepa.encoders.load import folder_of
-
-activations = load_activations(folder_of("{out}"), encoder.grid_size)
-groups, group_map = activations(tokens)  # [B, G], and [B, N, G]; None for region groups
-"""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written, the lines of Python that use it, and its largest absolute difference."""
-
-    files: list[str]
-    use: str
-    difference: float
 
 
 class Export(nn.Module):
@@ -145,58 +93,30 @@ class Export(nn.Module):
 Run = Callable[[Tensor], dict[str, Tensor]]
 
 
-def write_export(export: Export, to: str, out: Path, name: str | None = None) -> Exported:
-    """Write the folder `out` for timm, transformers, hub or onnx; `name` is what its card says.
+def write_export(export: Export, to: str, out: Path) -> dict[str, Any]:
+    """Write the folder `out` for timm, transformers, hub or onnx.
 
+    Returns files, use (the lines of Python that use them) and difference, the largest absolute one.
     Raises UserError if `out` exists, a format cannot hold the encoder, or what the other program
     computes differs.
     """
-    check_out(out)
-    writers = {"timm": _timm, "transformers": _transformers, "hub": _hub, "onnx": _onnx}
-    with _new_folder(out) as folder:
-        run, use = writers[to](export, folder)
-        difference = _check(export, run, to, out)
-        if to in ("timm", "transformers"):
-            use += _write_groups(export, folder)
-        # The folders of this machine are nobody else's business.
-        name = name or out.name
-        write_text(folder / CARD, card(export, to, name, use.format(out=name)))
-        files = sorted(path.name for path in folder.iterdir())
-    return Exported(files, use.format(out=out), difference)
-
-
-def check_out(out: Path) -> None:
-    """Raise UserError for a folder that is there already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"--out {out}: exists already; name another, or remove it first")
-
-
-def publish(export: Export, ref: str, *, public: bool = False) -> Exported:
-    """Upload what the format hub writes to ``hub:OWNER/NAME``; a repository that is new is private.
-
-    Raises UserError, one line, for a name of another form, a hub out of reach and a missing login.
-    """
-    if not re.fullmatch(r"hub:[\w.-]+/[\w.-]+", ref):
-        raise UserError(f"--out {ref}: not of the form hub:OWNER/NAME")
-    from huggingface_hub import HfApi
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, api, name = Path(scratch) / "model", HfApi(), ref.removeprefix("hub:")
-        try:
-            # First, because it tells at once whether the name and the login are good.
-            repo = api.create_repo(name, private=not public, exist_ok=True).repo_id
-            found = write_export(export, "hub", folder, f"hub:{repo}")
-            # Groups of an earlier model would pass for this one's.
-            api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=[GROUPS])
-        except UserError:
-            raise
-        except Exception as error:  # whatever hub client and network raise
-            line = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(
-                f"--out {ref}: not uploaded ({type(error).__name__}: {line}); log in with "
-                "`hf auth login` or set HF_TOKEN to a token that may write, and try again"
-            ) from None
-    return replace(found, use=found.use.replace(str(folder), ref))
+    writers = {"timm": _timm, "transformers": _transformers, "hub": _hub, "onnx": _onnx}
+    texts = card(export, to, out.name)  # the folders of this machine are nobody else's business
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        folder = Path(scratch, "export")
+        folder.mkdir()
+        difference = _check(export, writers[to](export, folder), to, out)
+        if export.groups is not None and to in ("timm", "transformers"):
+            g = export.groups  # these programs have none: all that they need lies beside
+            tensors = {"W": g.W, "mean": g.mean, "scale": g.scale, "unit": g.unit}
+            save_tensors(folder / ACTIVATIONS, tensors, {"kind": g.kind})
+        write_text(folder / CARD, str(texts))
+        folder.rename(out)
+    written = sorted(path.name for path in out.iterdir())
+    return {"files": written, "use": texts.use(str(out)), "difference": difference}
 
 
 @torch.no_grad()
@@ -223,48 +143,33 @@ def _check(export: Export, run: Run, to: str, out: Path) -> float:
     return worst
 
 
-def _write_groups(export: Export, folder: Path) -> str:
-    """Write groups beside the weights of a program that has none; return the lines that use them"""
-    g = export.groups
-    if g is None:
-        return ""
-    tensors = {"W": g.W, "mean": g.mean, "scale": g.scale, "unit": g.unit}
-    save_file(_whole(tensors), folder / ACTIVATIONS, {"kind": g.kind})
-    if g.kind == "region":
-        return _GROUPS_USE.format(tokens="tokens.mean(1)", axes="b", shape="B, G")
-    return _GROUPS_USE.format(tokens="tokens", axes="bn", shape="B, N, G")
-
-
-def card(export: Export, to: str, name: str, use: str) -> str:
-    """Return the text of README.md: what the model is, how it is used, and its groups.
+def card(export: Export, to: str, name: str) -> Any:
+    """Return the model card as a jinja module: str() is its text, use(PATH) the lines of Python.
 
     Strangers read it, of files that may be a stranger's: texts are escaped, and no path of this
     machine gets into it.
     """
-    encoder, groups, about = export.encoder, "", vit_arguments(export.vit)
-    if export.groups is not None:
-        alive = export.groups.W.norm(dim=1) > 0  # [G, D]
-        density, dead = float(alive.float().mean()), int(alive.any(1).logical_not().sum())
-        kind = export.groups.kind
-        groups = _GROUPS.format(count=len(alive), kind=kind, density=density, dead=dead)
-    license = _license_name(encoder.license)
-    mean, std = ([round(x, 6) for x in values] for values in (encoder.mean, encoder.std))
-    height, width = encoder.img_size
-    return _CARD.format(
-        library={"hub": "sparsejepa"}.get(to, to),
-        license=f"license: {license}\n" if license else "",
-        name=re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(" ".join(name.split()))),
-        patch=" x ".join(map(str, about["patch_size"])),
-        **{key: about[key] for key in ("embed_dim", "depth", "num_heads")},
-        **{"height": height, "width": width, "mean": mean, "std": std},
-        **{"use": use, "groups": groups},
+    from jinja2 import Environment, StrictUndefined
+
+    encoder, vit = export.encoder, export.vit
+    text = files("sparsejepa.encoders").joinpath("card.md").read_text(encoding="utf-8")
+    jinja = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    title = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(" ".join(name.split())))
+    return jinja.from_string(text).make_module(
+        {
+            **{"to": to, "name": name, "title": title, "license": _license_name(encoder.license)},
+            **{"vit": vit, "mean": list(encoder.mean), "std": list(encoder.std)},
+            "outputs": list(export.outputs(torch.zeros(1, vit.num_patches, vit.embed_dim))),
+            "groups": export.groups,
+            "alive": None if export.groups is None else export.groups.W.norm(dim=1) > 0,  # [G, D]
+        }
     )
 
 
-# The formats. Each writes to a folder and returns how the program runs it and the lines that use it
+# The formats. Each writes to a folder and returns how the program runs what lies there
 
 
-def _timm(export: Export, folder: Path) -> tuple[Run, str]:
+def _timm(export: Export, folder: Path) -> Run:
     import timm
 
     vit, encoder, about = export.vit, export.encoder, vit_arguments(export.vit)
@@ -288,36 +193,24 @@ def _timm(export: Export, folder: Path) -> tuple[Run, str]:
         tokens = again.forward_features(pixels)[:, vit.num_prefix_tokens :]
         return export.outputs(tokens) | {"pooled": again(pixels)}
 
-    return run, (
-        "import timm\nimport torch\n\n"
-        'model = timm.create_model("local-dir:{out}", pretrained=True).eval()\n'
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        f"{_pixels(vit)}tokens = model.forward_features(pixels){_patches(vit)}  # [B, N, D]\n"
-        "pooled = model(pixels)  # [B, D]\n"
-    )
+    return run
 
 
-def _transformers(export: Export, folder: Path) -> tuple[Run, str]:
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise UserError(
-            "--to transformers needs transformers, which is not installed: "
-            "pip install 'sparsejepa[hub]'"
-        ) from None
-    vit, encoder, about = export.vit, export.encoder, vit_arguments(export.vit)
+def _transformers(export: Export, folder: Path) -> Run:
+    transformers: Any = _extra("transformers", "transformers", "hub")
+    vit, encoder = export.vit, export.encoder
     block: Any = vit.blocks[0]
     height, width = vit.img_size
     square = height == width
-    name = "IJepaModel" if vit.cls_token is None else "ViTModel"
-    config = (transformers.IJepaConfig if vit.cls_token is None else transformers.ViTConfig)(
+    prefix = "IJepa" if vit.cls_token is None else "ViT"
+    getattr(transformers, f"{prefix}Config")(
         hidden_size=vit.embed_dim, num_hidden_layers=vit.depth,
-        num_attention_heads=about["num_heads"], intermediate_size=block.mlp.fc1.out_features,
+        num_attention_heads=block.attn.num_heads, intermediate_size=block.mlp.fc1.out_features,
         layer_norm_eps=vit.norm.eps, image_size=height if square else [height, width],
-        patch_size=list(vit.patch_size), architectures=[name], dtype="float32",
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    save_file(_whole(to_transformers(vit)), folder / MODEL, {"format": "pt"})
+        patch_size=list(vit.patch_size), architectures=[f"{prefix}Model"], dtype="float32",
+    ).save_pretrained(folder)  # fmt: skip
+    tensors = {name: t.detach().cpu().clone() for name, t in to_transformers(vit).items()}
+    save_file(tensors, folder / MODEL, {"format": "pt"})
     transformers.ViTImageProcessor(
         size={"shortest_edge": height} if square else {"height": height, "width": width},
         do_center_crop=square, crop_size={"height": height, "width": width}, resample=3,
@@ -325,20 +218,13 @@ def _transformers(export: Export, folder: Path) -> tuple[Run, str]:
     ).save_pretrained(folder)  # fmt: skip
     options = {} if vit.cls_token is None else {"add_pooling_layer": False}
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        model = getattr(transformers, name).from_pretrained(folder, **options).eval()
+        model = getattr(transformers, f"{prefix}Model").from_pretrained(folder, **options).eval()
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
         tokens = model(pixel_values=pixels).last_hidden_state[:, vit.num_prefix_tokens :]
         return export.outputs(tokens)
 
-    given = "".join(f", {key}={value}" for key, value in options.items())
-    squashes = "" if square else "  # squashes: crop to the model's shape first"
-    return run, (
-        f"import torch\nfrom transformers import AutoImageProcessor, {name}\n\n"
-        f'processor = AutoImageProcessor.from_pretrained("{{out}}"){squashes}\n'
-        f'model = {name}.from_pretrained("{{out}}"{given}).eval()\n{_pixels(vit)}'
-        f"tokens = model(pixel_values=pixels).last_hidden_state{_patches(vit)}  # [B, N, D]\n"
-    )
+    return run
 
 
 def to_transformers(vit: ViT) -> dict[str, Tensor]:
@@ -352,30 +238,22 @@ def to_transformers(vit: ViT) -> dict[str, Tensor]:
     return state
 
 
-def _hub(export: Export, folder: Path) -> tuple[Run, str]:
+def _hub(export: Export, folder: Path) -> Run:
     """Write what `load` reads: encoder.safetensors, config.json and, with groups, their file."""
-    encoder, use = export.encoder, _HUB_USE
+    encoder = export.encoder
     extra = {"license": encoder.license} if encoder.license else {}
     save_encoder(folder, export.vit, mean=encoder.mean, std=encoder.std, extra=extra)
     if export.folder is not None and export.groups is not None:
         shutil.copyfile(export.folder / GROUPS, folder / GROUPS)
-        use += _HUB_GROUPS_USE
-    return Export(str(folder), load_run(folder)), use
+    return Export(str(folder), load_run(folder))
 
 
-def _onnx(export: Export, folder: Path) -> tuple[Run, str]:
+def _onnx(export: Export, folder: Path) -> Run:
     """Write a graph that takes any number of images; mean, std and size stand in its metadata."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--to onnx needs {error.name}, which is not installed: pip install 'sparsejepa[onnx]'"
-        ) from None
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        onnxruntime: Any = _extra(name, "onnx", "onnx")
     encoder = export.encoder
-    height, width = encoder.img_size
-    pixels = torch.zeros(2, 3, height, width)
+    pixels = torch.zeros(2, 3, *encoder.img_size)
     names = list(export(pixels))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -394,38 +272,19 @@ def _onnx(export: Export, folder: Path) -> tuple[Run, str]:
         found: Any = session.run(names, {"pixels": pixels.numpy()})
         return {name: torch.as_tensor(x) for name, x in zip(names, found, strict=True)}
 
-    return run, (
-        "import numpy as np\nimport onnxruntime\n\n"
-        f'session = onnxruntime.InferenceSession("{{out}}/{ONNX}")\n'
-        f"pixels = np.zeros((5, 3, {height}, {width}), np.float32)  # normalised, any number\n"
-        f'{", ".join(names)} = session.run({names}, {{{{"pixels": pixels}}}})\n'
-    )
+    return run
+
+
+def _extra(name: str, to: str, extra: str) -> Any:
+    """Import a package that not everybody has. Raises UserError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(
+            f"--to {to} needs {name}, which is not installed: pip install 'sparsejepa[{extra}]'"
+        ) from None
 
 
 def _license_name(license: str | None) -> str | None:
     """Return a licence as the hub names it: ``CC BY-NC 4.0 (...)`` is cc-by-nc-4.0."""
     return license and re.sub("[^a-z0-9.]+", "-", license.lower().split(" (")[0]).strip("-")
-
-
-def _pixels(vit: ViT) -> str:
-    return f"pixels = torch.randn(1, 3, {vit.img_size[0]}, {vit.img_size[1]})  # normalised\n"
-
-
-def _patches(vit: ViT) -> str:
-    return f"[:, {vit.num_prefix_tokens}:]" if vit.num_prefix_tokens else ""
-
-
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder beside `out`; on success it becomes `out`, on failure it is removed."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -6,13 +6,11 @@ Nothing that is loaded can run code: weights are safetensors, or files of torch 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import math
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,20 @@ from sparsejepa.encoders.encoder import (
     CONFIG,
     GROUPS,
     IMAGENET,
-    LARGEST_SIDE,
-    RGB,
     WEIGHTS,
     Encoder,
     Precision,
     check_scale,
     load_run,
+    refusing,
 )
 from sparsejepa.errors import UserError, nearest
+from sparsejepa.files import read_json
 from sparsejepa.model.vit import ViT, sincos_position_embedding
 from sparsejepa.rng import derive_seed
 
 ENDINGS = (".pth.tar", ".pth", ".pt", ".safetensors")
-MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
-PROCESSOR, CARD = "preprocessor_config.json", "README.md"
+MODEL, PROCESSOR, CARD = "model.safetensors", "preprocessor_config.json", "README.md"
 TRANSFORMERS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -59,7 +56,7 @@ TRANSFORMERS = {
 QKV = ("attn.query", "attn.key", "attn.value")
 NAME = re.compile(r"((?:blocks|encoder\.layer)\.\d+\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
 """Of a tensor: its block, what it is there, and which of the two."""
-_FETCHED = [CONFIG, PROCESSOR, CARD, WEIGHTS, GROUPS, MODEL, INDEX, "model-*.safetensors"]
+_FETCHED = [CONFIG, PROCESSOR, CARD, WEIGHTS, GROUPS, MODEL, "model-*.safetensors"]
 # A state dict does not tell the heads; widths of the standard ViTs and of I-JEPA's giant do.
 _HEADS = {width: heads for width, _, heads in ENCODER_SIZES.values()} | {1408: 16}
 # What may lie beside an encoder's tensors and is left out: heads and what only pretraining needs.
@@ -88,12 +85,10 @@ def load(
         encoder = _load_timm(text)
     elif text.startswith("hub:"):
         encoder = _load_folder(fetch(text))
-    elif path.is_file() and path.name == WEIGHTS:
-        encoder = _load_folder(path.parent)
-    elif text.endswith(ENDINGS) and not path.is_dir():
+    elif text.endswith(ENDINGS) and path.name != WEIGHTS and not path.is_dir():
         encoder = _load_file(path)
     else:
-        encoder = _load_folder(path)
+        encoder = _load_folder(path.parent if path.is_file() and path.name == WEIGHTS else path)
     encoder.name, encoder.precision = text, precision
     return encoder.to(device)
 
@@ -108,44 +103,26 @@ def folder_of(ref: str | Path) -> Path | None:
 def fetch(ref: str) -> Path:
     """Return the folder of ``hub:OWNER/NAME[@REVISION]`` in the hub's cache; fetch it if need be.
 
-    Only configuration, safetensors and the model card are fetched. Raises UserError, one line, for
-    a name that does not exist, one that needs a login, a hub out of reach, and a repository without
-    an encoder.
-    """
-    name = ref.removeprefix("hub:")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
-        raise UserError(f"{ref}: not of the form hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
-    folder = _download(ref, name, _FETCHED)
-    if not any((folder / file).is_file() for file in (WEIGHTS, MODEL, INDEX)):
-        raise UserError(
-            f"{ref}: holds no encoder that is known here: {CONFIG} and {WEIGHTS} or {MODEL}"
-        )
-    return folder
-
-
-def _download(ref: str, name: str, patterns: list[str]) -> Path:
-    """Return the folder in the hub's cache with some files of OWNER/NAME[@REVISION].
-
-    The newest version; without a network the one that lies there. `ref` is what an error names.
+    The newest version; without a network the one that lies there. Only configuration, safetensors
+    and the model card are fetched. Raises UserError, one line, for a name that does not exist, one
+    that needs a login, and a hub out of reach.
     """
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = name.partition("@")
-    options: dict[str, Any] = {"allow_patterns": patterns, "etag_timeout": 10}  # seconds
+    name, _, revision = ref.removeprefix("hub:").partition("@")
+    options: dict[str, Any] = {"allow_patterns": _FETCHED, "etag_timeout": 10}  # seconds
     try:
-        return Path(snapshot_download(repo, revision=revision or None, **options))
+        return Path(snapshot_download(name, revision=revision or None, **options))
     except Exception as error:  # whatever hub client and network raise
-        kind, line = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
-        login = "log in with `hf auth login` or set HF_TOKEN"
-        remedies = {
-            "GatedRepoError": f"accept the terms on its page on the hub, then {login}",
-            "RepositoryNotFoundError": f"check the name, or {login} if it is private",
-            "RevisionNotFoundError": "leave out @REVISION, or name one that the hub has",
-            "LocalEntryNotFoundError": "connect to the internet once, or copy the hub's cache "
-            "folder (HF_HUB_CACHE) from a machine that has it",
-        }
-        remedy = remedies.get(kind, f"try again, or {login}")
-        raise UserError(f"{ref}: not fetched ({kind}: {line}); {remedy}") from None
+        raise _not_fetched(ref, error) from None
+
+
+def _not_fetched(ref: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return UserError(
+        f"{ref}: not fetched ({reason}); check name and network, log in with `hf auth login` to "
+        "what is gated or private, or copy the hub's cache (HF_HUB_CACHE) from another machine"
+    )
 
 
 # timm
@@ -166,14 +143,16 @@ class TimmViT(nn.Module):
         super().__init__()
         import timm
 
-        base, _, tag = name.partition(".")
-        known, tagged = timm.list_models(), timm.list_pretrained(f"{base}.*")
+        base, known = name.partition(".")[0], timm.list_models()
         if base not in known:
             raise UserError(f"timm:{name}: no such model{nearest(base, known)}")
-        if tag and name not in tagged:
-            raise UserError(f"timm:{name}: no such weights{nearest(name, tagged)}")
-        self.timm_name = name
-        self.vit: Any = _create_timm(name) if pretrained else timm.create_model(name, num_classes=0)
+        self.about = {"kind": "timm", "name": name}
+        try:
+            self.vit: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        except Exception as error:  # whatever network and file readers raise
+            raise UserError(
+                f"{_not_fetched(f'timm:{name}', error)}; timm:{name}?untrained has random weights"
+            ) from None
         patches: Any = getattr(self.vit, "patch_embed", None)
         if not hasattr(self.vit, "num_prefix_tokens") or not hasattr(patches, "grid_size"):
             raise UserError(f"timm:{name}: not a vision transformer with a fixed grid of patches")
@@ -182,13 +161,9 @@ class TimmViT(nn.Module):
         self.embed_dim: int = self.vit.num_features
         self.depth = len(self.vit.blocks)
 
-    def about(self) -> dict[str, Any]:
-        """Return everything but the weights, JSON-able."""
-        return {"kind": "timm", "name": self.timm_name}
-
     def fresh(self) -> TimmViT:
         """Return the same model with random weights."""
-        return TimmViT(self.timm_name, pretrained=False)
+        return TimmViT(self.about["name"], pretrained=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to patch tokens [B, N, D]."""
@@ -213,28 +188,6 @@ def _load_timm(ref: str) -> Encoder:
     about, license = resolve_model_data_config(model.vit), model.vit.pretrained_cfg.get("license")
     mean, std = check_scale(about["mean"], about["std"])
     return Encoder(model, name=ref, mean=mean, std=std, license=license)
-
-
-def _create_timm(name: str) -> nn.Module:
-    """Build a timm model without a head, with weights from the hub's cache or the network."""
-    import timm
-
-    options: dict[str, Any] = {"num_classes": 0}
-    try:
-        about: Any = timm.models.get_pretrained_cfg(name)
-        if about.hf_hub_id and about.custom_load != "hf":
-            # By ourselves, because timm's way asks an unreachable hub for a minute. The hub's files
-            # need none of the converters that some original files do.
-            file = about.hf_hub_filename or MODEL
-            weights = read_weights(_download(f"timm:{name}", about.hf_hub_id, [file]) / file)
-            options["pretrained_cfg_overlay"] = {"state_dict": weights, "custom_load": False}
-        model: Any = timm.create_model(name, pretrained=True, **options)
-        model.pretrained_cfg.pop("state_dict", None)  # a second copy
-        return model
-    except Exception as error:  # whatever network and file readers raise
-        line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        reason = str(error) if isinstance(error, UserError) else f"timm:{name}: no weights ({line})"
-        raise UserError(f"{reason}; timm:{name}?untrained has random ones") from None
 
 
 def plain(encoder: Encoder) -> Encoder:
@@ -262,8 +215,7 @@ def plain(encoder: Encoder) -> Encoder:
             f"{encoder.name}: its tensors are those of a plain ViT, its tokens are not (another "
             "activation or order of its parts); take a plain one"
         )
-    about = {"name": encoder.name, "mean": encoder.mean, "std": encoder.std}
-    return Encoder(vit, **about, license=encoder.license)
+    return replace(encoder, model=vit)
 
 
 # Folders and files
@@ -271,7 +223,7 @@ def plain(encoder: Encoder) -> Encoder:
 
 def _load_folder(path: Path) -> Encoder:
     """Load a folder by what its config.json says; what is unknown is read as a run directory."""
-    config = _read_object(path / CONFIG)
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     encoder = _transformers_folder(path, config) if "model_type" in config else load_run(path)
     if encoder.license is None and (path / CARD).is_file():
         card = (path / CARD).read_text(encoding="utf-8", errors="replace")
@@ -283,40 +235,23 @@ def _load_folder(path: Path) -> Encoder:
 
 def _transformers_folder(folder: Path, config: dict[str, Any]) -> Encoder:
     """Load an ``IJepaModel`` or ``ViTModel`` of transformers, or a model on top of one."""
-    config = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12} | config
-    config = {"image_size": 224} | config  # transformers' own values of what is not said
-    try:
+    config = {  # transformers' own values of what is not said
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12, "image_size": 224,
+    } | config  # fmt: skip
+    pixels = dict(zip(("image_mean", "image_std"), IMAGENET, strict=True))
+    with refusing(f"{folder / CONFIG}: cannot be used", "fetch it again"):
         if config["model_type"] not in ("ijepa", "vit") or config["hidden_act"] != "gelu":
             raise ValueError(f"model_type {config['model_type']!r} is not read, only ijepa and vit")
-        heads, size = int(config["num_attention_heads"]), config["image_size"]
-        size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        if not 0 < max(size) <= LARGEST_SIDE:
-            raise ValueError(f"images of {size} pixels")
-        eps = float(config["layer_norm_eps"])
-        mean, std = _normalisation(_read_object(folder / PROCESSOR))
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: cannot be used ({error}); fetch it again") from None
-    names = [MODEL]
-    if not (folder / MODEL).is_file():
-        shards = _read_object(folder / INDEX).get("weight_map")
-        found = shards.values() if isinstance(shards, dict) else ()
-        names = sorted({Path(str(name)).name for name in found}) or names
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors |= read_weights(folder / name)
-    vit = build_vit(tensors, str(folder), num_heads=heads, img_size=size, norm_eps=eps)
-    return Encoder(vit, name="", mean=mean, std=std)
-
-
-def _normalisation(about: Mapping[str, Any]) -> tuple[RGB, RGB]:
-    """Return mean and std of transformers' image processor; ImageNet's if there is none."""
-    factor = about.get("rescale_factor", 1 / 255) if about.get("do_rescale", True) else 1
-    if abs(factor * 255 - 1) > 1e-3:
-        raise ValueError(f"{PROCESSOR} multiplies pixels by {factor:g} instead of 1/255")
-    if not about.get("do_normalize", True):
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean, std = about.get("image_mean", IMAGENET[0]), about.get("image_std", IMAGENET[1])
-    return check_scale(mean, std)
+        size = config["image_size"]
+        height, width = (size, size) if isinstance(size, int) else map(int, size)
+        heads, eps = int(config["num_attention_heads"]), float(config["layer_norm_eps"])
+        if (folder / PROCESSOR).is_file():
+            pixels |= read_json(folder / PROCESSOR)
+        mean, std = check_scale(pixels["image_mean"], pixels["image_std"])
+    files = sorted(folder.glob("model-*.safetensors")) or [folder / MODEL]
+    tensors = {name: t for file in files for name, t in read_weights(file).items()}
+    about: Any = {"num_heads": heads, "img_size": (height, width), "norm_eps": eps}
+    return Encoder(build_vit(tensors, str(folder), **about), name="", mean=mean, std=std)
 
 
 def _load_file(path: Path) -> Encoder:
@@ -335,38 +270,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError: no such file, a damaged one, or one with more than tensors and plain values.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file; check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Of a mapped file what is not used, such as the optimiser's state, is never read. The flags
-        # of a training script (argparse's Namespace) are a bare holder of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = zipfile.is_zipfile(path)
-            return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
-    except Exception as error:  # damaged archives and the refusals raise almost anything
-        reason = "damaged, or no weights); get another copy"
-        if type(error).__name__ == "UnpicklingError":
-            reason = "it holds more than weights, or is damaged); save its state_dict alone"
-        raise UserError(f"{path}: not a file of weights ({reason}") from None
+        # Of a mapped file what is not used, such as the optimiser's state, is never read.
+        mapped = zipfile.is_zipfile(path)
+        return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except Exception:  # damaged archives and the refusals raise almost anything
+        raise UserError(
+            f"{path}: not a file of weights (damaged, or it holds more than weights); get another "
+            "copy, or save its state_dict alone"
+        ) from None
 
 
-def _flat(value: Any, before: str = "", depth: int = 4) -> dict[str, Tensor]:
+def _flat(value: Any, before: str = "") -> dict[str, Tensor]:
     """Return the tensors in dictionaries within dictionaries by dotted name."""
     if isinstance(value, Tensor):
-        return {before: value.detach()}
-    if not isinstance(value, Mapping) or not depth:
-        return {}
-    parts = ((f"{before}.{key}" if before else str(key), inner) for key, inner in value.items())
-    return {k: v for name, inner in parts for k, v in _flat(inner, name, depth - 1).items()}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one if there is none, which others complain of."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
+        return {before.removeprefix("."): value.detach()}
+    parts = value.items() if isinstance(value, Mapping) else ()
+    return {k: t for name, inner in parts for k, t in _flat(inner, f"{before}.{name}").items()}
 
 
 # From tensors to our ViT
@@ -390,57 +313,36 @@ def build_vit(
         img_size: height and width in pixels; a square if not given.
         norm_eps: see `ViT`.
 
-    Raises UserError that names the tensors and shapes which do not fit.
+    Raises UserError that names a tensor which does not fit, with its shape.
     """
     part, what = choose_part(list(tensors)), "not the encoder of a plain ViT"
     if part is None:
         some = ", ".join(list(tensors)[:3]) or "no tensors at all"
         raise UserError(f"{origin}: {what}, it lacks patch_embed.proj.weight and has {some}")
     own = {k.removeprefix(part): t for k, t in tensors.items() if k.startswith(part)}
-    own = {k: t for k, t in own.items() if not _BESIDE.match(k)}
-    for name, tensor in own.items():  # strides of zero may pretend any size
-        if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise UserError(f"{origin}: {name} is sparse, or larger than what the file holds of it")
-    weights = _timm_names(own)
+    weights = _timm_names({k: t for k, t in own.items() if not _BESIDE.match(k)})
     if part.endswith("base_encoder."):
         num_heads = num_heads or 12  # of MoCo v3, whose small ViT has twice as many as others
-    try:
+    with refusing(f"{origin}: {what}", "only such a one is read or exported"):
         arch = _arguments(weights, num_heads, img_size)
         with torch.device("meta"):  # takes no memory before the shapes are known to fit
             vit = ViT(**arch, norm_eps=norm_eps)
-        wanted = vit.state_dict()
-        for name, like in wanted.items():
-            if name not in weights and name.endswith(("qkv.bias", "proj.bias")):
-                weights[name] = torch.zeros(like.shape)
-        shapes, likes = ({k: list(t.shape) for k, t in x.items()} for x in (weights, wanted))
-        wrong = [
-            f"{k} is {shapes.get(k, 'missing')}, not {likes.get(k, 'there')}"
-            for k in sorted({*shapes, *likes})
-            if shapes.get(k) != likes.get(k)
-        ]
-        if wrong:
-            raise ValueError(
-                "; ".join(wrong[:3]) + f" and {len(wrong) - 3} more" * (len(wrong) > 3)
-            )
-    except (LookupError, ValueError, RuntimeError, ArithmeticError) as error:
-        lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        reason = (lacks.splitlines() or [repr(error)])[-1].strip()
-        raise UserError(
-            f"{origin}: {what} ({reason}); only such a one is read or exported"
-        ) from None
-    copies = {name: weights[name].to(torch.float32, copy=True) for name in wanted}
-    vit.load_state_dict(copies, assign=True)
+        biases = {
+            k: t for k, t in vit.state_dict().items() if k.endswith(("qkv.bias", "proj.bias"))
+        }
+        weights = {k: torch.zeros(t.shape) for k, t in biases.items()} | weights
+        copies = {k: t.to(torch.float32, copy=True) for k, t in weights.items()}
+        vit.load_state_dict(copies, assign=True)
     return vit
 
 
 def choose_part(names: list[str]) -> str | None:
-    """Return what the names of the encoder's tensors, of several the EMA teacher's, begin with.
+    """Return what the names of the encoder's tensors begin with, of several the EMA teacher's.
 
     None if there is no ViT among them.
     """
-    firsts = [f"{x}.weight" for x in ("patch_embed.proj", TRANSFORMERS["patch_embed.proj"])]
-    found = [n.removesuffix(first) for n in names for first in firsts if n.endswith(first)]
-    found = [part for part in found if part == "" or part.endswith(".")]
+    first = r"((?:.+\.)?)(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight"
+    found = [match[1] for name in names if (match := re.fullmatch(first, name))]
     teachers = [part for part in found if re.search("target|teacher|ema", part)]
     return min(teachers or found, key=len, default=None)
 
@@ -471,9 +373,8 @@ def _arguments(
     if num_heads is None:
         known = ", ".join(map(str, sorted(_HEADS)))
         raise ValueError(f"how many heads at width {width}; known widths are {known}")
-    if img_size is None:
-        side = math.isqrt(patches)
-        img_size = (side * patch[0], side * patch[1])
+    side = math.isqrt(patches)
+    img_size = img_size or (side * patch[0], side * patch[1])
     grid = (img_size[0] // patch[0], img_size[1] // patch[1])
     if grid[0] * grid[1] != patches or len(patch) != 2:
         raise ValueError(f"pos_embed has {patches} patches, images of {img_size} {grid} of them")

@@ -16,7 +16,7 @@ from sparsejepa.data.images import Batches, Images
 from sparsejepa.distributed import World, gather_texts
 from sparsejepa.encoders.encoder import (
     Encoder,
-    measure_rms,
+    group_rms,
     measure_seen,
     save_encoder,
     save_groups,
@@ -78,13 +78,13 @@ def finish(
         groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
         looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
         sampler = build_sampler(config, frozen.grid_size)
-        context = measure_seen(frozen, groups.kind, images.batches(looks.split(64)), sampler)
+        mean, cov = measure_seen(frozen, groups.kind, images.batches(looks.split(64)), sampler)
         assert groups.norm.running_mean is not None and groups.norm.running_var is not None
-        groups.norm.running_mean.copy_(context[0])
-        groups.norm.running_var.copy_(context[1])
-        seen = measure_seen(frozen, groups.kind, images.batches(index.split(64)))
-        rms = measure_rms(frozen, groups, images.batches(index.split(64)), seen)
-        save_groups(run_dir, groups, rms, seen)
+        groups.norm.running_mean.copy_(mean)
+        groups.norm.running_var.copy_(cov.diagonal())
+        mean, cov = measure_seen(frozen, groups.kind, images.batches(index.split(64)))
+        seen = torch.stack([mean, cov.diagonal()]).float()
+        save_groups(run_dir, groups, group_rms(groups, cov), seen)
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 

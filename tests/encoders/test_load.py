@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -17,16 +15,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsejepa.encoders.encoder import IMAGENET, Encoder, save_groups
+from sparsejepa.encoders.encoder import IMAGENET, Encoder, load_groups
 from sparsejepa.encoders.export import Export, write_export
-from sparsejepa.encoders.load import TimmViT, choose_part, load, plain
+from sparsejepa.encoders.load import TimmViT, folder_of, load, plain
 from sparsejepa.errors import UserError
 from sparsejepa.model.vit import ViT
 
-from .made import MEAN, STD, noise, random_map, small_vit, uint8, write_run
+from .made import MEAN, STD, noise, small_vit, uint8, write_run
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": (24, 24), "patch_size": (8, 8), "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -77,25 +76,23 @@ def test_a_timm_model_gives_its_patch_tokens() -> None:
     ("ref", "words"),
     [
         ("timm:vit_tny_patch16_224", "did you mean 'vit_tiny_patch16_224'"),
-        (f"timm:{NAME}.augreg_in21", "did you mean 'vit_tiny_patch16_224.augreg_in21k"),
+        (f"timm:{NAME}.augreg_in21", "augreg_in21"),
         ("timm:resnet18?untrained", "not a vision transformer"),
         (f"timm:{NAME}?random", "only '?untrained' is"),
     ],
 )
 def test_timm_names_that_are_none(ref: str, words: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"^timm:") as caught:
         load(ref)
-    assert words in str(caught.value) and str(caught.value).startswith("timm:")
+    assert words in str(caught.value)
 
 
 def test_timm_weights_come_from_the_cache_or_the_error_says_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(f"timm:{NAME}", "connect to the internet", "HF_HUB_CACHE", "?untrained")
+    refused(f"timm:{NAME}", "not fetched", "HF_HUB_CACHE", "?untrained")
     about: Any = timm.models.get_pretrained_cfg(NAME)
     repo = tmp_path / f"models--{about.hf_hub_id.replace('/', '--')}"
     (repo / "snapshots/abc").mkdir(parents=True)
@@ -108,7 +105,7 @@ def test_timm_weights_come_from_the_cache_or_the_error_says_how(
     assert torch.equal(loaded.model.get_parameter("vit.norm.bias"), weights["norm.bias"])
     assert loaded.license == about.license
     (repo / "snapshots/abc/model.safetensors").write_bytes(b"no archive")
-    refused(f"timm:{NAME}", "damaged", "?untrained")
+    refused(f"timm:{NAME}", "?untrained")
 
 
 def test_a_plain_timm_model_becomes_ours() -> None:
@@ -199,14 +196,11 @@ def others(state: dict[str, Tensor]) -> dict[str, dict]:
     head = {"head.weight": torch.ones(7, 192), "head.bias": torch.ones(7)}
     decoder = {"mask_token": torch.ones(1, 1, 192), "decoder_blocks.0.norm1.weight": torch.ones(8)}
     dino = prefixed(state, "backbone.") | {"head.mlp.0.weight": torch.ones(4, 192)}
-    flags = argparse.Namespace(arch="vit_tiny", lr=5e-4, out=argparse.Namespace())
     return {
         "timm": {**state, **head},
-        "deit": {"model": {**state, **head}},
         "mae": {"model": {**state, **decoder}},
-        "dino": {"student": prefixed(zeros(dino), "module."), "teacher": dino, "args": flags},
+        "dino": {"student": prefixed(zeros(dino), "module."), "teacher": dino},
         "ema": {"model": zeros(state), "model_ema": state},
-        "solo": {"state_dict": prefixed(state, "backbone.")},
         "moco": {
             "state_dict": prefixed({**state, **head}, "module.base_encoder.")
             | prefixed(zeros(state), "module.momentum_encoder.")
@@ -218,30 +212,12 @@ def others(state: dict[str, Tensor]) -> dict[str, dict]:
 @pytest.mark.parametrize("kind", others({}))
 def test_files_of_other_programs(kind: str, tmp_path: Path) -> None:
     state = small_vit(**SIZES, **LEARNED).state_dict()
-    torch.save(others(state)[kind], tmp_path / "x.pth")
+    # Torch's old format as well as the present one.
+    old = {"_use_new_zipfile_serialization": kind != "ema"}
+    torch.save(others(state)[kind], tmp_path / "x.pth", **old)
     encoder = load(tmp_path / "x.pth")
     assert_weights(encoder, state)
     assert encoder.architecture["num_heads"] == (12 if kind == "moco" else 3)
-
-
-def test_a_file_in_torchs_old_format(tmp_path: Path) -> None:
-    vit, path = small_vit(**SIZES), tmp_path / "x.pth"
-    torch.save({"model": vit.state_dict()}, path, _use_new_zipfile_serialization=False)
-    assert_weights(load(path), vit.state_dict())
-    path.write_bytes(path.read_bytes()[:-100])
-    refused(path, "not a file of weights")
-
-
-def test_the_better_of_several_models_is_taken() -> None:
-    first = "patch_embed.proj.weight"
-    for worse, better in (
-        ("encoder.", "target_encoder."),
-        ("student.backbone.", "teacher.backbone."),
-        ("model.", "model_ema."),
-        ("net.", ""),
-    ):
-        assert choose_part([worse + first, better + first]) == better
-    assert choose_part(["conv1.weight", "xpatch_embed.proj.weight"]) is None
 
 
 def test_biases_that_a_model_lacks_are_zero(tmp_path: Path) -> None:
@@ -259,17 +235,11 @@ def test_biases_that_a_model_lacks_are_zero(tmp_path: Path) -> None:
     [
         ({"pos_embed": None}, "lacks 'pos_embed'"),
         ({"pos_embed": torch.zeros(192)}, "not the encoder of a plain ViT"),
-        ({"norm.bias": None}, "norm.bias is missing, not [192]"),
+        ({"norm.bias": None}, 'Missing key(s) in state_dict: "norm.bias"'),
         ({"pos_embed": torch.zeros(1, 8, 192)}, "8 patches"),
-        ({"blocks.1.mlp.fc2.weight": torch.ones(192, 9)}, "is [192, 9], not [192, 768]"),
-        ({"norm.bias": torch.ones(192).to_sparse()}, "norm.bias is sparse"),
-        ({"blocks.0.ls1.gamma": torch.ones(192)}, "blocks.0.ls1.gamma is [192], not there"),
-        ({"reg_token": torch.ones(1, 4, 192)}, "not there); only such a one is read"),
-        # A million by a million patches: one number in the file, seen through strides of zero.
-        (
-            {"pos_embed": torch.zeros(1).as_strided((1, 10**12, 192), (0, 0, 0))},
-            "larger than what the file holds",
-        ),
+        ({"blocks.1.mlp.fc2.weight": torch.ones(192, 9)}, "mismatch for blocks.1.mlp.fc2.weight"),
+        ({"blocks.0.ls1.gamma": torch.ones(192)}, '"blocks.0.ls1.gamma"'),
+        ({"reg_token": torch.ones(1, 4, 192)}, "only such a one is read"),
     ],
 )
 def test_tensors_of_no_plain_vit_are_named(tmp_path: Path, changes: dict, words: str) -> None:
@@ -282,8 +252,6 @@ def test_tensors_of_no_plain_vit_are_named(tmp_path: Path, changes: dict, words:
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "x.pth.tar"
     refused(path, "no such file")
-    path.write_bytes(b"no archive")
-    refused(path, "not a file of weights")
     torch.save([1, 2], path)
     refused(path, "lacks patch_embed.proj.weight and has no tensors at all")
     torch.save({"conv1.weight": torch.ones(64, 3, 7, 7), "bn1.bias": torch.ones(64)}, path)
@@ -295,7 +263,6 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     torch.save({"model": Path("x")}, path)
     refused(path, "more than weights", "save its state_dict alone")
     path = tmp_path / "x.safetensors"
-    refused(path, "no such file")
     path.write_bytes(b"no archive")
     refused(path, "damaged")
 
@@ -358,12 +325,7 @@ def test_a_classifier_in_several_files(transformers: Any, tmp_path: Path) -> Non
         wanted = model.vit(pixels).last_hidden_state[:, 1:]
         torch.testing.assert_close(encoder.model(pixels), wanted, rtol=0, atol=1e-5)
     next(tmp_path.glob("model-*.safetensors")).unlink()
-    refused(tmp_path, "no such file")
-    # An index that names a file elsewhere reads none there.
-    for names, file in (('{"a": "../x"}', "x"), ("[1]", "model.safetensors")):
-        text = f'{{"weight_map": {names}}}'
-        (tmp_path / "model.safetensors.index.json").write_text(text)
-        refused(tmp_path, f"{tmp_path / file}: no such file")
+    refused(tmp_path, "not the encoder of a plain ViT")
 
 
 @pytest.mark.parametrize(
@@ -371,14 +333,10 @@ def test_a_classifier_in_several_files(transformers: Any, tmp_path: Path) -> Non
     [
         ("config.json", {"model_type": "dinov2"}, "model_type 'dinov2'"),
         ("config.json", {"num_attention_heads": 5}, "5 attention heads do not divide"),
-        ("config.json", {"image_size": 10**9}, "images of"),
+        ("config.json", {"image_size": 10**9}, "pos_embed has 16 patches"),
         ("config.json", {"image_size": [16]}, "cannot be used"),
-        ("config.json", {"image_size": 24}, "pos_embed has 16 patches"),
         ("config.json", {"layer_norm_eps": "x"}, "cannot be used"),
-        ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "multiplies pixels by 0.00784"),
-        ("preprocessor_config.json", {"do_rescale": False}, "by 1 instead of 1/255"),
         ("preprocessor_config.json", {"image_std": [0, 1, 1]}, "above 0"),
-        ("preprocessor_config.json", {"do_normalize": False}, ((0.0,) * 3, (1.0,) * 3)),
     ],
 )
 def test_what_configurations_say(
@@ -388,10 +346,7 @@ def test_what_configurations_say(
     path = tmp_path / file
     config = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**config, **changes}))
-    if isinstance(words, tuple):
-        assert (load(tmp_path).mean, load(tmp_path).std) == words
-    else:
-        refused(tmp_path, words)
+    refused(tmp_path, words)
 
 
 # The hub
@@ -402,43 +357,25 @@ class Hub(BaseHTTPRequestHandler):
 
     root: Path
 
-    def sha(self, name: str) -> str:
-        """Return the newest commit, which depends on what the files hold."""
-        files = sorted((self.root / name).glob("*"))
-        return hashlib.sha1(b"".join(path.read_bytes() for path in files)).hexdigest()
-
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self.do_GET(body=False)
 
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def _answer(self, body: bool) -> None:
+    def do_GET(self, body: bool = True) -> None:
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/"):
             _, _, _, owner, name, *rest = path.split("/")
-            status, code = {
-                "gated": (403, "GatedRepo"),
-                "nowhere": (401, "RepoNotFound"),
-            }.get(name, (200, ""))
-            if rest and rest[-1] not in ("main", self.sha(name)):
-                status, code = 404, "RevisionNotFound"
-            files = [{"rfilename": p.name} for p in (self.root / name).glob("*")]
-            sha = self.sha(name)
-            about: Any = {"id": f"{owner}/{name}", "sha": sha, "siblings": files, "private": False}
+            status, code = {"gated": (403, "GatedRepo")}.get(name, (200, ""))
+            files = [(p.name, p.stat().st_size) for p in (self.root / name).glob("*")]
+            about: Any = {"id": f"{owner}/{name}", "sha": "a" * 40, "private": False}
+            about["siblings"] = [{"rfilename": n} for n, _ in files]
             if "tree" in rest:
-                sizes = [(p.name, p.stat().st_size) for p in (self.root / name).glob("*")]
-                about = [{"type": "file", "path": n, "size": s, "oid": "b" * 40} for n, s in sizes]
-            return self._send(status, json.dumps(about).encode(), {"X-Error-Code": code}, body)
-        _, _, name, _, _, file = path.split("/")
-        data = (self.root / name / file).read_bytes()
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.sha(name)}
-        return self._send(200, data, headers, body)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+                about = [{"type": "file", "path": n, "size": s, "oid": "b" * 40} for n, s in files]
+            data, headers = json.dumps(about).encode(), {"X-Error-Code": code}
+        else:
+            _, _, name, _, _, file = path.split("/")
+            status, data = 200, (self.root / name / file).read_bytes()
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            headers = {"ETag": etag, "X-Repo-Commit": "a" * 40}
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             if value:
@@ -448,91 +385,47 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(data)
         self.close_connection = True
 
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """Where the stand-in listens; its models are folders of tmp_path/hub."""
-    hub = tmp_path / "hub"
-    write_run(hub / "ours")
-    (hub / "ours" / "README.md").write_text("---\nlicense: mit\n---\n")
-    (hub / "ours" / "run.py").write_text("1 / 0")
-    write_export(Export("", load(hub / "ours")), "transformers", hub / "theirs")
-    (hub / "empty").mkdir()
-    (hub / "empty" / "README.md").write_text("nothing")
-    handler = type("Handler", (Hub,), {"root": hub})
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder with the repositories of a stand-in for the hub, and that is where the hub is."""
+    handler = type("Handler", (Hub,), {"root": tmp_path / "hub"})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, files = (
+        f"http://127.0.0.1:{server.server_port}",
+        "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield tmp_path / "hub"
     server.shutdown()
     server.server_close()
-    thread.join()
 
 
-ASK = """
-import json, sys
-from sparsejepa.encoders.encoder import load_groups
-from sparsejepa.encoders.load import folder_of, load
-from sparsejepa.errors import UserError
-found = {}
-for ref in sys.argv[1:]:
-    try:
-        encoder = load(ref)
-        groups = load_groups(folder_of(ref), encoder.grid_size)
-        found[ref] = [encoder.fingerprint(), encoder.license, groups is not None]
-    except UserError as error:
-        found[ref] = str(error)
-print(json.dumps(found))
-"""
-
-
-def ask(address: str, cache: Path, *refs: str) -> dict:
-    """Load each name in a process of its own, whose hub is at `address`."""
-    settings = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
-    quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    words = [sys.executable, "-c", ASK, *refs]
-    environment = {**os.environ, **settings, **quiet}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.slow
-def test_models_of_the_hub(address: str, tmp_path: Path) -> None:
-    hub, cache = tmp_path / "hub", tmp_path / "cache"
-    names = ["ours", "theirs", "ours@main", "ours@v9", "gated", "nowhere", "empty"]
-    found = ask(address, cache, *(f"hub:owner/{name}" for name in names), "hub:owner")
+def test_models_of_the_hub(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(hub / "ours", "concept")
+    (hub / "ours" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (hub / "ours" / "run.py").write_text("1 / 0")
+    write_export(Export("", load(write_run(tmp_path / "run"))), "transformers", hub / "theirs")
     for name in ("ours", "theirs"):
-        local = load(hub / name)
-        assert found[f"hub:owner/{name}"] == [local.fingerprint(), local.license, False]
-    assert found["hub:owner/ours"][1] == "mit"
-    assert found["hub:owner/ours@main"] == found["hub:owner/ours"]
-    for name, words in {
-        "ours@v9": "leave out @REVISION",
-        "gated": "accept the terms on its page on the hub, then log in with `hf auth login`",
-        "nowhere": "check the name",
-        "empty": "holds no encoder",
-    }.items():
-        said = found[f"hub:owner/{name}"]
-        assert isinstance(said, str), (name, said)
-        assert said.startswith(f"hub:owner/{name}: ") and words in said and "\n" not in said
-    assert "not of the form hub:OWNER/NAME" in found["hub:owner"]
+        local, found = load(hub / name), load(f"hub:owner/{name}")
+        assert (found.fingerprint(), found.license) == (local.fingerprint(), local.license)
+    assert (found.mean, found.std, load("hub:owner/ours@main").license) == (MEAN, STD, "mit")
+    folder = folder_of("hub:owner/ours")
+    assert folder is not None and load_groups(folder, (4, 4)) is not None
     # Nothing but configuration, weights and the card is fetched.
-    fetched = {path.name for path in cache.glob("models--owner--ours/snapshots/*/*")}
-    assert fetched == {"config.json", "encoder.safetensors", "README.md"}
-
+    fetched = {"config.json", "encoder.safetensors", "groups.safetensors", "README.md"}
+    assert {path.name for path in folder.iterdir()} == fetched
+    refused("hub:owner/gated", "GatedRepoError", "`hf auth login`")
     # What is in the cache is there without a network; what is not is said.
-    offline = ask("http://127.0.0.1:9", cache, "hub:owner/theirs", "hub:owner/other")
-    assert offline["hub:owner/theirs"] == found["hub:owner/theirs"]
-    assert "connect to the internet once" in offline["hub:owner/other"]
-    # The newest version is taken, and a commit stays.
-    (sha,) = (path.name for path in (cache / "models--owner--ours/snapshots").iterdir())
-    save_groups(hub / "ours", random_map("concept"))
-    again = ask(address, cache, "hub:owner/ours", f"hub:owner/ours@{sha}")
-    assert again["hub:owner/ours"][2] and again[f"hub:owner/ours@{sha}"] == found["hub:owner/ours"]
-
-
-def test_the_normalisation_goes_along(tmp_path: Path) -> None:
-    write_export(Export("", load(write_run(tmp_path / "run"))), "transformers", tmp_path / "out")
-    encoder = load(tmp_path / "out")
-    assert (encoder.mean, encoder.std) == (MEAN, STD)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load("hub:owner/theirs").fingerprint() == found.fingerprint()
+    refused("hub:owner/other", "HF_HUB_CACHE")
