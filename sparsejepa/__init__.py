@@ -1,58 +1,46 @@
 """SparseJEPA: self-supervised image pretraining with a group-sparse map from latents to groups.
 
-Everything public is reachable from here and imported only when it is first used, so that
-``import sparsejepa`` itself costs nothing.
+What is public is imported when it is first used: ``import sparsejepa`` itself costs nothing.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsejepa.version import __version__ as __version__
-
-_EXPORTS = {
-    "Config": "sparsejepa.config",
-    "preset": "sparsejepa.config",
-    "UserError": "sparsejepa.errors",
-    "ViT": "sparsejepa.model.vit",
-    "MaskSampler": "sparsejepa.model.masks",
-    "GroupMap": "sparsejepa.model.groups",
-    "SparseJEPA": "sparsejepa.model.jepa",
-    "load_dataset": "sparsejepa.data.catalog",
-    "load": "sparsejepa.encoders.load",
-    "Encoder": "sparsejepa.encoders.encoder",
-    "embed": "sparsejepa.evaluation.features",
-    "LogisticProbe": "sparsejepa.evaluation.classifiers",
-    "RidgeProbe": "sparsejepa.evaluation.classifiers",
-    "KNNProbe": "sparsejepa.evaluation.classifiers",
-    "PostHocGroups": "sparsejepa.explain.posthoc",
-    "pretrain": "sparsejepa.study",
-    "build_model": "sparsejepa.training.build",
-    "run_sweep": "sparsejepa.study.sweep",
-    "run_explain": "sparsejepa.explain.run",
-}
+from sparsejepa.version import __version__
 
 if TYPE_CHECKING:
-    from sparsejepa.config import Config as Config
-    from sparsejepa.config import preset as preset
-    from sparsejepa.data.catalog import load_dataset as load_dataset
-    from sparsejepa.encoders.encoder import Encoder as Encoder
-    from sparsejepa.encoders.load import load as load
-    from sparsejepa.errors import UserError as UserError
-    from sparsejepa.evaluation.classifiers import KNNProbe as KNNProbe
-    from sparsejepa.evaluation.classifiers import LogisticProbe as LogisticProbe
-    from sparsejepa.evaluation.classifiers import RidgeProbe as RidgeProbe
-    from sparsejepa.evaluation.features import embed as embed
-    from sparsejepa.explain.posthoc import PostHocGroups as PostHocGroups
-    from sparsejepa.explain.run import run_explain as run_explain
-    from sparsejepa.model.groups import GroupMap as GroupMap
-    from sparsejepa.model.jepa import SparseJEPA as SparseJEPA
-    from sparsejepa.model.masks import MaskSampler as MaskSampler
-    from sparsejepa.model.vit import ViT as ViT
-    from sparsejepa.study import pretrain as pretrain
-    from sparsejepa.study.sweep import run_sweep as run_sweep
-    from sparsejepa.training.build import build_model as build_model
+    from sparsejepa.config import Config, preset
+    from sparsejepa.data.catalog import load_dataset
+    from sparsejepa.encoders.encoder import Encoder
+    from sparsejepa.encoders.load import load
+    from sparsejepa.errors import UserError
+    from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
+    from sparsejepa.evaluation.features import embed
+    from sparsejepa.explain.posthoc import PostHocGroups
+    from sparsejepa.explain.run import run_explain
+    from sparsejepa.model.groups import GroupMap
+    from sparsejepa.model.jepa import SparseJEPA
+    from sparsejepa.model.masks import MaskSampler
+    from sparsejepa.model.vit import ViT
+    from sparsejepa.study import pretrain
+    from sparsejepa.study.sweep import run_sweep
+    from sparsejepa.training.build import build_model
+
+__all__ = [
+    "Config", "Encoder", "GroupMap", "KNNProbe", "LogisticProbe", "MaskSampler", "PostHocGroups",
+    "RidgeProbe", "SparseJEPA", "UserError", "ViT", "__version__", "build_model", "embed", "load",
+    "load_dataset", "preset", "pretrain", "run_explain", "run_sweep",
+]  # fmt: skip
+_HOMES = {
+    "config": ("Config", "preset"), "errors": ("UserError",), "data.catalog": ("load_dataset",),
+    "encoders.encoder": ("Encoder",), "encoders.load": ("load",), "study": ("pretrain",),
+    "evaluation.classifiers": ("KNNProbe", "LogisticProbe", "RidgeProbe"),
+    "evaluation.features": ("embed",), "explain.posthoc": ("PostHocGroups",),
+    "explain.run": ("run_explain",), "model.groups": ("GroupMap",), "model.jepa": ("SparseJEPA",),
+    "model.masks": ("MaskSampler",), "model.vit": ("ViT",), "study.sweep": ("run_sweep",),
+    "training.build": ("build_model",),
+}  # fmt: skip
+_EXPORTS = {name: f"sparsejepa.{home}" for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, Union, get_type_hints
 import tyro
 
 from sparsejepa import __version__
-from sparsejepa.config import REMOVED, Config, load_toml, present_settings, preset
+from sparsejepa.config import Config, load_toml, present_settings, preset, removed_setting
 from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
@@ -142,9 +142,9 @@ def parse(words: Sequence[str]) -> Any:
     if unknown:
         given = next((word for word in unknown if word.startswith("--")), unknown[0])
         word = given.partition("=")[0].replace("_", "-")
-        gone = REMOVED.get(word.removeprefix("--").replace("-", "_"))
+        gone = removed_setting(word.removeprefix("--").replace("-", "_"))
         if gone:
-            raise UserError(f"{word}: {gone[1]}")
+            raise UserError(gone)
         if word.startswith("--"):
             meant = nearest(word, _flags(verb))
             raise UserError(f"unknown flag '{word}'{meant}; see {PROGRAM} {name} --help")

@@ -10,64 +10,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparsejepa.errors import UserError, flag, nearest
 
 # Width, depth and heads of the standard ViTs (Dosovitskiy et al. 2021; tiny: Touvron et al. 2021).
 ENCODER_SIZES: dict[str, tuple[int, int, int]] = {
-    "nano": (96, 6, 3),
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
+    "nano": (96, 6, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+    "large": (1024, 24, 16), "huge": (1280, 32, 16),
+}  # fmt: skip
 
-_NO_TERM = "this term was taken out; leave it out, or use --beta for the KL term"
+REMOVED: dict[str, Any] = {
+    "activation_l1": 0.0, "adam_beta2": 0.98, "augment": "crop", "balance": 0.03, "clip": 1.0,
+    "ema_reference": (0.992, 0.9999), "encoder_dims": (), "eval_every": None, "group_detach": 0.0,
+    "group_dim": None, "keep_checkpoints": 2, "kl_correlation": 1.0, "kl_marginal": 1.0,
+    "log_every": 10, "lr_final": 1e-6, "max_unreadable": 0.5, "randaugment": (2, 9),
+    "rectified": 0.0, "rectified_share": 0.25, "ridge": 1e-3, "sigreg": 0.0, "stem": "linear",
+    "subset_seed": 0, "target_centering": False, "target_layers": 1, "vicreg": (0.0, 0.0),
+    "w_lr_sum": 60.0,
+}  # fmt: skip
+"""Settings that earlier versions had, at the value that every run has now.
 
-REMOVED: dict[str, tuple[Any, str]] = {
-    "activation_l1": (0.0, _NO_TERM),
-    "adam_beta2": (0.98, "AdamW's second-moment decay is always 0.98; leave it out"),
-    "augment": ("crop", "use --crop-scale, and --crop-scale 1 1 --no-flip for whole images"),
-    "balance": (0.03, "there is no such term any more; leave it out"),
-    "clip": (1.0, "the network's gradient is always clipped at norm 1; leave it out"),
-    "ema_reference": ((0.992, 0.9999), "use --ema and --ema-final"),
-    "encoder_dims": ((), "use --encoder WIDTH,DEPTH,HEADS"),
-    "eval_every": (None, "a run is evaluated ten times while it trains; leave it out"),
-    "group_detach": (0.0, "the group loss always reaches the encoder; leave it out"),
-    "group_dim": (None, "a group is as wide as the encoder over --num-groups; leave it out"),
-    "keep_checkpoints": (2, "the two newest checkpoints are kept; leave it out"),
-    "kl_correlation": (1.0, "both parts of the KL have weight 1; use --beta"),
-    "kl_marginal": (1.0, "both parts of the KL have weight 1; use --beta"),
-    "log_every": (
-        10,
-        "metrics are written every ten steps or a hundred times a run; leave it out",
-    ),
-    "lr_final": (1e-6, "the learning rate always ends at 1e-6; leave it out"),
-    "max_unreadable": (0.5, "half of the images may be unreadable, always; leave it out"),
-    "randaugment": ((2, 9), "RandAugment was taken out; use --crop-scale and --flip"),
-    "rectified": (0.0, _NO_TERM),
-    "rectified_share": (0.25, _NO_TERM),
-    "ridge": (1e-3, "the ridge of the plain form is always 0.001; leave it out"),
-    "sigreg": (0.0, _NO_TERM),
-    "stem": ("linear", "patches are always embedded by a linear map; leave it out"),
-    "subset_seed": (0, "the subset of --limit is the same in every run; leave it out"),
-    "target_centering": (False, "targets are always those of the last block; leave it out"),
-    "target_layers": (1, "targets are always those of the last block; leave it out"),
-    "vicreg": ((0.0, 0.0), _NO_TERM),
-    "w_lr_sum": (60.0, "how far W moves is the same in every run; leave it out"),
-}
-"""Settings that earlier versions had: the value that every run has now, and what to do instead.
-
-Files that name one at that value are read as if they did not; any other value is refused, unless
+A file that names one at that value is read as if it did not; any other value is refused, unless
 it never changed a weight (`_HARMLESS`).
 """
 _HARMLESS = {"eval_every", "keep_checkpoints", "log_every", "max_unreadable"}
+_INSTEAD = {
+    "augment": "use --crop-scale, or --crop-scale 1 1 --no-flip for whole images",
+    "ema_reference": "use --ema and --ema-final",
+    "encoder_dims": "use --encoder WIDTH,DEPTH,HEADS",
+    "randaugment": "use --crop-scale and --flip",
+}
 
 
 @dataclass(frozen=True)
@@ -77,21 +53,17 @@ class DataConfig:
     img_size: tuple[int, ...] = ()
     """Image size in pixels, one number or height and width; the data set's own if not given."""
     limit: int | None = None
-    """Use only this many training images: a random subset, each class in proportion, the same one
-    in all runs."""
+    """Use only this many training images: the same random subset in all runs, by class."""
     holdout: int = 0
-    """Set this many training images aside: never trained on, and sweeps score their probes on them
-    instead of on test. For searching settings."""
+    """Never train on this many training images; sweeps score their probes on them, not on test."""
     corruption: Literal["none", "noise", "shuffle"] = "none"
-    """Pretrain on something else: noise of the images' colours, or images with shuffled patches."""
+    """Pretrain on noise of the images' colours, or on images with shuffled patches, instead."""
     data_root: Path | None = None
-    """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
-    not given."""
+    """Folder with local copies of data sets; SPARSEJEPA_DATA if not given."""
     upscale: bool = False
     """Enlarge images that are smaller than --img-size instead of refusing them."""
     stream: bool = False
-    """Read and decode images while training instead of all of them beforehand: for more data than
-    the disk can hold decoded. Tar shards are always read so."""
+    """Decode images while training, not beforehand: for more than the disk holds decoded."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Smallest and largest share of the image's area in a crop; 1 1 takes the whole image."""
     flip: bool = True
@@ -103,25 +75,21 @@ class EncoderConfig:
     """The two encoders and the predictor."""
 
     init: str | None = None
-    """Go on from these weights instead of random ones: a run directory, timm:NAME, hub:OWNER/NAME
-    or a file of weights. Sizes and patches are theirs."""
+    """Start from the weights of a run, timm:NAME, hub:OWNER/NAME or a file; sizes are theirs."""
     encoder: str = "tiny"
-    """Size of the vision transformer: nano, tiny, small, base, large or huge, or its width, depth
-    and heads as in 192,12,3."""
+    """nano, tiny, small, base, large, huge, or width, depth and heads as in 192,12,3."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     drop_path: float = 0.05
     """Stochastic depth of the last block of the context encoder."""
     predictor: Literal["transformer", "mlp", "groups"] = "transformer"
-    """transformer (I-JEPA), a shallow MLP (the SparseJEPA paper), or the group map itself: then
-    nothing reaches the targets but through W."""
+    """transformer (I-JEPA), a shallow mlp (the SparseJEPA paper), or the group map by itself."""
     predictor_dim: int = 128
     """Width of the predictor."""
     predictor_depth: int = 4
     """Blocks (transformer) or hidden layers (mlp) of the predictor."""
     predictor_pass: Literal["blocks", "union"] = "blocks"
-    """blocks: each target block on its own (I-JEPA); union: the patches of all blocks as one, which
-    is faster, and another method."""
+    """blocks: each target block on its own (I-JEPA); union: all as one, faster and not the same."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +105,7 @@ class MaskConfig:
     context_scale: tuple[float, float] = (0.85, 1.0)
     """Share of the patches in the context block, before the targets are taken out."""
     context_counts: tuple[int, ...] = ()
-    """Context patches per image, one of these per step; 1/4, 5/16, 3/8 of all if not given."""
+    """Context patches per image, one of these a step; 1/4, 5/16, 3/8 of all if not given."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +119,13 @@ class GroupConfig:
     w_form: Literal["sphere", "plain"] = "sphere"
     """sphere: each latent's weights have norm 1; plain: oi-VAE's form with a ridge."""
     lam: float = 0.01
-    """Group-lasso penalty; 0 keeps the group map and leaves it unpenalised. 0.001, 0.01 and 0.1
-    leave about 14 to 16, 3 to 11 and 1 to 2 of 16 groups per latent, the fewer the less the data
-    insist. On the sphere a latent keeps one."""
+    """Group-lasso penalty; 0 keeps the group map unpenalised. 0.001, 0.01 and 0.1 leave about 14 to
+    16, 3 to 11 and 1 to 2 of 16 groups per latent."""
     density: float | None = None
     """Steer lam towards this fraction of non-zero (group, latent) columns instead of fixing it."""
     pattern: str = "learned"
-    """learned, or a control with zeros in random places along the same path to --density: random
-    (all groups alike), or a run directory (each group and latent with as many as it has there)."""
+    """learned, or a control with random zeros on the same path to --density: random, or a run
+    directory, so that each group and latent has as many as there."""
     debias: float = 0.15
     """Last part of training with lam = 0 and the zero pattern frozen (0 to 1)."""
 
@@ -170,7 +137,7 @@ class LossConfig:
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     """Distance of predicted and target embeddings."""
     predict: Literal["embeddings", "pixels"] = "embeddings"
-    """What is predicted of a hidden patch: the target encoder's embedding or its pixels (MAE)."""
+    """What is predicted of a patch: the target encoder's embedding or its pixels (MAE)."""
     kl: Literal["aggregate", "posterior"] = "aggregate"
     """aggregate: of the batch of pooled embeddings to N(0, I); posterior: oi-VAE's, per sample."""
     beta: float = 0.05
@@ -196,15 +163,14 @@ class OptimConfig:
     weight_decay: float = 0.05
     """AdamW weight decay (matrices only)."""
     ema: float | None = None
-    """EMA rate of the target encoder at the start; if not given, 0.992 in a run of 29,000 steps, so
-    scaled that a shorter run forgets its start by the same share."""
+    """EMA rate of the target encoder at the start; by default 0.992 in 29,000 steps, scaled so that
+    a shorter run forgets its start alike."""
     ema_final: float | None = None
-    """EMA rate at the end; 0.9999 in a run of 29,000 steps, scaled alike, if not given."""
+    """EMA rate at the end; by default 0.9999 in 29,000 steps, scaled alike."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """auto: bf16 where the hardware has it; fp64: for checking."""
     accumulate: int = 1
-    """Parts in which each process takes its images of a step, to save memory. The KL and the
-    normalisation before W see one part (of all processes) at a time."""
+    """Parts in which a step's images are taken, to save memory; KL and W's norm see one each."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +184,7 @@ class RunConfig:
     threads: int | None = None
     """CPU threads; all cores if not given."""
     compile: bool = False
-    """Compile the step: faster steps after a minute or two of compiling (needs a C++ compiler)."""
+    """Compile the step: faster after a minute or two (needs a C++ compiler)."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Show the numbers there too; metrics.jsonl is always written."""
     checkpoint_every: int | None = None
@@ -226,11 +192,9 @@ class RunConfig:
     workers: int | None = None
     """Processes that decode a stream's images; one per CPU core if not given."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: each has the whole model (ddp), or its share of weights, gradients
-    and optimiser state (fsdp), for encoders that do not fit otherwise."""
+    """Several processes: each has the whole model (ddp) or a share of it (fsdp, less memory)."""
     checkpoint_activations: bool = False
-    """Compute the blocks of context encoder and predictor a second time instead of keeping their
-    activations: less memory, slower."""
+    """Compute the blocks a second time instead of keeping activations: less memory, slower."""
 
 
 @dataclass(frozen=True)
@@ -250,16 +214,17 @@ class Config:
     def replace(self, **flat: Any) -> Config:
         """Return a copy with the named settings changed; names are flat (``lam=0.1``).
 
-        Raises UserError for a name that is no setting.
+        Raises UserError for a name that is no setting, and for a value of another type.
         """
         fields = flat_fields()
         changes: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
-            if name in REMOVED:
-                raise UserError(f"{flag(name)}: {REMOVED[name][1]}")
+            if gone := removed_setting(name):
+                raise UserError(gone)
             if name not in fields:
                 raise UserError(f"unknown setting '{name}'{nearest(name, fields)}")
-            changes.setdefault(fields[name], {})[name] = _coerce(name, value)
+            section, hint = fields[name]
+            changes.setdefault(section, {})[name] = _typed(name, value, hint)
         top = changes.pop("", {})
         sections = {s: dataclasses.replace(getattr(self, s), **kw) for s, kw in changes.items()}
         return dataclasses.replace(self, **top, **sections)
@@ -268,7 +233,7 @@ class Config:
         """Return every setting by its flat name, in order."""
         return {
             name: getattr(getattr(self, section) if section else self, name)
-            for name, section in flat_fields().items()
+            for name, (section, _) in flat_fields().items()
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -279,8 +244,8 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
         """Rebuild from `to_dict`'s form, also that of an earlier version.
 
-        Raises UserError naming `source` for unknown settings, and for one of `REMOVED` that has
-        another value than every run has now.
+        Raises UserError naming `source` for unknown settings, for values of another type, and for
+        one of `REMOVED` that has another value than every run has now.
         """
         try:
             return cls().replace(**present_settings(values))
@@ -311,22 +276,36 @@ class Config:
 
     def check(self) -> Config:
         """Return self. Raises UserError for the first setting that cannot work on any data."""
-        _check_values(self.flat(), _hints())
-        _check_encoder(self)
-        if self.groups.groups != "none" and _known(self):
-            _check_groups(self)
-        _check_objective(self)
+        _check_values(self)
+        for fault in _faults(self):
+            raise UserError(fault)
         return self
 
     def check_image(self, size: tuple[int, int]) -> Config:
         """Return self. Raises UserError if `size` (h, w) does not fit patches, masks or groups."""
-        _check_image(self, size)
+        patch, (height, width) = self.model.patch_size, size
+        if height % patch or width % patch:
+            raise UserError(
+                f"--patch-size {patch} does not divide the image, {height}x{width} pixels; use "
+                f"another, or set --img-size to a multiple of {patch}"
+            )
+        patches = (height // patch) * (width // patch)
+        if patches < _FEWEST_PATCHES:
+            raise UserError(
+                f"--patch-size {patch} leaves {patches} patches of an image of {height}x{width} "
+                "pixels, too few for masks; use a smaller --patch-size or a larger --img-size"
+            )
+        if self.groups.groups == "region" and self.groups.num_groups > patches:
+            raise UserError(
+                f"--num-groups {self.groups.num_groups}: the image has {patches} patches that "
+                "--groups region can share out; use at most as many"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of settings, with what to expect of it."""
+    """A named set of settings, with what to expect of it; `expected` is the probe's accuracy."""
 
     about: str
     settings: Mapping[str, Any]
@@ -334,7 +313,6 @@ class Preset:
     hardware: str
     minutes: str = "not run"
     expected: str = "not run"
-    """Accuracy of the probe."""
 
 
 # I-JEPA's settings for ImageNet (Assran et al. 2023, appendix A, and the published configurations)
@@ -347,69 +325,52 @@ _IMAGENET: dict[str, Any] = {
     "warmup": 0.025, "weight_decay": 0.15, "ema": 0.996, "ema_final": 0.99998,
 }  # fmt: skip
 _LARGE = {"predictor_depth": 12, "parallel": "fsdp", "checkpoint_activations": True}
+_NANO: dict[str, Any] = {
+    "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
+    "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "ema": 0.99, "ema_final": 0.9995, "beta": 0.02,
+}  # fmt: skip
+
+
+def _imagenet(name: str, size: str, **settings: Any) -> Preset:
+    settings = {**_IMAGENET, **settings}
+    return Preset(
+        f"ViT-{size} on ImageNet as in I-JEPA: 224 pixels, batch 2048, {settings['epochs']} epochs",
+        settings,
+        f"torchrun --nproc-per-node 8 -m sparsejepa pretrain imagenet --preset {name}",
+        "8 GPUs of 80 GB",
+    )
+
 
 PRESETS: dict[str, Preset] = {
     "best": Preset(
         "our recipe for small images: ViT-Tiny/4, 300 epochs (a starting point, tuned later)",
-        {},
-        command="sparsejepa pretrain cifar100",
-        hardware="1 GPU",
+        {}, "sparsejepa pretrain cifar100", "1 GPU",
     ),
     "nano": Preset(
         "our recipe for two CPU cores: ViT-Nano, batch 128, minutes for 5,000 images",
-        {
-            "encoder": "nano", "predictor_dim": 64, "predictor_depth": 3, "drop_path": 0.0,
-            "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "epochs": 40, "ema": 0.99,
-            "ema_final": 0.9995, "beta": 0.02,
-        },
-        command="sparsejepa pretrain cifar100 --preset nano --patch-size 8 --limit 5000",
-        hardware="2 CPU cores",
-        minutes="2 to 6",
-        expected="CIFAR-100: 15 to 17 % (untrained 9.4 %, raw pixels 16.4 %), see docs/results.md",
+        {**_NANO, "epochs": 40},
+        "sparsejepa pretrain cifar100 --preset nano --patch-size 8 --limit 5000",
+        "2 CPU cores", "2 to 6",
+        "CIFAR-100: 15 to 17 % (untrained 9.4 %, raw pixels 16.4 %), see docs/results.md",
     ),
     "demo": Preset(
         "the built-in scenes in minutes on two CPU cores, as `sparsejepa demo` runs them",
-        {
-            "encoder": "nano", "patch_size": 8, "predictor_dim": 64, "predictor_depth": 3,
-            "drop_path": 0.0, "batch_size": 128, "lr": 2e-3, "warmup": 0.1, "limit": 10_000,
-            "steps": 1200, "ema": 0.99, "ema_final": 0.9995, "beta": 0.02,
-        },
-        command="sparsejepa demo",
-        hardware="2 CPU cores",
-        minutes="4.5",
-        expected="the demo's own table",
+        {**_NANO, "patch_size": 8, "limit": 10_000, "steps": 1200},
+        "sparsejepa demo", "2 CPU cores", "4.5", "the demo's own table",
     ),
     "paper": Preset(
         "the SparseJEPA paper read literally: MLP predictor, L2 loss, plain W with ridge, "
         "posterior KL, fixed lambda",
         {
             "predictor": "mlp", "predictor_depth": 2, "predictor_dim": 256, "loss": "l2",
-            "w_form": "plain", "kl": "posterior", "beta": 0.01, "group_weight": 1.0,
-            "debias": 0.0,
+            "w_form": "plain", "kl": "posterior", "beta": 0.01, "group_weight": 1.0, "debias": 0.0,
         },
-        command="sparsejepa pretrain cifar100 --preset paper",
-        hardware="1 GPU",
+        "sparsejepa pretrain cifar100 --preset paper", "1 GPU",
     ),
-    "vit-b16": Preset(
-        "ViT-B/16 on ImageNet as in I-JEPA: 224 pixels, batch 2048, 600 epochs",
-        {**_IMAGENET, "encoder": "base", "predictor_depth": 6},
-        command="torchrun --nproc-per-node 8 -m sparsejepa pretrain imagenet --preset vit-b16",
-        hardware="8 GPUs of 80 GB",
-    ),
-    "vit-l16": Preset(
-        "ViT-L/16 on ImageNet as in I-JEPA: 224 pixels, batch 2048, 600 epochs",
-        {**_IMAGENET, **_LARGE, "encoder": "large"},
-        command="torchrun --nproc-per-node 8 -m sparsejepa pretrain imagenet --preset vit-l16",
-        hardware="8 GPUs of 80 GB",
-    ),
-    "vit-h14": Preset(
-        "ViT-H/14 on ImageNet as in I-JEPA: 224 pixels, batch 2048, 300 epochs",
-        {
-            **_IMAGENET, **_LARGE, "encoder": "huge", "patch_size": 14, "epochs": 300,
-            "warmup": 0.05,
-        },
-        command="torchrun --nproc-per-node 8 -m sparsejepa pretrain imagenet --preset vit-h14",
-        hardware="8 GPUs of 80 GB",
+    "vit-b16": _imagenet("vit-b16", "B/16", encoder="base", predictor_depth=6),
+    "vit-l16": _imagenet("vit-l16", "L/16", encoder="large", **_LARGE),
+    "vit-h14": _imagenet(
+        "vit-h14", "H/14", encoder="huge", patch_size=14, epochs=300, warmup=0.05, **_LARGE
     ),
 }  # fmt: skip
 
@@ -433,35 +394,67 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_groups": (1, _BIG), "lam": (0, _BIG), "density": (0, 1), "group_weight": (0, _BIG),
     "debias": (0, 1), "beta": (0, _BIG), "epochs": (1, _BIG), "steps": (1, _BIG),
     "batch_size": (2, _BIG), "lr": (0, _BIG), "warmup": (0, 1), "weight_decay": (0, _BIG),
-    "ema": (0, 1), "ema_final": (0, 1), "threads": (1, 4096),
-    "checkpoint_every": (1, _BIG), "workers": (0, 1024),
-    "accumulate": (1, _BIG),
+    "ema": (0, 1), "ema_final": (0, 1), "threads": (1, 4096), "checkpoint_every": (1, _BIG),
+    "workers": (0, 1024), "accumulate": (1, _BIG),
 }  # fmt: skip
 _ASCENDING = ("crop_scale", "target_scale", "target_aspect_ratio", "context_scale")
 _PATTERNS = ("learned", "random")
 _NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a word",
-    Path: "a path",
-}
+    int: "a whole number", float: "a number", bool: "true or false", str: "a word", Path: "a path",
+}  # fmt: skip
 
 
-def _check_values(flat: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Refuse a value of another type, no option of its setting, or out of range.
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """Return a value as its setting has it: a tuple for a list, 0.0 for 0, a path for text.
 
-    Args:
-        flat, hints: value and type of every setting, by flat name.
+    So equal settings are written and hashed alike. Raises UserError for a value of another type or
+    none of the setting's options.
     """
-    for name, hint in hints.items():
-        several = get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal
-        if get_origin(hint) is not Literal and not several:
-            if not _fits(flat[name], hint):
-                raise UserError(f"{flag(name)} {_shown(flat[name])}: must be {_described(hint)}")
-            continue
-        for word in flat[name] if several else (flat[name],):
-            _check_option(name, word, get_args(get_args(hint)[0] if several else hint))
+    if name == "encoder" and isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    try:
+        return _as(name, value, hint)
+    except OverflowError:
+        raise UserError(f"{flag(name)}: a number of more than 63 bits") from None
+    except TypeError:
+        kinds = get_args(hint) or (hint,)
+        wanted = _NAMES[kinds[0]]
+        if get_origin(hint) is tuple:
+            count = "" if Ellipsis in kinds else f"{len(kinds)} "
+            wanted = f"{count}{wanted.removeprefix('a ')}s"
+        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        raise UserError(f"{flag(name)} {shown}: must be {wanted}") from None
+
+
+def _as(name: str, value: Any, hint: Any) -> Any:
+    """Return a value as the type `hint`; TypeError and OverflowError where it is none."""
+    kinds = get_args(hint)
+    if get_origin(hint) is tuple:
+        values = value if isinstance(value, list | tuple) else (value,)
+        kinds = kinds[:1] * len(values) if kinds[-1] is Ellipsis else kinds
+        if len(kinds) != len(values):
+            raise TypeError
+        return tuple(_as(name, one, kind) for one, kind in zip(values, kinds, strict=True))
+    if get_origin(hint) is Literal:
+        _check_option(name, value, kinds)
+    elif kinds:  # such as int | None
+        return None if value is None else _as(name, value, kinds[0])
+    elif type(value) is int and abs(value) >= 2**63:
+        raise OverflowError
+    elif type(value) is int and hint is float:
+        return float(value)
+    elif isinstance(value, str) and hint is Path:
+        return Path(value)
+    elif not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError
+    return value
+
+
+def _check_values(config: Config) -> None:
+    """Refuse a value of another type, no option of its setting, or out of range."""
+    flat = config.flat()
+    for name, (_, hint) in flat_fields().items():
+        _typed(name, flat[name], hint)
     for name, (low, high) in _RANGES.items():
         for value in flat[name] if isinstance(flat[name], tuple) else (flat[name],):
             if value is not None and not (low <= value <= high):
@@ -481,65 +474,46 @@ def _check_option(name: str, word: str, options: Collection[str]) -> None:
         raise UserError(f"{flag(name)} {word}: unknown{near}; there are {known}")
 
 
-def _check_encoder(config: Config) -> None:
-    """Refuse an encoder that cannot be made, or a predictor that does not fit positions."""
-    name = config.model.encoder
+def _faults(config: Config) -> Iterator[str]:
+    """Yield the settings that cannot work together, the encoder's first."""
+    model, groups = config.model, config.groups
+    name, kind, count, density = model.encoder, groups.groups, groups.num_groups, groups.density
     if name not in ENCODER_SIZES:
         numbers = name.split(",")
         if len(numbers) == 1:
             _check_option("encoder", name, [*ENCODER_SIZES, "WIDTH,DEPTH,HEADS"])
-        whole = all(n.isdecimal() and 1 <= int(n) <= _LARGEST_DIM for n in numbers)
-        if len(numbers) != 3 or not whole:
-            raise UserError(
-                f"--encoder {name}: width, depth and heads, three whole numbers above 0"
+        if len(numbers) != 3 or not all(
+            n.isdecimal() and 1 <= int(n) <= _LARGEST_DIM for n in numbers
+        ):
+            yield f"--encoder {name}: width, depth and heads, three whole numbers above 0"
+    width, _, heads = config.encoder_shape
+    if width % heads or width % 4:
+        yield f"--encoder {name}: the width must be a multiple of 4 and of the heads"
+    if model.predictor_dim % 4:
+        yield f"--predictor-dim {model.predictor_dim}: must be a multiple of 4"
+    # Where --init says the width, groups are checked when it is read.
+    if kind != "none" and (model.init is None or name not in ENCODER_SIZES):
+        named = f"--init {model.init}" if model.init is not None else f"--encoder {name}"
+        if count > width:
+            yield f"--num-groups {count} is more than the {width} latents of {named}; use fewer"
+        if kind == "feature" and width % count:
+            yield (
+                f"--num-groups {count} does not divide the width {width} of {named}, which "
+                "--groups feature needs; use a number that does"
             )
-        width, _, heads = config.encoder_shape
-        if width % heads or width % 4:
-            raise UserError(f"--encoder {name}: the width must be a multiple of 4 and of the heads")
-    if config.model.predictor_dim % 4:
-        raise UserError(f"--predictor-dim {config.model.predictor_dim}: must be a multiple of 4")
-
-
-def _known(config: Config) -> bool:
-    """Return whether the settings say how large the encoder is; else --init does, later."""
-    return config.model.init is None or config.model.encoder not in ENCODER_SIZES
-
-
-def _check_groups(config: Config) -> None:
-    """Refuse groups that do not fit the width of the encoder, and a density of less than one."""
-    groups, (width, _, _) = config.groups, config.encoder_shape
-    count, model = groups.num_groups, config.model
-    named = f"--init {model.init}" if model.init is not None else f"--encoder {model.encoder}"
-    if count > width:
-        raise UserError(
-            f"--num-groups {count} is more than the {width} latents of {named}; use at most {width}"
-        )
-    if groups.groups == "feature" and width % count:
-        raise UserError(
-            f"--num-groups {count} does not divide the width {width} of {named}, which --groups "
-            f"feature needs; use e.g. {max(g for g in range(1, count) if width % g == 0)}"
-        )
-    if groups.density is not None and groups.density < 1 / count:
-        raise UserError(
-            f"--density {groups.density:g} is below 1/{count}: each latent keeps at least one of "
-            f"the --num-groups {count}; use {1 / count:.4g} or more"
-        )
-
-
-def _check_objective(config: Config) -> None:
-    """Refuse combinations of pattern, predictor and targets that cannot work."""
-    groups = config.groups
-    if groups.pattern != "learned":
-        if groups.groups == "none":
-            raise UserError(f"--pattern {groups.pattern}: with --groups none there is no pattern")
-        if groups.density is None:
-            raise UserError(
-                f"--pattern {groups.pattern} needs --density, the share of columns to keep"
+        if density is not None and density < 1 / count:
+            yield (
+                f"--density {density:g} is below 1/{count}: each latent keeps at least one of "
+                f"the --num-groups {count}; use {1 / count:.4g} or more"
             )
-    if config.model.predictor == "groups" and groups.groups == "none":
-        raise UserError("--predictor groups needs groups; choose --groups region, concept, feature")
-    if config.loss.predict == "pixels" and groups.groups == "feature":
-        raise UserError(
+    if groups.pattern != "learned" and kind == "none":
+        yield f"--pattern {groups.pattern}: with --groups none there is no pattern"
+    if groups.pattern != "learned" and density is None:
+        yield f"--pattern {groups.pattern} needs --density, the share of columns to keep"
+    if model.predictor == "groups" and kind == "none":
+        yield "--predictor groups needs groups; choose --groups region, concept, feature"
+    if config.loss.predict == "pixels" and kind == "feature":
+        yield (
             "--predict pixels: --groups feature shares out the dimensions of embeddings; use "
             "region or concept"
         )
@@ -551,92 +525,28 @@ def check_pattern(config: Config) -> None:
     run = Path(name)
     if name in _PATTERNS or (run / "groups.safetensors").is_file():
         return
-    if (run / "summary.json").is_file():
-        raise UserError(f"--pattern {name}: that run has no groups; name one that has")
-    if (run / "config.toml").is_file():
-        raise UserError(f"--pattern {name}: that run is not finished; go on with it first")
     near = "" if run.is_dir() else nearest(name, _PATTERNS)
     raise UserError(f"--pattern {name}: not learned, random or a finished run with groups{near}")
 
 
-def _check_image(config: Config, size: tuple[int, int]) -> None:
-    """Raise UserError if `size` (h, w) does not fit patches, masks or groups."""
-    patch = config.model.patch_size
-    for side in size:
-        if side % patch:
-            fits = [
-                str(p)
-                for p in range(2, min(size) + 1)
-                if not (size[0] % p or size[1] % p) and size[0] * size[1] >= _FEWEST_PATCHES * p * p
-            ]
-            remedy = f"use one of {', '.join(fits)} or set" if fits else "set"
-            raise UserError(
-                f"--patch-size {patch} does not divide the image, {size[0]}x{size[1]} pixels; "
-                f"{remedy} --img-size to a multiple of {patch}"
-            )
-    patches = (size[0] // patch) * (size[1] // patch)
-    if patches < _FEWEST_PATCHES:
-        raise UserError(
-            f"--patch-size {patch} leaves {patches} patches of an image of {size[0]}x{size[1]} "
-            "pixels, too few for masks; use a smaller --patch-size or a larger --img-size"
-        )
-    if config.groups.groups == "region" and config.groups.num_groups > patches:
-        raise UserError(
-            f"--num-groups {config.groups.num_groups} is more than the {patches} patches that "
-            f"--groups region shares out; use at most {patches}"
-        )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value has a setting's type."""
-    kinds = get_args(hint)
-    if get_origin(hint) is tuple:
-        if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(value) if isinstance(value, tuple) else ()
-        return (
-            isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-        )
-    if kinds:  # one of several types, such as int or None
-        return any(_fits(value, kind) for kind in kinds)
-    if hint is float:
-        return type(value) in (int, float)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _described(hint: Any) -> str:
-    """Return a setting's type in words."""
-    kinds = [kind for kind in get_args(hint) if kind not in (NoneType, Ellipsis)]
-    if get_origin(hint) is tuple:
-        count = "" if get_args(hint)[-1] is Ellipsis else f"{len(kinds)} "
-        return f"{count}{_NAMES[kinds[0]].removeprefix('a ')}s"
-    return _NAMES[kinds[0] if kinds else hint]
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 @functools.cache
-def flat_fields() -> dict[str, str]:
-    """Return {flat field name: section}, section "" for the top level."""
-    names: dict[str, str] = {}
+def flat_fields() -> dict[str, tuple[str, Any]]:
+    """Return {flat field name: (section, type)}, section "" for the top level."""
+    names: dict[str, tuple[str, Any]] = {}
     for outer in dataclasses.fields(Config):
         inner = outer.default_factory
         if dataclasses.is_dataclass(inner):
-            names.update((f.name, outer.name) for f in dataclasses.fields(inner))
+            names |= {name: (outer.name, hint) for name, hint in get_type_hints(inner).items()}
         else:
-            names[outer.name] = ""
+            names[outer.name] = "", str
     return names
 
 
-@functools.cache
-def _hints() -> dict[str, Any]:
-    """Return {flat field name: type}."""
-    sections = [f.default_factory for f in dataclasses.fields(Config)]
-    hints = {name: str for name, section in flat_fields().items() if not section}
-    for section in sections:
-        hints |= get_type_hints(section) if dataclasses.is_dataclass(section) else {}
-    return hints
+def removed_setting(name: str) -> str:
+    """Return what to do instead of a setting of `REMOVED`, empty for any other name."""
+    advice = _INSTEAD.get(name, "leave it out")
+    gone = f"{flag(name)}: this setting was taken out, all runs are alike in it; {advice}"
+    return gone if name in REMOVED else ""
 
 
 def present_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -650,10 +560,10 @@ def present_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if dims := flat.pop("encoder_dims", ()):  # its successor takes them too
         flat["encoder"] = dims
     for name in flat.keys() & REMOVED.keys():
-        value, (now, advice) = flat.pop(name), REMOVED[name]
-        same = (tuple(value) if isinstance(value, list) else value) == now
+        value = flat.pop(name)
+        same = (tuple(value) if isinstance(value, list) else value) == REMOVED[name]
         if not same and name not in _HARMLESS:
-            raise UserError(f"{flag(name)} {_shown(value)}: {advice}")
+            raise UserError(removed_setting(name))
     return flat
 
 
@@ -665,29 +575,6 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # of numbers and of nesting without end as well
         raise UserError(f"{path}: not valid TOML ({error})") from None
-
-
-def _coerce(name: str, value: Any) -> Any:
-    """Bring a keyword or TOML value to the field's type.
-
-    Lists become tuples, text a path, one image size a tuple, sizes of an encoder text, and 0
-    becomes 0.0 where a number need not be whole, so that equal settings are written and hashed
-    alike.
-    """
-    if name == "encoder" and isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    if name == "img_size" and isinstance(value, int):
-        return (value,)
-    if name == "log" and isinstance(value, str):
-        return (value,)
-    if name == "data_root" and isinstance(value, str):
-        return Path(value)
-    values = value if isinstance(value, list | tuple) else [value]
-    if any(type(x) is int and abs(x) >= 2**63 for x in values):
-        raise UserError(f"{flag(name)}: a number of more than 63 bits")
-    if "float" in str(_hints().get(name)):
-        values = [float(x) if type(x) is int else x for x in values]
-    return tuple(values) if isinstance(value, list | tuple) else values[0]
 
 
 def _plain(value: Any) -> Any:

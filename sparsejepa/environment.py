@@ -13,14 +13,11 @@ from typing import Any
 from sparsejepa import __version__
 from sparsejepa.errors import UserError
 
-_PACKAGE = Path(__file__).resolve().parent
-
 
 def environment() -> dict[str, Any]:
     """Return versions, hardware and, in a source checkout, the commit (``+``: changed since)."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "sparsejepa": __version__,
         "python": platform.python_version(),
@@ -28,7 +25,7 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "commit": _commit(),
     }
 
@@ -44,11 +41,8 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this file lies in, None for an installed package.
-
-    A copy of a checkout without its history takes it from SPARSEJEPA_COMMIT.
-    """
-    root = _PACKAGE.parent
+    """Return the commit of this checkout, or SPARSEJEPA_COMMIT where there is no history."""
+    root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return os.environ.get("SPARSEJEPA_COMMIT")
 
@@ -57,12 +51,10 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        # Results files grow while runs are recorded; they do not change what a run computes.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "sparsejepa")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except OSError:
         return None
-    return (commit + "+" if changed else commit) or None
 
 
 def cores() -> int:

@@ -11,8 +11,8 @@ _LONGEST = 2000
 class UserError(ValueError):
     """Bad input: one line that names the flag or file at fault and the remedy.
 
-    The command line prints it without a traceback and exits with status 2. It stays one line, and
-    one that fits a screen, also where it quotes what a file holds.
+    The command line prints it without a traceback and exits with status 2. It stays one line that
+    fits a screen, also where it quotes a file.
     """
 
     def __init__(self, line: str) -> None:
@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class SizesDiffer(UserError):
-    """Images have several sizes and none was named; whoever knows one may try again with it."""
+    """Images have several sizes and none was named."""
 
 
 class TooFewImages(UserError):
@@ -34,10 +34,7 @@ class TooFewImages(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop, and what there was to save is saved.
-
-    The command line exits with 128 + `number`, as a process that the signal ended would.
-    """
+    """Signal `number` asked to stop, and all is saved; the exit status is 128 + `number`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -26,7 +26,7 @@ from sparsejepa.errors import UserError
 
 FORMAT = 1
 LOCK = ".lock"
-"""In a folder at work: pid and host of the job that holds it. It is gone when no job does."""
+"""In a folder at work: who holds it."""
 
 
 @contextmanager
@@ -81,8 +81,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of this program or damaged ({reason})") from None
+        raise UserError(f"{path}: not a checkpoint of this program or damaged ({error})") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(
             f"{path}: format {metadata.get('format')}, this version reads {FORMAT}; "
@@ -95,7 +94,7 @@ def sync(path: Path) -> int:
     """Make the content of a file durable; return its size in bytes."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
+    return path.stat().st_size
 
 
 def sync_folder(folder: Path) -> None:
@@ -115,11 +114,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keep `folder`, made if it is not there, for this process while the context lasts.
 
     The lock lies on the open file, not in its content: the system frees it when the process ends,
-    however it ends, and no process that it forks holds it. Where the system or the file system
-    cannot lock, nothing is locked and a warning says so.
-
-    Raises UserError that names the holder's pid and host.
+    however it ends, and no process that it forks holds it. Where nothing can be locked a warning
+    says so. Raises UserError that names the holder's pid and host.
     """
+    folder.mkdir(exist_ok=True)
     handle = _take(folder / LOCK)
     try:
         yield
@@ -132,47 +130,26 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _take(path: Path) -> int | None:
-    """Return the open, locked file; None where the system cannot lock."""
-    try:
-        import fcntl
-    except ImportError:
-        warnings.warn(f"{path}: this system has no file locks; start no second job", stacklevel=4)
-        return None
+    """Return the open, locked file; None where the system or the file system cannot lock."""
     while True:
-        path.parent.mkdir(exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the holder before has just removed the folder
-            continue
-        try:
+            import fcntl
+
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = _holder(handle)
+        except (ImportError, OSError) as error:
+            holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
             os.close(handle)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if getattr(error, "errno", None) in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(
                     f"{path.parent} is in use by {holder}; wait until it has ended, stop it, or "
                     "name another place with --out"
                 ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            warnings.warn(
-                f"{path}: this file system cannot lock ({error.strerror}); start no second job",
-                stacklevel=4,
-            )
+            warnings.warn(f"{path}: cannot lock ({error}); start no second job", stacklevel=4)
             return None
         if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
             with contextlib.suppress(OSError):  # a full disk: only the message is poorer then
                 os.ftruncate(handle, 0)
-                about = {"pid": os.getpid(), "host": socket.gethostname()}
-                os.write(handle, json.dumps(about).encode())
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return handle
         os.close(handle)  # the holder before removed it meanwhile
-
-
-def _holder(handle: int) -> str:
-    try:
-        about = json.loads(os.pread(handle, 1000, 0))
-        return f"process {int(about['pid'])} on {about['host']}"
-    except (OSError, ValueError, LookupError, TypeError):  # it is just writing that
-        return "another process"

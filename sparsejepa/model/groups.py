@@ -2,11 +2,9 @@
 
 Group g sees the latents z only through u_g = W^(g) z and predicts with a network of its own.
 Column j of W^(g), written W_gj, says how latent j feeds group g; the penalty sum_gj ||W_gj|| makes
-whole columns exactly zero. The form is oi-VAE's (Ainsworth et al. 2018, "Output Interpretable
-VAEs", eqs. 4-7), used by SparseJEPA (Hartman and Varshney 2025, section 3).
-
-Nothing before W mixes latents (z is only centred and scaled per dimension) and nothing after W
-mixes groups, so a zero means that this latent does not reach that group's prediction.
+whole columns exactly zero (oi-VAE, Ainsworth et al. 2018, eqs. 4-7, used by SparseJEPA, Hartman
+and Varshney 2025, section 3). Nothing before W mixes latents and nothing after it mixes groups, so
+a zero means that this latent does not reach that group's prediction.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sparsejepa.distributed import alone, gather
 from sparsejepa.errors import UserError
@@ -26,33 +25,28 @@ from sparsejepa.model.vit import attend, sincos_position_embedding
 Kind = Literal["region", "concept", "feature"]
 Phase = Literal["penalised", "freeze", "frozen"]
 
-# Block norms start at 1/sqrt(G) give or take 14 %: exactly equal norms are a fixed point of the
-# spherical prox.
+# Block norms start at 1/sqrt(G) give or take 14 %: equal ones are a fixed point of prox_sphere.
 _SPREAD = 0.14
 # Without the sphere a block loses what the prox takes outright; oi-VAE starts W large as well.
 _PLAIN_SCALE = 4.0
-
-LAM_UNIT = 0.004
-"""The lam at which the prox is as strong as the root mean square pull of the data on W's blocks."""
-
-
-def strength(lam: float | Tensor) -> Any:
-    """Return how strong the prox is at `lam`, against the root mean square pull of the data.
-
-    (lam / LAM_UNIT) to the power 1/4. The power spreads the usual range of lam, 0.001 to 0.1, over
-    all densities: measured on features of CIFAR-100, in both forms of W (docs/method.md).
-    """
-    return (lam / LAM_UNIT) ** 0.25
-
-
-W_WINDOW = 0.2
-"""Share of a run over which W's gradient is averaged."""
-
-TRAVEL = 4.0
-"""How far a block moves over a run under that pull; its norm starts near 1/sqrt(G)."""
 # Small outputs at the start (as in the ViT), so that the untrained head does not push the encoder.
 _OUT_STD = 0.02
 _TINY = 1e-30
+
+LAM_UNIT = 0.004
+"""The lam at which the prox is as strong as the root mean square pull of the data on W's blocks."""
+W_WINDOW = 0.2
+"""Share of a run over which W's gradient is averaged."""
+TRAVEL = 4.0
+"""How far a block moves over a run under that pull; its norm starts near 1/sqrt(G)."""
+
+
+def strength(lam: float | Tensor) -> Any:
+    """Return how strong the prox is at `lam`, against the pull of the data: (lam / LAM_UNIT)^(1/4).
+
+    The power spreads lam from 0.001 to 0.1 over all densities (measured, see docs/method.md).
+    """
+    return (lam / LAM_UNIT) ** 0.25
 
 
 def mean_momentum(step: int, total: int) -> float:
@@ -76,12 +70,7 @@ def prox_group_lasso(W: Tensor, t: float | Tensor) -> Tensor:
 
     The exact minimiser over X of 1/2 ||X - W||^2 + t sum_gj ||X_gj|| (oi-VAE eq. 7).
 
-    Args:
-        W: [G, P, D], block (g, j) is W[g, :, j].
-        t: threshold >= 0, a number or a 0-d tensor.
-
-    Returns:
-        [G, P, D]. Zero blocks stay zero, also for t = 0.
+    W and the result are [G, P, D], block (g, j) is W[g, :, j]; t >= 0 is a number or a 0-d tensor.
     """
     norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)
     return W * (1 - t / norms.clamp_min(_TINY)).clamp_min(0)
@@ -92,15 +81,10 @@ def prox_sphere(W: Tensor, t: float | Tensor) -> Tensor:
 
     For every j the minimiser over sum_g ||X_gj||^2 = 1 of 1/2 ||X_j - W_j||^2 + t sum_g ||X_gj||.
     With v_g = ||W_gj|| the block norms of the solution are r = (v - t)_+ / ||(v - t)_+||; if no v_g
-    exceeds t, all weight goes to the largest block. Directions are kept.
+    exceeds t, all weight goes to the largest block. Directions are kept. Where W_j is zero
+    altogether every one-hot point is a minimiser; group 0 and its first axis are taken.
 
-    Args:
-        W: [G, P, D], any scale.
-        t: threshold >= 0, a number or a 0-d tensor.
-
-    Returns:
-        [G, P, D], norm 1 for every latent. Where W_j is zero altogether every one-hot point is a
-        minimiser; group 0 and its first axis are taken. What is not finite stays so.
+    Args and returns as `prox_group_lasso`.
     """
     v = torch.linalg.vector_norm(W, dim=1)  # [G, D]
     excess = (v - t).clamp_min(0)
@@ -118,10 +102,9 @@ def prox_sphere(W: Tensor, t: float | Tensor) -> Tensor:
 def partition_cells(grid_size: tuple[int, int], num_groups: int) -> Tensor:
     """Share a grid of patches out to `num_groups` rectangles of nearly equal size.
 
-    The rows are cut into R bands of nearly equal height, and band i into k_i cells of nearly equal
-    width; the k_i differ by at most one and the taller bands get the larger ones, so any
-    1 <= G <= N works, prime or not. R is the number that makes the cells most equal in size, then
-    most square: 16 cells of 2x2 on 8x8.
+    The rows are cut into bands of nearly equal height and each band into cells of nearly equal
+    width, taller bands into more, so any 1 <= G <= N works. The number of bands makes the cells
+    most equal in size, then most square: 16 cells of 2x2 on 8x8.
 
     Returns:
         int64 [N]: the cell of each patch (row-major), cells numbered row by row.
@@ -138,23 +121,23 @@ def partition_cells(grid_size: tuple[int, int], num_groups: int) -> Tensor:
     def shares(total: int, parts: int) -> list[int]:
         return [total // parts + (i < total % parts) for i in range(parts)]
 
-    def layout(bands: int) -> list[tuple[int, list[int]]]:
+    def layout(bands: int) -> list[tuple[int, int]]:
+        """Return (height, width) of every cell, band by band."""
         pairs = zip(shares(rows, bands), shares(num_groups, bands), strict=True)
-        return [(height, shares(cols, k)) for height, k in pairs]
+        return [(height, width) for height, k in pairs for width in shares(cols, k)]
 
     def cost(bands: int) -> tuple[int, float]:
-        cells = [(h, w) for h, widths in layout(bands) for w in widths]
+        cells = layout(bands)
         sizes = [h * w for h, w in cells]
         return max(sizes) - min(sizes), max(max(h / w, w / h) for h, w in cells)
 
     fewest = -(-num_groups // cols)  # no band can hold more cells than there are columns
-    best = min(range(fewest, min(rows, num_groups) + 1), key=cost)
-    cells, first = [], 0
-    for height, widths in layout(best):
-        line = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)) + first
-        cells.append(line.repeat(height))
-        first += len(widths)
-    return torch.cat(cells)
+    bands = min(range(fewest, min(rows, num_groups) + 1), key=cost)
+    cells, row, col = torch.empty(rows, cols, dtype=torch.int64), 0, 0
+    for number, (height, width) in enumerate(layout(bands)):
+        cells[row : row + height, col : col + width] = number
+        row, col = (row + height, 0) if col + width == cols else (row, col + width)
+    return cells.flatten()
 
 
 def _weight(*shape: int, std: float) -> nn.Parameter:
@@ -175,14 +158,12 @@ class RegionNetworks(nn.Module):
         self.position = _weight(patches, hidden, std=0.1)
         self.B = _weight(groups, out_dim, hidden, std=_OUT_STD)
         self.c = nn.Parameter(torch.zeros(groups, 1, out_dim))
-        # Patches by cell, rows padded (with the cell's last patch) to the largest cell, so that all
-        # groups are one batched product; `slot` finds each patch in that table.
-        members = [torch.nonzero(cells == g).flatten() for g in range(groups)]
-        width = max(map(len, members))
-        table = torch.stack([m[torch.arange(width).clamp_max(len(m) - 1)] for m in members])
-        rank = torch.cat([torch.arange(len(m)) for m in members])
-        slot = torch.empty_like(cells)
-        slot[torch.cat(members)] = cells[torch.cat(members)] * width + rank
+        # Patches by cell, padded to the largest cell, so that all groups are one batched product;
+        # `slot` finds each patch in that table.
+        own = [torch.nonzero(cells == g).flatten() for g in range(groups)]
+        table, slot = pad_sequence(own, batch_first=True), torch.empty_like(cells)
+        for g, patches_of in enumerate(own):
+            slot[patches_of] = g * table.shape[1] + torch.arange(len(patches_of))
         self.members: Tensor  # [G, n]
         self.slot: Tensor  # [N]
         self.register_buffer("members", table, persistent=False)
@@ -206,8 +187,7 @@ class AttentionNetworks(nn.Module):
     """One predictor per group: cross attention from the queries to the context's u_g, then an MLP.
 
     Keys and values are linear in u_g and the patch's position, queries are a mask token plus the
-    position; queries do not see each other. There is no layer norm: it would undo the scale that
-    the ridge of the plain form pins.
+    position and do not see each other. A layer norm would undo the scale that the ridge pins.
     """
 
     def __init__(
@@ -268,15 +248,13 @@ class GroupMap(nn.Module):
         kind: what a group is.
         embed_dim: D.
         grid_size: rows and columns of patches, N in all.
-        num_groups: G.
-        group_dim: P.
+        num_groups, group_dim: G and P.
         sphere: keep sum_g ||W_gj||^2 = 1 for every latent j; otherwise oi-VAE's plain form, which
             needs `ridge` in the loss to pin the scale.
         hidden: width of the group networks.
         out_dim: width D' of what is predicted of a patch; D if not given.
 
-    Raises UserError if there are more regions than patches, or G does not divide D' for
-    ``feature``.
+    Raises UserError for more regions than patches, or where G does not divide D' (``feature``).
     """
 
     def __init__(
@@ -305,8 +283,7 @@ class GroupMap(nn.Module):
         blocks = F.normalize(torch.randn(num_groups, group_dim, embed_dim), dim=1)
         spread = (1 + _SPREAD * torch.randn(num_groups, 1, embed_dim)).clamp_min(0.1)
         self.W = nn.Parameter(prox_sphere(blocks * spread, 0.0) * scale)
-        # The mean of W's gradient over the recent past; see `proximal_step`.
-        self.mean_gradient: Tensor  # [G, P, D]
+        self.mean_gradient: Tensor  # [G, P, D], of W over the recent past, see `proximal_step`
         self.register_buffer("mean_gradient", torch.zeros_like(self.W))
         # Running statistics take over in evaluation; no affine part, which could hide a latent.
         self.norm = nn.BatchNorm1d(embed_dim, affine=False)
@@ -323,17 +300,10 @@ class GroupMap(nn.Module):
             self.networks = AttentionNetworks(grid_size, num_groups, group_dim, own, hidden, gain)
 
     def forward(self, z: Tensor, context_index: Tensor, query_index: Tensor) -> Tensor:
-        """Predict the patches `query_index`.
+        """Predict the patches `query_index` [B, T] from the context tokens z [B, C, D].
 
-        Args:
-            z: [B, C, D], context tokens.
-            context_index: int64 [B, C], their patches.
-            query_index: int64 [B, T], the patches to predict.
-
-        Returns:
-            [B, T, D'].
-
-        Raises ValueError in training if the normalisation has a single value per dimension.
+        `context_index` [B, C] are the patches of z, both int64. Returns [B, T, D']. Raises
+        ValueError in training if the normalisation has a single value per dimension.
         """
         if isinstance(self.networks, RegionNetworks):
             pooled = self._normalize(full(z).mean(1))
@@ -379,10 +349,10 @@ class GroupMap(nn.Module):
 
     @torch.no_grad()
     def pull(self, keep: Tensor | None = None) -> Tensor:
-        """Return where the data want W to go, [G, P, D]: minus the running mean of the gradient, in
-        units in which the root mean square of the block norms ||pull_gj|| is 1.
+        """Return where the data want W to go, [G, P, D]: minus the running mean of the gradient.
 
-        With `keep`, bool [G, D], the other blocks are 0 and do not count.
+        Its unit makes the root mean square of the block norms 1, over the blocks of `keep`, bool
+        [G, D], if given: the others are 0.
         """
         norms = torch.linalg.vector_norm(self.mean_gradient, dim=1)
         kept = torch.ones_like(norms) if keep is None else keep.to(norms.dtype)
@@ -404,18 +374,15 @@ class GroupMap(nn.Module):
         W <- prox(W + rate pull, rate strength(lam)),  pull = -m / rms_gj ||m_gj||
 
         Only the direction of the gradient counts, whatever weight, loss and batch size stand before
-        it, and lam is stated in pulls, see `strength`. As the squares of the pulls average 1, at
-        most the share 1 / strength^2 of the blocks is pulled harder than the prox takes. The others
-        leave in time, but for those of a latent that are all pulled alike, and on the sphere each
-        latent keeps one. A zero block comes back when its pull exceeds the penalty; the mean keeps
-        the noise of single batches, of which it leaves sqrt((1 - momentum) / (1 + momentum)), from
-        bringing it back.
+        it, and lam is stated in pulls, see `strength` and docs/method.md. A zero block comes back
+        when its pull exceeds the penalty; the mean keeps the noise of batches from doing that.
 
         Args:
             rate: how far a block goes under the root mean square pull.
             lam: penalty; a 0-d tensor is not read on the host.
+            momentum: of the gradient's mean.
             keep: bool [G, D], instead of a penalty: the other blocks become or stay zero, and do
-                not count in the unit of the pull, so that W moves as far whatever pattern is kept.
+                not count in the unit of the pull.
         """
         if self.W.grad is not None:
             self.mean_gradient.lerp_(self.W.grad, 1 - momentum)
@@ -437,9 +404,8 @@ class GroupMap(nn.Module):
     ) -> None:
         """Take the `proximal_step` of a phase of a run.
 
-        penalised: under `lam`, or under that with which `controller` steers to `density`; freeze:
-        a controller's last step, which brings the pattern to `density` exactly; frozen: the zeros
-        stay where they are and nothing shrinks.
+        penalised: under `lam`, or the one with which `controller` steers to `density`; freeze: the
+        controller's last step, to `density` exactly; frozen: zeros stay and nothing shrinks.
         """
         keep: Tensor | None = None
         penalty: float | Tensor = lam
@@ -453,11 +419,8 @@ class GroupMap(nn.Module):
         self.proximal_step(rate, penalty, momentum=momentum, keep=keep)
 
     def strongest(self, density: float, rate: float) -> Tensor:
-        """Return the share `density` of the blocks to keep, bool [G, D], at least one per latent.
-
-        Those that are largest after a step of `rate` along the pull, so that of zero blocks the
-        ones come first that the data want most.
-        """
+        """Return the share `density` of the blocks to keep, bool [G, D], at least one per latent:
+        those that are largest after a step of `rate` along the pull."""
         return largest(torch.linalg.vector_norm(self.W + rate * self.pull(), dim=1), density)
 
     def group_activations(self, z: Tensor) -> Tensor:
@@ -474,9 +437,9 @@ def group_norms(W: Tensor, z: Tensor) -> Tensor:
 
 
 def largest(norms: Tensor, density: float) -> Tensor:
-    """Return the share `density` of the blocks with the largest norms [G, D], bool [G, D].
+    """Return the share `density` of blocks with the largest norms [G, D], bool [G, D].
 
-    Every latent keeps its largest. Nothing is read on the host.
+    Every latent keeps its largest.
     """
     ranked = norms.scatter(0, norms.argmax(0, keepdim=True), math.inf).flatten()
     count = max(norms.shape[1], round(density * norms.numel()))
@@ -485,14 +448,12 @@ def largest(norms: Tensor, density: float) -> Tensor:
 
 
 def random_pattern(groups: int, latents: int, density: float, like: Tensor | None = None) -> Tensor:
-    """Return a random zero pattern, bool [G, D], drawn from torch's default generator.
+    """Return a random pattern, bool [G, D], of the share `density` of the blocks to keep.
 
-    All latents have the same number of groups and all groups the same number of latents, give or
-    take one; with `like`, bool [G, D], they have as many as there. `density` is the share of the
-    blocks (at least one per latent).
+    All latents have as many groups and all groups as many latents, give or take one; with `like`,
+    bool [G, D], as many as there. Drawn from torch's default generator.
     """
     if like is None:
-        # Dealing out one group after the other in turn has equal sums both ways.
         each, more = divmod(max(latents, round(density * groups * latents)), latents)
         counts = each + (torch.randperm(latents) < more)
         dealt = torch.repeat_interleave(torch.arange(latents), counts)
@@ -500,8 +461,8 @@ def random_pattern(groups: int, latents: int, density: float, like: Tensor | Non
         like[torch.arange(len(dealt)) % groups, dealt] = True
     pattern = like.clone()
     for _ in range(10 * latents if latents > 1 else 0):
-        # Two latents pool the groups that only one of them has and deal them out again, each as
-        # many as before (the curveball algorithm, Strona et al. 2014).
+        # Two latents pool the groups that only one has and deal them out again, each as many as
+        # before (the curveball algorithm, Strona et al. 2014).
         a, b = torch.randperm(latents)[:2].tolist()
         differ = (pattern[:, a] != pattern[:, b]).nonzero().flatten()
         mine = differ[torch.randperm(len(differ))[: int(pattern[differ, a].sum())]]
@@ -513,15 +474,10 @@ def random_pattern(groups: int, latents: int, density: float, like: Tensor | Non
 class DensityController(nn.Module):
     """Steers lam so that the density (the share of non-zero blocks) follows a wanted path.
 
-    Proportional-integral control of log lam, with a limit on how fast it moves: density answers
-    late, as a block takes a tenth of a run or so to shrink to zero. All state is in buffers: a
-    checkpoint restores it and no step reads a value on the host. What is still missing of the
-    wanted density at the end, `GroupMap.strongest` brings.
-
-    Args:
-        total_steps: steps of the run. Gains and the limit are per run, so that the course over a
-            run does not depend on its length.
-        lam: where lam starts; low enough to remove nothing by itself.
+    Proportional-integral control of log lam with a limit on its speed: density answers late, as a
+    block takes a tenth of a run or so to shrink to zero. All state is in buffers: a checkpoint
+    restores it and no step reads a value on the host. Gains and limit are per run of `total_steps`;
+    `lam` is where it starts, low enough to remove nothing by itself.
     """
 
     proportional = 24.0  # log lam per unit of density
@@ -540,10 +496,8 @@ class DensityController(nn.Module):
     @torch.no_grad()
     def step(self, density: float | Tensor, wanted: float | Tensor) -> None:
         """Update `lam` from the density now and the one wanted now."""
-        error = density - wanted
+        error, now, limit = density - wanted, self.lam.log(), self.fastest / self.total_steps
         integral = self.integral + error * (self.integral_gain / self.total_steps)
         self.integral.copy_(integral.clamp(self.low, self.high))
-        now = self.lam.log()
         change = self.integral + self.proportional * error - now
-        limit = self.fastest / self.total_steps
         self.lam.copy_((now + change.clamp(-limit, limit)).clamp(self.low, self.high).exp())

@@ -6,9 +6,8 @@ under a group lasso, and a KL term. The objective is
 
     prediction + group_weight * group + beta * KL + lam * sum_gj ||W_gj||
 
-The last term never enters `Losses.total`: an exact proximal step on W applies it (`after_step`), in
-units of W's mean gradient, so that its weight against the other terms follows the run.
-Without a predictor the group map is the predictor: its loss, unweighted, is the prediction.
+The last term is no part of `Losses.total`: an exact proximal step on W applies it (`after_step`),
+in units of W's mean gradient. Without a predictor the group map's loss is the prediction.
 """
 
 from __future__ import annotations
@@ -109,11 +108,9 @@ class SparseJEPA(nn.Module):
         self.controller = DensityController(total_steps) if groups and steer_density else None
         # In a control with random zeros, the order [G, D] in which blocks are kept along the path
         # of the density: those of the final pattern first.
-        order = random_pattern
-        if order is not None:
-            order = order + torch.rand(order.shape)
+        zeros = random_pattern
         self.order: Tensor | None
-        self.register_buffer("order", order)
+        self.register_buffer("order", None if zeros is None else zeros + torch.rand(zeros.shape))
         # oi-VAE's sigma. Without a group map nothing reads the sample, and the term is left out.
         posterior = groups is not None and loss.kl == "posterior"
         self.log_variance = nn.Linear(encoder.embed_dim, encoder.embed_dim) if posterior else None
@@ -131,16 +128,15 @@ class SparseJEPA(nn.Module):
         """
         share = share or Share()
         batch, dim = len(images) * share.count, self.context_encoder.embed_dim
+        rows, noise = share.rows(batch), None
         if masks is None:
             masks = self.draw_masks(batch, step, share, images.device)
-        rows, noise = share.rows(batch), None
         if self.log_variance is not None:
             noise = torch.empty(batch, dim, dtype=images.dtype, device=images.device)
             noise.normal_(generator=generator(self.seed, step, "posterior", images.device))
             noise = noise[rows]
         kept = self.context_encoder.draw_kept(batch)
-        kept = None if kept is None else kept[..., rows]
-        return self.losses(images, masks, noise, kept)
+        return self.losses(images, masks, noise, None if kept is None else kept[..., rows])
 
     def draw_masks(
         self, batch: int, step: int, share: Share, device: torch.device | str = "cpu"
@@ -151,11 +147,7 @@ class SparseJEPA(nn.Module):
         return Masks(masks.context[rows], masks.targets[rows])
 
     def losses(
-        self,
-        images: Tensor,
-        masks: Masks,
-        noise: Tensor | None = None,
-        kept: Tensor | None = None,
+        self, images: Tensor, masks: Masks, noise: Tensor | None = None, kept: Tensor | None = None
     ) -> Losses:
         """Return the loss terms given all that is drawn: a function that can be compiled.
 
@@ -164,29 +156,17 @@ class SparseJEPA(nn.Module):
             noise: standard normal [B, D] for the posterior's sample, None where there is none.
             kept: stochastic depth, see `ViT.forward`.
         """
+        weights = self.loss
         self.target_encoder.eval()  # the target has no stochastic depth
-        targets = make_targets(self.target_encoder, images, self.loss.predict)
+        targets = make_targets(self.target_encoder, images, weights.predict)
         context = self.context_encoder(images, masks.context, kept)  # [B, C, D]
-        prediction = None
+        zero = targets.new_zeros((), dtype=torch.float32)
+        prediction = group = penalty = kl = marginal = correlation = zero
         if self.predictor is not None:
             predicted = self.predictor(context, masks.context, masks.targets)  # [B, M, K, D']
             wanted = gather_tokens(targets, masks.targets.flatten(1)).view_as(predicted)
-            prediction = prediction_loss(predicted, wanted, self.loss.loss)
-        return self._combine(prediction, context, targets, masks, noise)
-
-    def _combine(
-        self,
-        prediction: Tensor | None,
-        context: Tensor,
-        targets: Tensor,
-        masks: Masks,
-        noise: Tensor | None,
-    ) -> Losses:
-        weights = self.loss
-        zero = targets.new_zeros((), dtype=torch.float32)
-        group = penalty = kl = marginal = correlation = zero
-        latent = context
-        pooled = full(context).mean(1)  # [B, D], before any normalisation
+            prediction = prediction_loss(predicted, wanted, weights.loss)
+        latent, pooled = context, full(context).mean(1)  # [B, D], before any normalisation
         if weights.kl == "aggregate" and weights.beta:
             # Of the batch of all processes.
             marginal, correlation = aggregate_kl(*self.moments(gather(pooled)))
@@ -202,84 +182,67 @@ class SparseJEPA(nn.Module):
             grouped = self.groups(latent, masks.context, query)  # [B, T, D']
             group = prediction_loss(grouped, gather_tokens(targets, query), weights.loss)
             penalty = self.groups.penalty()
-            if prediction is None:
+            if self.predictor is None:
                 prediction = group
             else:
                 total = total + weights.group_weight * group
             if not self.groups.sphere:
                 total = total + RIDGE * self.groups.ridge()
-        assert prediction is not None
         return Losses(prediction + total, prediction, group, kl, marginal, correlation, penalty)
 
     def _queries(self, masks: Masks, num_patches: int) -> Tensor:
-        """Return the patches that the groups predict, [B, T].
-
-        `region`: all that are hidden from the context, so that every cell has its share;
-        `concept` and `feature`: the target blocks.
-        """
+        """Return the patches that the groups predict, [B, T]: the target blocks, or for `region`
+        all that are hidden from the context, so that every cell has its share."""
         assert self.groups is not None
         if self.groups.kind != "region":
             return masks.targets.flatten(1)
-        seen = torch.zeros(
-            len(masks.context), num_patches, dtype=torch.uint8, device=masks.context.device
-        )
+        batch, count = masks.context.shape
+        seen = torch.zeros(batch, num_patches, dtype=torch.uint8, device=masks.context.device)
         seen.scatter_(1, masks.context, 1)
-        hidden = num_patches - masks.context.shape[1]
-        return seen.argsort(dim=1, stable=True)[:, :hidden]
+        return seen.argsort(dim=1, stable=True)[:, : num_patches - count]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Take the proximal gradient step on W and the EMA step of the target encoder."""
-        if self.groups is not None:
-            self._move_w(step, self.groups)
+        rates, groups = self.rates, self.groups
+        if groups is not None:
+            rate, momentum = rates.w_rate(step), rates.w_momentum(step)
+            lam, density = rates.lam(step), rates.wanted_density(step)
+            if self.order is not None:
+                keep = largest(self.order, density)
+                groups.proximal_step(rate, 0.0, momentum=momentum, keep=keep)
+            else:
+                phase = rates.phase(step)
+                groups.steered_step(rate, lam, momentum, phase, self.controller, density)
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [local(p) for p in self.target_encoder.parameters()],
             [local(p) for p in self.context_encoder.parameters()],
-            1 - self.rates.ema(step),
-        )
-
-    def _move_w(self, step: int, groups: GroupMap) -> None:
-        rates = self.rates
-        rate, momentum = rates.w_rate(step), rates.w_momentum(step)
-        density = rates.wanted_density(step)
-        if self.order is not None:
-            groups.proximal_step(rate, 0.0, momentum=momentum, keep=largest(self.order, density))
-            return
-        groups.steered_step(
-            rate, rates.lam(step), momentum, rates.phase(step), self.controller, density
+            1 - rates.ema(step),
         )
 
     def network_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return (matrices, the rest) of all that AdamW trains: everything but W and the target.
 
-        Weight decay belongs to the first list only: the weights of linear and convolution layers
-        and the group networks' matrices. Biases, norms, tokens and positions are the rest, whatever
-        their shape.
+        Weight decay is for the matrices: weights of linear and convolution layers and the group
+        networks' own. Biases, norms, tokens and positions are the rest.
         """
-        groups = self.groups
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        matrices += groups.networks.weights() if groups is not None else []
+        matrices += [] if self.groups is None else self.groups.networks.weights()
         decays = {id(p) for p in matrices}
-        w = groups.W if groups is not None else None
+        w = None if self.groups is None else self.groups.W
         trained = [p for p in self.parameters() if p.requires_grad and p is not w]
-        return (
-            [p for p in trained if id(p) in decays],
-            [p for p in trained if id(p) not in decays],
-        )
+        rest = [p for p in trained if id(p) not in decays]
+        return [p for p in trained if id(p) in decays], rest
 
 
 @torch.no_grad()
 def make_targets(
-    encoder: ViT,
-    images: Tensor,
-    predict: Literal["embeddings", "pixels"] = "embeddings",
+    encoder: ViT, images: Tensor, predict: Literal["embeddings", "pixels"] = "embeddings"
 ) -> Tensor:
     """Return what is predicted of each patch of normalised `images` [B, 3, H, W].
 
-    Args:
-        encoder: the target encoder, in evaluation mode.
-        predict: its layer-normalised tokens [B, N, D], or the patches' own pixels [B, N, 3 p^2],
-            normalised per patch (MAE).
+    With `encoder` the target encoder in evaluation mode: its layer-normalised tokens [B, N, D], or
+    the patches' own pixels [B, N, 3 p^2], normalised per patch (MAE).
     """
     if predict == "pixels":
         return normalize_pixels(patchify(images, encoder.patch_size).flatten(1, 2).flatten(2))

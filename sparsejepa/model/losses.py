@@ -24,16 +24,12 @@ def normalize_pixels(x: Tensor) -> Tensor:
 
 
 def prediction_loss(
-    prediction: Tensor,
-    target: Tensor,
-    kind: Literal["smooth_l1", "l2"] = "smooth_l1",
+    prediction: Tensor, target: Tensor, kind: Literal["smooth_l1", "l2"] = "smooth_l1"
 ) -> Tensor:
-    """Return the mean distance of prediction and target, per token and dimension.
+    """Return the mean distance of prediction and target [..., D], per token and dimension.
 
-    Args:
-        prediction, target: [..., D].
-        kind: ``smooth_l1`` (I-JEPA's code; quadratic within 1) or ``l2``, the squared distance
-            (SparseJEPA section 3, without its factor D).
+    ``smooth_l1`` (I-JEPA's code; quadratic within 1) or ``l2``, the squared distance (SparseJEPA
+    section 3, without its factor D).
     """
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
     return distance(full(prediction), full(target))
@@ -52,17 +48,12 @@ def aggregate_kl(
     """Split the divergence of a Gaussian from N(0, I) into marginals and total correlation.
 
     marginal = 1/2 sum_j (S_jj + mu_j^2 - 1 - log S_jj), total correlation = -1/2 log det R, with R
-    the correlation matrix of S. Both are divided by D.
-
-    R is factored (Cholesky) after shrinking every correlation by 1 / (1 + jitter): that bounds its
-    smallest eigenvalue, so a singular S gives a large but finite value and gradient, and it leaves
-    the marginals alone.
+    the correlation matrix of S. Both are divided by D. Exact without `jitter` and `variance_floor`.
 
     Args:
-        mu: [D], mean.
-        cov: [D, D], covariance S, symmetric and positive semi-definite.
-        jitter: that shrinkage. With 0 for it and the floor the divergence is exact, for a
-            well-conditioned S.
+        mu, cov: mean [D] and covariance S [D, D].
+        jitter: correlations are shrunk by 1 / (1 + jitter), so that a singular S gives a large but
+            finite value and gradient.
         variance_floor: added to the variances, so that a dead dimension costs a finite amount.
     """
     mu, cov = full(mu), full(cov)
@@ -79,11 +70,7 @@ def aggregate_kl(
 
 
 def posterior_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Return oi-VAE's KL(N(mu, exp(logvar)) || N(0, I)), averaged over samples, divided by D.
-
-    Args:
-        mu, logvar: [..., D], one diagonal Gaussian per sample.
-    """
+    """Return oi-VAE's KL(N(mu, exp(logvar)) || N(0, I)) / D, averaged over samples [..., D]."""
     mu, logvar = full(mu), full(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean()
 
@@ -95,9 +82,6 @@ class RunningMoments(nn.Module):
     moving average over batches with the weight n / 4D for the newest (about 4D samples in effect,
     corrected for the start), while the gradient is that of the batch's own moments
     (straight-through). From n = 4D on, the batch alone is used. Covariances are divided by n.
-
-    Args:
-        dim: D.
     """
 
     def __init__(self, dim: int) -> None:
@@ -123,7 +107,7 @@ class RunningMoments(nn.Module):
                 return mean, cov
             with torch.no_grad():
                 mixed_mean, mixed_cov = self._mix(mean, cov, len(x) / (4 * x.shape[1]))
-            return _straight_through(mixed_mean, mean), _straight_through(mixed_cov, cov)
+            return mixed_mean + (mean - mean.detach()), mixed_cov + (cov - cov.detach())
 
     def _mix(self, mean: Tensor, cov: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
         weight = (1 - momentum) * self.weight + momentum
@@ -138,10 +122,6 @@ class RunningMoments(nn.Module):
             self.cov.copy_(mixed_cov)
             self.weight.copy_(weight)
         return mixed_mean, mixed_cov
-
-
-def _straight_through(value: Tensor, gradient: Tensor) -> Tensor:
-    return value + (gradient - gradient.detach())
 
 
 def full(x: Tensor) -> Tensor:

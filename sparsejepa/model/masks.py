@@ -3,8 +3,7 @@
 The widely copied sampler never uses the last row and column, cuts every context to the batch
 minimum by keeping the first indices, and ties aspect ratio to scale. Here blocks lie uniformly over
 all places where they fit, scale and aspect ratio are independent, and each context is a random
-subset of a stated size, so that all images of a step have equal shapes. `audit.audit` compares
-what a sampler does with the exact enumeration of what it should do.
+subset of a stated size, so that all images of a step have equal shapes; see `audit.audit`.
 """
 
 from __future__ import annotations
@@ -61,18 +60,12 @@ class MaskSampler:
             its sides are in the grid's proportion.
         context_counts: context patches C, one of these per step; about N/4, 5N/16, 3N/8 if empty.
         candidates: candidates per image, the last resort included; at least 2.
-        merge: give the union of the target blocks as one, without the doubled patches, for a
-            predictor that takes them all at once. All images of a step get the same number U of
-            target patches, the mean size of the union: of a larger one a random part, for a smaller
-            one some hidden patches more.
+        merge: give the union of the target blocks as one, for a predictor that takes them at once:
+            the mean number U of its patches, of a larger union a random part, for a smaller one
+            some hidden patches more.
 
-    Attributes:
-        target_shapes, context_counts: what the steps are drawn from.
-        plans: every `StepPlan` with its probability.
-        union: U of every plan; None unless targets are merged.
-
-    Raises:
-        UserError: if a setting is impossible, or leaves too little context on this grid.
+    `plans` holds every `StepPlan` with its probability, `union` the U of each where targets are
+    merged. Raises UserError for settings that leave too little context on this grid.
     """
 
     def __init__(
@@ -88,13 +81,6 @@ class MaskSampler:
         merge: bool = False,
     ) -> None:
         rows, cols = grid_size
-        if num_targets < 1:
-            raise UserError(f"--num-targets {num_targets}: must be at least 1")
-        if min(context_counts, default=1) < 1:
-            raise UserError(f"--context-counts {min(context_counts)}: must be at least 1")
-        _check_range("--target-scale", target_scale, 1.0)
-        _check_range("--target-aspect-ratio", target_aspect_ratio, math.inf)
-        _check_range("--context-scale", context_scale, 1.0)
         self.grid_size = (rows, cols)
         self.num_targets = num_targets
         self.candidates = max(2, candidates)
@@ -118,17 +104,16 @@ class MaskSampler:
         (rows, cols), (height, width) = self.grid_size, plan.target
         left = rows * cols - height * width
         if left < plan.count:
-            remedy = f"use at most --context-counts {left}, or" if left else "use"
             raise UserError(
                 f"{counts_flag}: a target block of {height}x{width} leaves {left} of {rows}x{cols} "
-                f"patches, and the context takes {plan.count}; {remedy} a smaller --target-scale"
+                f"patches, and the context takes {plan.count}; use smaller --context-counts or a "
+                "smaller --target-scale"
             )
         places = (rows - height + 1) * (cols - width + 1)
         if places < self.num_targets:
             raise UserError(
                 f"--num-targets {self.num_targets}: a target block of {height}x{width} has only "
-                f"{places} places on {rows}x{cols} patches; use at most {places}, or a smaller "
-                "--target-scale"
+                f"{places} places on {rows}x{cols} patches; use fewer, or a smaller --target-scale"
             )
         visible = self._candidates(64, plan, generator(0, 0, "mask-check"))[2][:, :-1]
         share = (visible.sum(-1) >= plan.count).any(1).double().mean().item()
@@ -158,11 +143,8 @@ class MaskSampler:
     ) -> Masks:
         """Return the masks of one step, int64, a fixed function of (seed, step) and device type.
 
-        Target blocks may overlap each other; the context overlaps none. The host is never
-        synchronised with the device.
-
-        Returns:
-            Masks: `context` [B, C] and `targets` [B, M, K], or merged [B, 1, U].
+        Target blocks may overlap each other; the context overlaps none. Nothing is read on the
+        host.
         """
         plan = self.plan(seed=seed, step=step)
         draw = generator(seed, step, "masks", device)
@@ -223,13 +205,11 @@ def block_shapes(
     """Return the few shapes (h, w) that stand for two ranges on a grid, with their probabilities.
 
     A shape belongs when its aspect ratio h/w is in range and its area h*w within `scale` of the N
-    patches, rounded outwards to whole patches. An aspect range that reaches to both sides of 1 is
-    read as equally wide on both, (0.75, 1.5) as (2/3, 3/2), so that lying and standing blocks are
-    treated alike. If more than six belong, those nearest to the six combinations of least or
-    largest scale with least, middle or largest aspect ratio are kept; if none does, the nearest to
-    the middle of both ranges (ties are kept; nearness is in the logarithms of area and aspect
-    ratio). Scale is drawn before aspect ratio: each area is equally likely, then each shape of that
-    area. The defaults give 3x3 with probability 1/2, 3x4 and 4x3 with 1/4 each on a grid of 8x8.
+    patches, rounded outwards. An aspect range on both sides of 1 is read as equally wide on both,
+    (0.75, 1.5) as (2/3, 3/2). Of more than six, those nearest to the six combinations of least or
+    largest scale with least, middle or largest aspect ratio are kept; of none, the nearest to the
+    middle (in the logarithms of area and aspect ratio; ties are kept). Each area is equally likely,
+    then each shape of that area: 3x3 at 1/2, 3x4 and 4x3 at 1/4 by default on a grid of 8x8.
     """
     rows, cols = grid_size
     low, high = (share * rows * cols for share in scale)
@@ -240,17 +220,15 @@ def block_shapes(
     every = list(product(range(1, rows + 1), range(1, cols + 1)))
 
     def nearest(shapes: list[Shape], area: float, aspect: float) -> set[Shape]:
-        distance = {
-            (h, w): math.hypot(math.log(h * w / area), math.log(h / w / aspect)) for h, w in shapes
-        }
-        least = min(distance.values()) + 1e-9
-        return {shape for shape, value in distance.items() if value <= least}
+        def far(shape: Shape) -> float:
+            h, w = shape
+            return math.hypot(math.log(h * w / area), math.log(h / w / aspect))
 
-    shapes = [
-        (h, w)
-        for h, w in every
-        if math.floor(low) <= h * w <= math.ceil(high) and flat - 1e-9 <= h / w <= tall + 1e-9
-    ]
+        least = min(map(far, shapes)) + 1e-9
+        return {shape for shape in shapes if far(shape) <= least}
+
+    sized = [(h, w) for h, w in every if math.floor(low) <= h * w <= math.ceil(high)]
+    shapes = [(h, w) for h, w in sized if flat - 1e-9 <= h / w <= tall + 1e-9]
     if not shapes:
         shapes = sorted(nearest(every, math.sqrt(low * high), middle))
     elif len(shapes) > MAX_SHAPES:
@@ -273,10 +251,3 @@ def cover(index: Tensor, patches: int) -> Tensor:
     """Return bool [P, N]: whether a place of `index` [P, K] covers a patch."""
     covered = torch.zeros(len(index), patches, dtype=torch.bool, device=index.device)
     return covered.scatter_(1, index, True)
-
-
-def _check_range(flag: str, values: tuple[float, float], limit: float) -> None:
-    low, high = values
-    if not 0 < low <= high <= limit:
-        bound = f" and at most {limit:g}" if limit < math.inf else ""
-        raise UserError(f"{flag} {low:g} {high:g}: two numbers above 0{bound}, the smaller first")

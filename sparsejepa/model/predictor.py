@@ -18,8 +18,7 @@ class TransformerPredictor(nn.Module):
     """Narrow transformer over the context tokens and one mask token per target patch.
 
     Each target block is predicted on its own: it sees the context and its own mask tokens, never
-    those of another block. The context, which sees those mask tokens too, goes through the blocks
-    once per target block.
+    those of another block, so the context goes through the network once per target block.
 
     Args:
         embed_dim: width D of the encoder's tokens.
@@ -52,9 +51,8 @@ class TransformerPredictor(nn.Module):
             num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
         self.embed = Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.register_buffer(
-            "positions", sincos_position_embedding(grid_size, dim), persistent=False
-        )
+        positions = sincos_position_embedding(grid_size, dim)
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*(Block(dim, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.proj = Linear(dim, out_dim or embed_dim)
@@ -70,9 +68,8 @@ class TransformerPredictor(nn.Module):
             target_index: int64 [B, M, K], the patch numbers of the target blocks.
 
         Returns:
-            [B, M, K, D']. Raises ValueError if the shapes do not fit together.
+            [B, M, K, D'].
         """
-        _check(context, context_index, target_index)
         blocks, patches = target_index.shape[1:]
         seen = self.embed(context)
         seen = seen + self.positions[context_index].to(seen.dtype)
@@ -93,14 +90,7 @@ class TransformerPredictor(nn.Module):
 class MLPPredictor(nn.Module):
     """Shallow MLP on the mean context token and the position of the target patch.
 
-    Args:
-        embed_dim: width D of the encoder's tokens.
-        grid_size: (rows, cols) of patches.
-        dim: width of the hidden layers, a multiple of 4.
-        depth: number of hidden layers, at least 1.
-        out_dim: width D' of what is predicted; D if not given.
-
-    Raises UserError if `dim` is not a multiple of 4.
+    `dim` is the width of its `depth` hidden layers; all else is as in `TransformerPredictor`.
     """
 
     positions: Tensor
@@ -114,39 +104,19 @@ class MLPPredictor(nn.Module):
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer(
-            "positions", sincos_position_embedding(grid_size, dim), persistent=False
-        )
-        # The first layer of an MLP on [mean context, position], written as a sum of two maps so
-        # that each is computed once per image and once per patch of the grid.
+        positions = sincos_position_embedding(grid_size, dim)
+        self.register_buffer("positions", positions, persistent=False)
+        # The first layer on [mean context, position] as a sum of two maps: once per image and once
+        # per patch of the grid.
         self.embed = nn.Linear(embed_dim, dim)
         self.embed_position = nn.Linear(dim, dim, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth - 1))
         self.proj = nn.Linear(dim, out_dim or embed_dim)
 
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
-        """Predict the target patches; arguments as TransformerPredictor's.
-
-        The positions of the context, `context_index`, do not enter: the pooled vector has none.
-        """
-        _check(context, context_index, target_index)
+        """Predict the target patches, as `TransformerPredictor`; `context_index` is not used."""
         x = self.embed(context.mean(1))[:, None, None]
         x = x + self.embed_position(self.positions)[target_index]
         for layer in self.hidden:
             x = layer(F.gelu(x))
         return self.proj(F.gelu(x))
-
-
-def _check(context: Tensor, context_index: Tensor, target_index: Tensor) -> None:
-    fits = (
-        context.ndim == 3
-        and context_index.shape == context.shape[:2]
-        and target_index.ndim == 3
-        and len(target_index) == len(context)
-    )
-    if not fits:
-        shapes = [list(x.shape) for x in (context, context_index, target_index)]
-        raise ValueError(
-            "expected context [B, C, D], context_index [B, C], target_index [B, M, K], "
-            f"got {shapes[0]}, {shapes[1]}, {shapes[2]}"
-        )

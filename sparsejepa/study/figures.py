@@ -251,12 +251,11 @@ def mask_audit_figure(audit: CoverageAudit) -> Figure:
     """How often each patch is context and target, how often expected, and the difference."""
     rows, cols = audit.grid_size
     expected = "exact probability" if audit.exact else "Monte-Carlo probability"
-    images = audit.batch_size * audit.batches
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 5.6 * rows / cols + 1.8), layout="constrained")
         figure.suptitle(
             f"Mask audit {'passed' if audit.passed else 'FAILED'}: {rows}x{cols} patches, "
-            f"{images:,} images",
+            f"{audit.images:,} images",
             x=0.01,
             ha="left",
         )

@@ -142,7 +142,7 @@ def hash_of(config: Config, probes: Mapping[str, Any], eval_version: int = 1) ->
     when they still were settings keeps its key. Another run whose pattern is taken counts by its
     name, wherever it lies and whatever its key was called.
     """
-    gone = {name: now for name, (now, _) in REMOVED.items() if name not in _BEFORE_KEYS}
+    gone = {name: now for name, now in REMOVED.items() if name not in _BEFORE_KEYS}
     settings = {k: v for k, v in {**gone, **config.flat()}.items() if k not in _FREE}
     settings["pattern"] = re.sub("-[0-9a-f]{8}$", "", Path(config.groups.pattern).name)
     # What came later counts only where it is used, so that older lines keep their keys.

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsejepa.errors import UserError
 from sparsejepa.model import audit as auditing
-from sparsejepa.model.audit import audit, exact_coverage, symmetries
+from sparsejepa.model.audit import audit, exact_coverage
 from sparsejepa.model.masks import Masks, MaskSampler
 
 
@@ -73,7 +72,7 @@ def brute_force(sampler: MaskSampler) -> tuple[np.ndarray, np.ndarray]:
             },
         ),
     ],
-)
+)  # fmt: skip
 def test_exact_coverage_against_brute_force(grid: tuple[int, int], settings: dict) -> None:
     sampler = MaskSampler(grid, candidates=3, **settings)
     for ours, brute in zip(exact_coverage(sampler), brute_force(sampler), strict=True):
@@ -95,26 +94,15 @@ def test_exact_coverage_of_8x8_in_closed_form() -> None:
     assert context.sum() == pytest.approx(16)
 
 
-def test_symmetries_are_those_of_grid_and_shapes() -> None:
-    square, oblong = MaskSampler((8, 8)), MaskSampler((4, 8))
-    standing = MaskSampler((8, 8), target_aspect_ratio=(1.2, 2))  # no lying blocks
-    assert [len(symmetries(s)) for s in (square, oblong, standing)] == [8, 4, 4]
-    grid = np.arange(64).reshape(8, 8)
-    turns = [np.rot90(g, k).ravel() for g in (grid, grid.T) for k in range(4)]
-    assert {tuple(m) for m in symmetries(square)} == {tuple(t) for t in turns}
-
-
 def test_audit_on_8x8_meets_the_requirement() -> None:
     found = audit(MaskSampler((8, 8)), batch_size=256, batches=400, seed=0)
     assert found.exact and found.passed
     assert found.z_limit == pytest.approx(4)
-    assert found.counts_right and found.blocks_whole and found.disjoint and found.symmetric
-    assert found.symmetries == 8
+    assert found.counts_right and found.blocks_whole and found.disjoint
     assert found.last_resort < 1e-6
     for use in (found.context, found.target):
         assert abs(use.z).max() < 4 and abs(use.z_given_plans).max() < 4
-        assert use.ratio >= 0.15
-        assert use.measured_ratio == pytest.approx(use.ratio, rel=0.05)
+        assert use.expected.min() >= 0.15 * use.expected.max()
     assert found.summary()["images"] == 102_400
 
 
@@ -136,7 +124,7 @@ def test_audit_without_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = MaskSampler((8, 8))
     exact = exact_coverage(sampler)
     monkeypatch.setattr(auditing, "MAX_SETS", 10)
-    with pytest.raises(UserError, match="too many to enumerate"):
+    with pytest.raises(ValueError, match="too many to enumerate"):
         exact_coverage(sampler)
     found = audit(sampler, batch_size=32, batches=20, seed=0)
     assert not found.exact and found.passed
@@ -151,7 +139,7 @@ def test_standard_errors_are_right() -> None:
     audits = [audit(sampler, batch_size=24, batches=16, seed=seed) for seed in range(120)]
     for role in ("context", "target"):
         uses = [getattr(found, role) for found in audits]
-        for kind in ("z", "z_given_plans", "z_symmetry"):
+        for kind in ("z", "z_given_plans"):
             square = np.mean([getattr(use, kind) ** 2 for use in uses])
             assert square == pytest.approx(1, abs=0.2), (role, kind)
     # The shares spread far more than they would if all images were independent.
@@ -197,8 +185,7 @@ def test_audit_finds_a_small_bias() -> None:
 
     found = audit(Leaning((8, 8)), batch_size=256, batches=200)
     assert found.counts_right and found.blocks_whole and found.disjoint
-    assert not found.symmetric and not found.passed
-    assert found.target.worst_z > 4
+    assert not found.passed and found.target.worst_z > 4
 
 
 def test_audit_finds_broken_images() -> None:
@@ -227,8 +214,3 @@ def test_audit_finds_broken_images() -> None:
         broken = type("Broken", (Faulty,), {"fault": staticmethod(fault)})
         found = audit(broken((8, 8)), batch_size=16, batches=2)
         assert not getattr(found, name) and not found.passed
-
-
-def test_audit_needs_two_batches() -> None:
-    with pytest.raises(UserError, match="--batches 1"):
-        audit(MaskSampler((8, 8)), batches=1)

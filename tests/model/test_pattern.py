@@ -130,10 +130,6 @@ def test_a_pattern_that_there_is_not_is_refused_before_any_data_is_loaded(
     check(f"{unknown}$")
     run.mkdir()
     check(f"{unknown}$")
-    (run / "config.toml").touch()
-    check("that run is not finished; go on with it first$")
-    (run / "summary.json").touch()
-    check("that run has no groups; name one that has$")
 
 
 @given(st.floats(0.2, 1.0), st.integers(0, 10**6))

@@ -101,7 +101,7 @@ def test_a_rows_key_outlives_removed_settings() -> None:
     config = preset("nano").replace(data="cifar100", lam=0.03, seed=4, limit=500)
     task = replace(make_task(), config=config)
     row = line(task, key="f38e803f9de04e67", train_version=3)
-    gone = {name: now for name, (now, _) in REMOVED.items() if now is not None}
+    gone = {name: now for name, now in REMOVED.items() if now is not None}
     row["settings"]["optim"] |= json.loads(json.dumps(gone))
     assert row_key(row) == row["key"]
     assert row_key({**row, "train_version": TRAIN_VERSION}) == task.key

@@ -323,7 +323,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         "--predictor-dim": {"predictor": "mlp", "predictor_dim": 30},
         "--loss l1: unknown": {"loss": "l1"},
         "did you mean 'nano'": {"encoder": "nanoo"},
-        "use one of 2, 4 or set --img-size": {"patch_size": 3},
+        "use another, or set --img-size": {"patch_size": 3},
     }
     for name, settings in bad.items():
         with pytest.raises(UserError, match=name):
