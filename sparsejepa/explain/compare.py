@@ -12,11 +12,10 @@ import tomli_w
 
 from sparsejepa.errors import UserError
 from sparsejepa.explain.concepts import Matching, match_groups
+from sparsejepa.explain.readout import REFERENCES, RUN, SHUFFLED, short_name
 from sparsejepa.explain.run import ACTIVATIONS, METRICS
-from sparsejepa.explain.subject import REFERENCES, RUN, SHUFFLED, short_name
 from sparsejepa.files import load_tensors, read_json
-from sparsejepa.study.figures import matching_figure
-from sparsejepa.study.page import Page, Picture, Table, write_page
+from sparsejepa.study.page import Page, Table, write_page
 
 
 def compare_runs(
@@ -41,10 +40,8 @@ def compare_runs(
     b.name += " (2)" * (a.name == b.name)
     rows, apart = _measures(a, b)
     same_patches = a.activations.shape[:2] == b.activations.shape[:2]
-    x, y = (
-        (s.activations if same_patches else s.activations.mean(1, keepdims=True)) for s in sides
-    )
-    matched = match_groups(_flat(x), _flat(y), block=x.shape[1])
+    x, y = (s.activations if same_patches else s.activations.mean(1, keepdims=True) for s in sides)
+    matched = match_groups(x, y)
     groups = {
         "groups": [len(a.norms), len(b.norms)],
         "matched pairs": len(matched.pairs),
@@ -75,7 +72,7 @@ def compare_runs(
                 "of other seeds, and among many measures some differ by chance."
             ],
             tables=[_table(rows, (a.name, b.name)), _matches(matched, a, b)],
-            pictures=[_picture(matched, a, b)],
+            pictures=[],
             command=command or shlex.join(["sparsejepa", "compare", str(first), str(second)]),
             environment={
                 "commit": a.metrics["environment"]["commit"] or "not a source checkout",
@@ -108,10 +105,6 @@ class _Side:
             self.rows = {(row["section"], row["name"]): row for row in self.metrics["measures"]}
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{folder}: a damaged report; run sparsejepa explain again") from None
-
-
-def _flat(activations: np.ndarray) -> np.ndarray:
-    return activations.reshape(-1, activations.shape[2])
 
 
 def _measures(a: _Side, b: _Side) -> tuple[list[dict[str, Any]], list[str]]:
@@ -158,16 +151,6 @@ def _matches(matched: Matching, a: _Side, b: _Side) -> Table:
         cells,
         "One-to-one matching with the largest sum of correlations of activations; shuffled images "
         f"reach {matched.chance:.2f}.",
-    )
-
-
-def _picture(matched: Matching, a: _Side, b: _Side) -> Picture:
-    return Picture(
-        "matching",
-        matching_figure(matched.matrix, matched.pairs.tolist(), (a.name, b.name)),
-        "Correlation of every group of one run with every group of the other; rings: matched.",
-        f"Heat map of correlations between {len(a.norms)} and {len(b.norms)} groups; the matched "
-        f"pairs reach {np.mean(matched.correlations):.2f} on average.",
     )
 
 

@@ -1,8 +1,8 @@
 """One table: every measure of an encoder and its groups, each beside its floors.
 
 `SECTIONS` lists the parts of the table. Each is a function that takes a `Reading` and yields rows;
-metrics.json, the page and the terminal all show these rows. A new measure is a line in the
-dictionary of its section, a new section a function in the list.
+metrics.json, the page and the terminal all show these rows. A new measure is a line in `ABOUT` and
+a number in its section's function.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import torch
 
 from sparsejepa.data.images import DeviceImages, ImageSet
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation import disentangle, information
 from sparsejepa.evaluation.classifiers import LogisticProbe
-from sparsejepa.evaluation.features import pixel_features
-from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws, undefined
-from sparsejepa.explain import concepts, objects
-from sparsejepa.explain.objects import pair_information, pair_sharing
+from sparsejepa.evaluation.disentangle import disentanglement
+from sparsejepa.evaluation.information import (
+    mutual_information,
+    overlap_information,
+    total_correlation,
+)
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws
+from sparsejepa.explain import objects
+from sparsejepa.explain.concepts import SilenceEffect, silence_effects
 from sparsejepa.explain.options import Options
-from sparsejepa.explain.subject import (
+from sparsejepa.explain.readout import (
     ALL,
     CEILING,
     DIRECTIONS,
     FITTED_IMAGES,
-    FLOORS,
     KMEANS,
     PCA,
     PLACES,
@@ -41,6 +44,7 @@ from sparsejepa.explain.subject import (
     Columns,
     Subject,
     fitting_tokens,
+    read_tokens,
 )
 from sparsejepa.model.jepa import make_targets
 from sparsejepa.training.build import build_sampler
@@ -56,7 +60,7 @@ Labels = dict[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Row:
-    """One measure; `values` maps a column's name to its estimate."""
+    """One measure; `values` maps a column's name to its estimate, where the column has one."""
 
     section: str
     name: str
@@ -64,7 +68,6 @@ class Row:
     """One line: what it is, where it comes from, whether up or down is better."""
     unit: str
     values: Values
-    """A column that is missing has no such measure."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +81,18 @@ class Reading:
     labels: Labels
     columns: Columns
 
-    @property
-    def run(self) -> Column:
-        """The column of the subject itself."""
-        return self.columns[RUN]
-
     @cached_property
-    def silenced(self) -> list[concepts.SilenceEffect] | None:
+    def silenced(self) -> list[SilenceEffect] | None:
         """What a probe of the first label loses without each group; None if there is no probe."""
         if not self.labels:
             return None
         train, test = next(iter(self.labels.values()))
+        run = self.columns[RUN]
         try:
-            probe = LogisticProbe().fit(self.run.train.z, train)
+            probe = LogisticProbe().fit(run.train.z, train)
         except UserError:  # too few images of some class to choose the penalty on
             return None
-        return concepts.silence_effects(probe, self.run.test.z, test, self.subject.W.numpy())
-
-    @cached_property
-    def look(self) -> np.ndarray:
-        """[n, E]: the centred pixels of the test images, a view that no encoder is part of."""
-        pixels = pixel_features(self.test).x
-        return pixels - pixels.mean(0)
+        return silence_effects(probe, run.test.z, test, self.subject.W)
 
 
 HIDDEN, FITTED_R2 = "R² of hidden patches", "held-out R² of fitted groups"
@@ -111,8 +104,6 @@ ABOUT = {
     "latents per group min": "latents that feed the smallest group",
     "latents per group max": "latents that feed the largest group",
     "dead groups": "groups that no latent feeds",
-    "usage entropy": "entropy of the groups' shares of ||W||^2; 1: all alike",
-    "hoyer": "Hoyer sparseness of a latent's block norms; 1: one group each",
     "RankMe": "effective rank of the pooled latents (Garrido et al. 2023); higher uses more "
     "dimensions",
     "total correlation, latents": "Gaussian-copula multi-information of the pooled latents, bias "
@@ -134,8 +125,6 @@ ABOUT = {
     "30 trees; higher is better",
     "DCI: completeness": "each factor is predicted by one unit; higher is better",
     "DCI: informativeness": "accuracy of the forest's prediction; higher is better",
-    "monosemanticity": "mean cosine of the centred pixels of images that excite one group (Pach et "
-    "al. 2025), mean over groups; higher is purer. Shuffled: a group that is always on",
     "FG-ARI": "adjusted Rand index over object pixels (Greff et al. 2019): are pixels of one "
     "object, and only they, in one group; on a coarse grid blocks of places do well; higher is "
     "better",
@@ -168,26 +157,30 @@ def make_rows(section: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[
 
 def sparsity_rows(x: Reading) -> Iterator[Row]:
     """Sparsity of W. Exact numbers of one matrix: no intervals, and no floors."""
-    found = {}
-    for name, column in x.columns.items():
-        if column.W is not None and name not in FLOORS:
-            numbers = concepts.sparsity(np.linalg.norm(column.W, axis=1))
-            found[name] = {key.replace("_", " "): value for key, value in numbers.items()}
-    yield from make_rows("Sparsity of W", found)
+    on = x.subject.norms > 0
+    per_group = on.sum(1)
+    found = {
+        "density": on.mean(),
+        "groups per latent": on.sum(0).mean(),
+        "latents per group min": per_group.min(),
+        "latents per group max": per_group.max(),
+        "dead groups": (per_group == 0).sum(),
+    }
+    yield from make_rows("Sparsity of W", {RUN: found})
 
 
 def information_rows(x: Reading) -> Iterator[Row]:
     """Collapse and multi-information, of latents and of groups."""
     found: dict[str, dict[str, Any]] = {}
     for name, column in x.columns.items():
-        z, groups = column.test.z, column.test.pooled_activations
-        numbers = found[name] = {"total correlation, latents": information.total_correlation(z)}
+        z, scale = column.test.z, column.scale
+        numbers = found[name] = {"total correlation, latents": total_correlation(z)}
         if name != PCA:  # it shares the run's latents
-            numbers["RankMe"] = rankme(column.raw)
-        if column.W is not None:
-            numbers["total correlation, groups"] = information.total_correlation(groups)
-            if name != UNTRAINED:  # it has the run's W
-                numbers["overlap of W"] = information.overlap_information(column.W)
+            raw = z * scale.pooled_std.numpy() + scale.pooled_mean.numpy()
+            numbers["RankMe"] = rankme(raw)
+        numbers["total correlation, groups"] = total_correlation(column.test.activations)
+        if name != UNTRAINED:  # it has the run's W
+            numbers["overlap of W"] = overlap_information(column.W)
     yield from make_rows("Information", found)
 
 
@@ -195,41 +188,31 @@ def prediction_rows(x: Reading) -> Iterator[Row]:
     """Held-out R^2 of masked prediction: of the run's own groups, or of fitted ones."""
     section, subject = "Masked prediction", x.subject
     if subject.groups is not None and subject.config is not None:
-        overall, cells = masked_r2(subject, x.test.subset(PREDICTED_IMAGES))
-        yield from make_rows(section, {RUN: {HIDDEN: overall}})
-        known = [e.value for e in cells if e.value is not None]
-        if known:
-            text = f"from {min(known):.2f} to {max(known):.2f} over the {len(cells)} regions"
-            values = {RUN: Estimate(float(np.mean(known)))}
-            yield Row(
-                section, "R² of a region's own patches", f"mean over regions; {text}", "", values
-            )
+        found = masked_r2(subject, x.test.subset(PREDICTED_IMAGES))
+        yield from make_rows(section, {RUN: {HIDDEN: found}})
     elif subject.estimator is not None and not x.options.quick:
-        found = subject.estimator.random_pattern_scores(
+        scores = subject.estimator.random_pattern_scores(
             fitting_tokens(subject.encoder, x.train, FITTED_IMAGES),
             fitting_tokens(subject.encoder, x.test, FITTED_IMAGES // 2),
         )
-        fits = found["random"]
+        fits = scores["random"]
         chance = Estimate(sum(fits) / len(fits), min(fits), max(fits), f"range of {len(fits)} fits")
-        numbers = {RUN: found["learned"], RANDOM: chance, ALL: found["unpenalised"]}
+        numbers = {RUN: scores["learned"], RANDOM: chance, ALL: scores["unpenalised"]}
         yield from make_rows(section, {name: {FITTED_R2: e} for name, e in numbers.items()})
 
 
 @torch.no_grad()
 def masked_r2(
     subject: Subject, images: ImageSet, *, batch_size: int = 128, resamples: int = 200
-) -> tuple[Estimate, list[Estimate]]:
-    """Return R^2 of the groups' predictions of hidden patches: of all, and of each region's own.
+) -> Estimate:
+    """Return R^2 of the predictions of hidden patches by the groups that a run was trained with.
 
     As in training, the groups see the latents of the context alone and predict the run's targets,
     by default the normalised tokens of the whole image; the EMA encoder serves as context and as
     target encoder. SST is around the mean token of each *place*: to know where a patch lies scores
-    0. Intervals resample images. The second list is empty unless groups are regions.
-
-    Raises ValueError for a subject whose groups were fitted post hoc.
+    0. The interval resamples images.
     """
-    if subject.groups is None or subject.config is None:
-        raise ValueError("the groups were fitted post hoc and are scored there")
+    assert subject.groups is not None and subject.config is not None
     encoder, device = subject.encoder, subject.encoder.device
     model: Any = encoder.model
     groups = subject.groups.to(device)
@@ -252,15 +235,11 @@ def masked_r2(
         targets.append(target.half().cpu())
     wanted, error = torch.cat(targets).float(), torch.cat(errors)  # error: NaN at the context
     spread = (wanted - wanted.mean(0)).square().sum(-1).masked_fill(error.isnan(), 0)
-    top, bottom = error.nan_to_num().double().numpy(), spread.double().numpy()  # [n, N]
+    # Sums over the places of each image, [n].
+    top, bottom = (x.double().numpy().sum(1) for x in (error.nan_to_num(), spread))
     weights = bootstrap_weights(len(images), resamples)
-
-    def r2(places: Any) -> Estimate:
-        e, s = top[:, places].sum(1), bottom[:, places].sum(1)
-        draws = 1 - weights @ e / np.maximum(weights @ s, 1e-12)
-        return from_draws(1 - e.sum() / max(s.sum(), 1e-12), draws)
-
-    return r2(slice(None)), [r2(cell) for cell in subject.cells() if cell]
+    draws = 1 - weights @ top / np.maximum(weights @ bottom, 1e-12)
+    return from_draws(1 - top.sum() / max(bottom.sum(), 1e-12), draws)
 
 
 def disentanglement_rows(x: Reading) -> Iterator[Row]:
@@ -274,18 +253,15 @@ def disentanglement_rows(x: Reading) -> Iterator[Row]:
     train, test = (np.stack([pair[i] for pair in kept.values()], 1) for i in (0, 1))
 
     def scores(mine: np.ndarray, held_out: np.ndarray, units: Any = None) -> dict[str, Estimate]:
-        found = disentangle.disentanglement(
-            mine, train, held_out, test, units=units, quick=x.options.quick
-        )
+        found = disentanglement(mine, train, held_out, test, units=units, quick=x.options.quick)
         return {name: found[key] for key, name in DISENTANGLEMENT.items() if key in found}
 
     latents, groups = {}, {}
     for name, column in x.columns.items():
+        G, P, _ = column.W.shape
+        both = (part.vectors.reshape(-1, G * P) for part in (column.train, column.test))
         latents[name] = scores(column.train.z, column.test.z)
-        if column.W is not None:
-            G, P, _ = column.W.shape
-            both = (part.vectors.reshape(-1, G * P) for part in (column.train, column.test))
-            groups[name] = scores(*both, units=np.repeat(np.arange(G), P))
+        groups[name] = scores(*both, units=np.repeat(np.arange(G), P))
     yield from make_rows("Disentanglement, latents as units", latents)
     yield from make_rows(GROUP_UNITS, groups)
 
@@ -297,7 +273,7 @@ DISENTANGLEMENT = {
     "dci_completeness": "DCI: completeness",
     "dci_informativeness": "DCI: informativeness",
 }
-"""How the table calls what `disentangle.disentanglement` gives."""
+"""How the table calls what `disentanglement` gives."""
 
 
 def independent(labels: Labels) -> tuple[Labels, list[str]]:
@@ -331,12 +307,9 @@ def factor_rows(x: Reading) -> Iterator[Row]:
     """
     rng = np.random.default_rng(x.options.seed)
     for factor, (train, test) in x.labels.items():
-        values = {
-            name: _best_group(column, train, test)
-            for name, column in x.columns.items()
-            if column.W is not None
-        }
-        values[SHUFFLED] = _best_group(x.run, rng.permutation(train), rng.permutation(test))
+        values = {name: _best_group(column, train, test) for name, column in x.columns.items()}
+        shuffled = rng.permutation(train), rng.permutation(test)
+        values[SHUFFLED] = _best_group(x.columns[RUN], *shuffled)
         yield Row(
             "Groups and factors",
             f"I(group; {factor})",
@@ -350,12 +323,9 @@ def factor_rows(x: Reading) -> Iterator[Row]:
 
 def _best_group(column: Column, train: np.ndarray, test: np.ndarray) -> Estimate:
     """I(g; factor) on test images of the group that has most of it on training images."""
-    found = [
-        information.mutual_information(a, train, resamples=0).value
-        for a in column.train.pooled_activations.T
-    ]
+    found = [mutual_information(a, train, resamples=0).value for a in column.train.activations.T]
     best = int(np.argmax([-np.inf if value is None else value for value in found]))
-    return information.mutual_information(column.test.pooled_activations[:, best], test)
+    return mutual_information(column.test.activations[:, best], test)
 
 
 def silencing_rows(x: Reading) -> Iterator[Row]:
@@ -364,90 +334,52 @@ def silencing_rows(x: Reading) -> Iterator[Row]:
         return
     draws = np.mean([s.draws for s in x.silenced], axis=0)
     drop = float(np.mean([s.drop.value or 0.0 for s in x.silenced]))
+    chance = Estimate(float(np.mean([s.chance for s in x.silenced])))
     yield Row(
         "Groups and factors",
         SILENCED,
         f"share of {next(iter(x.labels))} labels that a linear probe no longer gets when what one "
         "group reads is projected out, mean over groups; random directions: of equal rank",
         "",
-        {
-            RUN: from_draws(drop, draws),
-            DIRECTIONS: Estimate(float(np.mean([s.chance for s in x.silenced]))),
-        },
+        {RUN: from_draws(drop, draws), DIRECTIONS: chance},
     )
-
-
-def purity_rows(x: Reading) -> Iterator[Row]:
-    """How alike the test images are that excite the same group; needs no labels."""
-
-    def purity(activations: np.ndarray) -> Estimate:
-        found = [v for v in concepts.monosemanticity(activations, x.look) if v is not None]
-        return Estimate(float(np.mean(found))) if found else undefined("no group is ever on")
-
-    found = {
-        name: purity(column.test.mean_activations)
-        for name, column in x.columns.items()
-        if column.W is not None
-    }
-    found[SHUFFLED] = purity(np.ones((len(x.test), 1)))
-    named = {name: {"monosemanticity": e} for name, e in found.items()}
-    yield from make_rows("Groups and images", named)
 
 
 def object_rows(x: Reading) -> Iterator[Row]:
-    """Groups of patches against the object masks of the test images, where there are any."""
-    if x.test.masks is None:
-        return
-    run, seed = x.run, x.options.seed
-    masks, grid = x.test.masks[run.test.kept], run.grid
-    owner = objects.patch_labels(masks, grid)
-    found: dict[str, dict[str, Estimate]] = {}
-    for name, labels in groupings(x).items():
-        own_grid = x.columns[name].grid if name in x.columns else grid
-        found[name] = _segments(masks, labels, own_grid)
-        if labels.shape == owner.shape:  # a control may have other patches
-            shared = pair_sharing(owner, labels, grid, random_state=seed)
-            found[name] |= _pairs("same group", shared)
-    # Object pixels alone count for FG-ARI, so there the best cut gives no patch to the background.
-    best = objects.patch_labels(masks, grid, background=False)
-    found[CEILING] = _segments(masks, owner, grid)
-    found[CEILING]["FG-ARI"] = _segments(masks, best, grid)["FG-ARI"]
-    pairs = pair_information(run.test.tokens, owner, grid, random_state=seed)
-    found[RUN] = found.get(RUN, {}) | _pairs("I(patch; patch)", pairs)
-    yield from make_rows("Groups and objects", found)
-
-
-def _segments(masks: np.ndarray, labels: np.ndarray, grid: tuple[int, int]) -> dict[str, Estimate]:
-    scores = objects.object_scores(masks, labels, grid)
-    names = {"fg_ari": "FG-ARI", "mbo": "mBO"}
-    return {name: scores[key] for key, name in names.items()}
-
-
-def _pairs(what: str, found: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    names = {"within": "one object", "across": "two objects", "gap": "gap"}
-    return {f"{what}, {name}": found[key] for key, name in names.items()}
-
-
-def groupings(x: Reading) -> dict[str, np.ndarray]:
-    """Return the group of each patch [m, N] of the kept test images, by column and blind floor.
+    """Groups of patches against the object masks of the test images, where there are any.
 
     Region groups are cells of the image: W gives no map of patches then and no column has one.
     """
-    run, seed, G = x.run, x.options.seed, len(x.subject.W)
-    regions = x.subject.kind == "region"
-    tokens = run.train.tokens
-    found = {
-        name: objects.assign_patches(column.test.activations[run.test.kept].astype(np.float32))
-        for name, column in x.columns.items()
-        if column.W is not None and not regions
-    }
-    found[KMEANS] = objects.kmeans_patches(
-        tokens.reshape(-1, tokens.shape[2]), run.test.tokens, G, seed
-    )
-    found[PLACES] = objects.position_blocks(run.grid, len(run.test.kept), G, seed)
-    if not regions:
-        found[SHUFFLED] = objects.permuted_patches(found[RUN], seed)
-    return found
+    if x.test.masks is None:
+        return
+    encoder, seed, G = x.subject.encoder, x.options.seed, len(x.subject.W)
+    grid, scale = encoder.grid_size, x.columns[RUN].scale
+    kept, tokens = read_tokens(encoder, x.test, scale)
+    groupings: dict[str, np.ndarray] = {}  # the group of each patch, [m, N]
+    if x.subject.kind != "region":
+        for name, column in x.columns.items():
+            groupings[name] = objects.assign_patches(column.patches[kept].astype(np.float32))
+    train = read_tokens(encoder, x.train, scale, part=2)[1]
+    groupings[KMEANS] = objects.kmeans_patches(train.reshape(-1, train.shape[2]), tokens, G, seed)
+    groupings[PLACES] = objects.position_blocks(grid, len(kept), G, seed)
+    if RUN in groupings:
+        groupings[SHUFFLED] = np.random.default_rng(seed).permuted(groupings[RUN], axis=1)
+
+    masks = x.test.masks[kept]
+    owner = objects.patch_labels(masks, grid)
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, labels in groupings.items():
+        found[name] = objects.object_scores(masks, labels, grid)
+        shared = objects.pair_sharing(owner, labels, grid, seed)
+        found[name] |= {f"same group, {key}": e for key, e in shared.items()}
+    # Object pixels alone count for FG-ARI, so there the best cut gives no patch to the background.
+    best = objects.patch_labels(masks, grid, background=False)
+    found[CEILING] = objects.object_scores(masks, owner, grid)
+    found[CEILING]["FG-ARI"] = objects.object_scores(masks, best, grid)["FG-ARI"]
+    pairs = objects.pair_information(tokens, owner, grid, seed)
+    known = {f"I(patch; patch), {key}": e for key, e in pairs.items()}
+    found[RUN] = found.get(RUN, {}) | known
+    yield from make_rows("Groups and objects", found)
 
 
 SECTIONS: dict[str, Callable[[Reading], Iterator[Row]]] = {
@@ -457,7 +389,6 @@ SECTIONS: dict[str, Callable[[Reading], Iterator[Row]]] = {
     "disentanglement": disentanglement_rows,
     "groups and factors": factor_rows,
     "silencing groups": silencing_rows,
-    "groups and images": purity_rows,
     "groups and objects": object_rows,
 }
 """The sections of the table by what they are called while they are measured."""

@@ -4,12 +4,10 @@ A group of a token-level map is a segment: the patches on which it is stronger, 
 than all others. Large smooth segments score by geometry alone, so that beside the model's stand
 k-means on the tokens, blocks that see only positions, and the same patches in random order.
 
-Masks are whole numbers from 0 to 65,535, [n, H, W]; in true masks 0 is the background and every
-other number one object. Predicted masks have no background: every number is a segment. A measure
-is NaN on images where it is not defined; `object_scores` leaves these out and says how many.
+Masks are whole numbers [n, H, W]; in true masks 0 is the background and every other number one
+object. Predicted masks have no background: every number is a segment.
 
-Letters: n images, N patches on a grid of rows x columns, H x W pixels, G groups, D latents,
-T different labels of a true mask, P segments.
+Letters: n images, N patches on a grid of rows x columns, H x W pixels, G groups, D latents.
 """
 
 from __future__ import annotations
@@ -17,76 +15,64 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsejepa.evaluation.information import gaussian_mutual_information, normal_scores
 from sparsejepa.evaluation.stats import FOLDS, NORMAL, Estimate, mean_estimate, undefined
 
-MAX_LABEL = 65_535
 KMEANS_POINTS = 20_000
 """k-means is fitted on so many tokens at most."""
 
-_CELLS = 2**20  # of the arrays that are worked on at once
+Grid = tuple[int, int]
 
 
-def assign_patches(activations: np.ndarray, rms: np.ndarray | None = None) -> np.ndarray:
+def assign_patches(activations: np.ndarray) -> np.ndarray:
     """Return the group of each patch, int64 [n, N]: the largest activation over its rms.
 
-    activations: [n, N, G] >= 0, ||W^(g) z||; rms: [G], each group's root mean square over the data
-    (by default over these activations). A group whose rms is 0 never wins; ties go to the lower
-    index, so that without any living group all patches are in group 0.
-
-    Raises ValueError: other shapes, values that are not finite, a negative rms.
+    activations: [n, N, G] >= 0, ||W^(g) z||; each group's root mean square is over all of them. A
+    group whose rms is 0 never wins; ties go to the lower index, so that without any living group
+    all patches are in group 0.
     """
-    activations = np.asarray(activations)
-    if activations.ndim != 3 or not activations.shape[2]:
-        raise ValueError(f"activations must be [n, N, G], got shape {activations.shape}")
-    if rms is None:
-        flat = activations.reshape(-1, activations.shape[2])
-        rms = np.sqrt(np.einsum("mg,mg->g", flat, flat, dtype=np.float64) / max(1, len(flat)))
-    rms = np.asarray(rms, np.float64)
-    if rms.shape != activations.shape[2:]:
-        raise ValueError(f"rms must be [{activations.shape[2]}], got shape {rms.shape}")
-    if not (np.isfinite(rms).all() and np.isfinite(activations).all() and (rms >= 0).all()):
-        raise ValueError("activations and rms must be finite, rms not negative")
-    alive = rms > 0
-    strength = activations / np.where(alive, rms, 1)
-    return np.where(alive, strength, -np.inf).argmax(2)
+    flat = activations.reshape(-1, activations.shape[2])
+    rms = np.sqrt(np.einsum("mg,mg->g", flat, flat, dtype=np.float64) / max(1, len(flat)))
+    strength = activations / np.where(rms > 0, rms, 1)
+    return np.where(rms > 0, strength, -np.inf).argmax(2)
 
 
-def upsample(labels: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def upsample(labels: np.ndarray, grid: Grid, size: tuple[int, int]) -> np.ndarray:
     """Return labels [n, H, W] of pixels from those of patches [n, N], N = rows x columns.
 
-    A pixel gets the label of the patch in which its centre lies. Raises ValueError: another N.
+    A pixel gets the label of the patch in which its centre lies.
     """
-    labels = _patches(labels, grid)
-    rows, columns = _patch_of(grid, size)
-    return labels.reshape(-1, *grid)[:, rows[:, None], columns]
+    return labels[:, _patch_of(grid, size)]
 
 
-def patch_labels(
-    masks: np.ndarray, grid: tuple[int, int], *, background: bool = True
-) -> np.ndarray:
+def patch_labels(masks: np.ndarray, grid: Grid, *, background: bool = True) -> np.ndarray:
     """Return the label int64 [n, N] that most pixels of each patch have; of equals the lowest.
 
-    masks: [n, H, W]. The way back of `upsample`, and about the best that whole patches can do: for
-    mBO as it is, for FG-ARI without `background`, where a patch is an object's if it shows any.
-    Raises ValueError: a patch without a pixel.
+    masks: [n, H, W], each patch with a pixel at least. The way back of `upsample`, and about the
+    best that whole patches can do: for mBO as it is, for FG-ARI without `background`, where a patch
+    is an object's if it shows any.
     """
-    masks, labels = np.asarray(masks), _compact(masks, "masks")
-    if masks.shape[1] < grid[0] or masks.shape[2] < grid[1]:
-        raise ValueError(f"masks of {masks.shape[1]}x{masks.shape[2]} pixels on a grid {grid}")
-    rows, columns = _patch_of(grid, masks.shape[1:])
-    patch = np.broadcast_to(rows[:, None] * grid[1] + columns, masks.shape)
-    patches = _compact(patch, "patches")
-    result = np.empty((len(masks), grid[0] * grid[1]), np.int64)
-    for part, counts in _tables(patches, labels):
-        counts[..., 0] *= background
-        result[part] = labels.values[counts.argmax(2)]
+    patches, patch = grid[0] * grid[1], _patch_of(grid, masks.shape[1:])
+    values = np.union1d([0], masks)
+    result = np.empty((len(masks), patches), np.int64)
+    for labels, mask in zip(result, masks, strict=True):
+        cells = patch * len(values) + np.searchsorted(values, mask)
+        counts = np.bincount(cells.ravel(), minlength=patches * len(values)).reshape(patches, -1)
+        counts[:, 0] *= background
+        labels[:] = values[counts.argmax(1)]
     return result
+
+
+def _patch_of(grid: Grid, size: tuple[int, ...]) -> np.ndarray:
+    """Return the patch of each pixel [H, W]."""
+    rows, columns = (
+        (2 * np.arange(pixels) + 1) * patches // (2 * pixels)
+        for patches, pixels in zip(grid, size, strict=True)
+    )
+    return rows[:, None] * grid[1] + columns
 
 
 def fg_ari(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -94,25 +80,16 @@ def fg_ari(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
     1 is agreement up to names, 0 the expectation for segments drawn at random with the same sizes
     (Hubert and Arabie 1985), which may be undercut. Only pixels of objects count (Greff et al.
-    2019, IODINE). With a single object the index is 1 if one segment has all of it and else 0, as
-    in the reference code (multi_object_datasets) and scikit-learn: there it says little. NaN with
-    fewer than two foreground pixels.
+    2019, IODINE). With a single object the index is 1 if one segment has all of it and else 0:
+    there it says little. NaN with fewer than two foreground pixels.
     """
-    result = np.full(len(true), np.nan)
-    for part, counts in _tables(*_both(true, predicted)):
-        counts = counts[:, 1:].astype(np.float64)  # without the background
-        pixels = counts.sum((1, 2))
-        pairs = pixels * (pixels - 1)
-        together = (counts * (counts - 1)).sum((1, 2))
-        in_true, in_predicted = (_ordered_pairs(counts.sum(axis)) for axis in (2, 1))
-        defined = pairs > 0
-        chance = in_true * (in_predicted / np.where(defined, pairs, 1))
-        best = (in_true + in_predicted) / 2
-        # Where the largest value is the expected one both sides agree: one segment, or all apart.
-        same = best == chance
-        index = np.where(same, 1, (together - chance) / np.where(same, 1, best - chance))
-        result[part] = np.where(defined, index, np.nan)
-    return result
+    from sklearn.metrics import adjusted_rand_score
+
+    found = np.full(len(true), np.nan)
+    for i, (t, p) in enumerate(zip(true, predicted, strict=True)):
+        if np.count_nonzero(t) > 1:
+            found[i] = adjusted_rand_score(t[t > 0], p[t > 0])
+    return found
 
 
 def mean_best_overlap(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -122,40 +99,30 @@ def mean_best_overlap(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     (Pont-Tuset et al. 2017; used so by DINOSAUR, Seitzer et al. 2023). One segment may serve
     several objects. NaN where an image has no object.
     """
-    result = np.full(len(true), np.nan)
-    for part, counts in _tables(*_both(true, predicted)):
-        objects = counts.sum(2)[:, 1:]
-        either = objects[:, :, None] + counts.sum(1)[:, None] - counts[:, 1:]
-        best = (counts[:, 1:] / np.maximum(either, 1)).max(2)
-        number = (objects > 0).sum(1)
-        result[part] = np.where(number, best.sum(1) / np.maximum(number, 1), np.nan)
-    return result
+    from sklearn.metrics.cluster import contingency_matrix
+
+    found = np.full(len(true), np.nan)
+    for i, (t, p) in enumerate(zip(true, predicted, strict=True)):
+        both = contingency_matrix(t.ravel(), p.ravel())
+        overlap = both / (both.sum(1, keepdims=True) + both.sum(0) - both)
+        best = overlap.max(1)[np.unique(t) > 0]
+        if len(best):
+            found[i] = best.mean()
+    return found
 
 
-def object_scores(
-    true: np.ndarray,
-    labels: np.ndarray,
-    grid: tuple[int, int],
-    *,
-    resamples: int = 200,
-    random_state: int = 0,
-) -> dict[str, Estimate]:
-    """Return fg_ari and mbo of an assignment of patches, averaged over the images.
+def object_scores(true: np.ndarray, labels: np.ndarray, grid: Grid) -> dict[str, Estimate]:
+    """Return FG-ARI and mBO of an assignment of patches, averaged over the images.
 
     true: masks [n, H, W]; labels: [n, N]. The interval resamples images. Both grow towards 1.
     FG-ARI is averaged over images with two objects or more: of a single one it would say only that
     it is whole, and everything in one group would be perfect.
     """
     predicted = upsample(labels, grid, true.shape[1:])
-    several = np.array([len(np.unique(mask[mask > 0])) > 1 for mask in np.asarray(true)], bool)
-    values = {
-        "fg_ari": np.where(several, fg_ari(true, predicted), np.nan),
-        "mbo": mean_best_overlap(true, predicted),
-    }
-    return {
-        name: mean_estimate(value, resamples=resamples, random_state=random_state)
-        for name, value in values.items()
-    }
+    several = np.array([len(np.unique(mask[mask > 0])) > 1 for mask in true], bool)
+    ari = np.where(several, fg_ari(true, predicted), np.nan)
+    values = {"FG-ARI": ari, "mBO": mean_best_overlap(true, predicted)}
+    return {name: mean_estimate(value, resamples=200) for name, value in values.items()}
 
 
 def kmeans_patches(
@@ -166,21 +133,10 @@ def kmeans_patches(
     train_tokens: [m, D], of which at most `KMEANS_POINTS` are used, drawn at random; tokens:
     [n, N, D]. The means are shared by all images, as groups are. Tokens that have fewer than k
     different values make fewer clusters.
-
-    Raises ValueError: other shapes, values that are not finite, fewer than k training tokens.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    train_tokens, tokens = np.asarray(train_tokens), np.asarray(tokens)
-    if train_tokens.ndim != 2 or tokens.ndim != 3 or train_tokens.shape[1] != tokens.shape[2]:
-        raise ValueError(
-            f"tokens must be [m, D] and [n, N, D], got shapes {train_tokens.shape}, {tokens.shape}"
-        )
-    if not 1 <= k <= len(train_tokens):
-        raise ValueError(f"k = {k}: there are {len(train_tokens)} training tokens")
-    if not (np.isfinite(train_tokens).all() and np.isfinite(tokens).all()):
-        raise ValueError("tokens must be finite")
     if len(train_tokens) > KMEANS_POINTS:
         rng = np.random.default_rng(random_state)
         train_tokens = train_tokens[rng.choice(len(train_tokens), KMEANS_POINTS, replace=False)]
@@ -191,7 +147,7 @@ def kmeans_patches(
     return found.reshape(tokens.shape[:2])
 
 
-def position_blocks(grid: tuple[int, int], n: int, k: int, random_state: int = 0) -> np.ndarray:
+def position_blocks(grid: Grid, n: int, k: int, random_state: int = 0) -> np.ndarray:
     """Return labels int64 [n, N] of k compact blocks, the same on all images.
 
     k-means on the patches' positions: what an assignment scores that knows nothing of the image.
@@ -202,79 +158,6 @@ def position_blocks(grid: tuple[int, int], n: int, k: int, random_state: int = 0
     return np.repeat(blocks, n, 0)
 
 
-def permuted_patches(labels: np.ndarray, random_state: int = 0) -> np.ndarray:
-    """Return labels [n, N] with each image's patches in random order: segments of equal sizes."""
-    return np.random.default_rng(random_state).permuted(np.asarray(labels), axis=1)
-
-
-class _Labels(NamedTuple):
-    """Masks whose labels are counted off from 0; label 0 stays, whether it occurs or not."""
-
-    masks: np.ndarray  # [n, H, W]
-    values: np.ndarray  # the labels that occur, ascending
-    position: np.ndarray  # of a label in `values`
-
-
-def _compact(masks: np.ndarray, what: str) -> _Labels:
-    masks = np.asarray(masks)
-    if masks.dtype == bool:
-        masks = masks.astype(np.uint8)
-    if masks.ndim != 3 or not np.issubdtype(masks.dtype, np.integer):
-        raise ValueError(f"{what} must be whole numbers [n, H, W], got {masks.dtype} {masks.shape}")
-    if masks.size and not 0 <= masks.min() <= masks.max() <= MAX_LABEL:
-        raise ValueError(f"{what} must be from 0 to {MAX_LABEL}")
-    seen = np.zeros(MAX_LABEL + 1, bool)
-    seen[0] = True
-    seen[masks] = True
-    return _Labels(masks, np.flatnonzero(seen), seen.cumsum() - 1)
-
-
-def _both(true: np.ndarray, predicted: np.ndarray) -> tuple[_Labels, _Labels]:
-    if np.shape(true) != np.shape(predicted):
-        raise ValueError(f"true masks {np.shape(true)} and predicted masks {np.shape(predicted)}")
-    return _compact(true, "true masks"), _compact(predicted, "predicted masks")
-
-
-def _parts(first: _Labels, second: _Labels) -> Iterator[slice]:
-    """Some images at a time, as memory allows."""
-    n, height, width = first.masks.shape
-    cells = max(height * width, len(first.values) * len(second.values), 1)
-    step = max(1, _CELLS // cells)
-    return (slice(start, start + step) for start in range(0, n, step))
-
-
-def _tables(first: _Labels, second: _Labels) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield which images, and how many pixels have which two labels, int64 [m, T, P]."""
-    shape = len(first.values), len(second.values)
-    for part in _parts(first, second):
-        pair = first.position[first.masks[part]] * shape[1] + second.position[second.masks[part]]
-        m = len(pair)
-        pair += np.arange(m)[:, None, None] * (shape[0] * shape[1])
-        counts = np.bincount(pair.ravel(), minlength=m * shape[0] * shape[1])
-        yield part, counts.reshape(m, *shape)
-
-
-def _ordered_pairs(sizes: np.ndarray) -> np.ndarray:
-    """Pairs of pixels within clusters of the sizes [m, clusters], summed: [m]."""
-    return (sizes * (sizes - 1)).sum(1)
-
-
-def _patches(labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.ndim != 2 or labels.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"labels of patches must be [n, {grid[0]}x{grid[1]}], got {labels.shape}")
-    return labels
-
-
-def _patch_of(grid: tuple[int, int], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The row of patches of each row of pixels [H], and the column of each column [W]."""
-    rows, columns = (
-        (2 * np.arange(pixels) + 1) * patches // (2 * pixels)
-        for patches, pixels in zip(grid, size, strict=True)
-    )
-    return rows, columns
-
-
 # --- pairs of patches: the mechanism that SparseJEPA claims ---------------------------------------
 #
 # Patches of one object share information, and so come to share a group (Hartman and Varshney 2025,
@@ -282,172 +165,107 @@ def _patch_of(grid: tuple[int, int], size: tuple[int, ...]) -> tuple[np.ndarray,
 # columns apart), and both kinds get the same weights over offsets: the smaller of the two numbers
 # of pairs. Intervals leave out parts of the images in turn.
 
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs of one offset: image, first and second patch [k] each, and the fold of the image."""
-
-    image: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    fold: np.ndarray
-
-    def take(self, index: np.ndarray) -> _Pairs:
-        return _Pairs(*(x[index] for x in vars(self).values()))
+REACH = 2
+"""Largest offset, in rows and in columns."""
+LEAST, MOST = 200, 20_000
+"""Pairs of either kind that an offset needs to count, and those whose information is measured."""
+AXES = 8
+"""Principal axes of the tokens whose information is measured."""
 
 
 def pair_information(
-    tokens: Any,
-    objects: Any,
-    grid: tuple[int, int],
-    *,
-    components: int = 8,
-    reach: int = 2,
-    least: int = 200,
-    most: int = 20_000,
-    random_state: int = 0,
+    tokens: np.ndarray, objects: np.ndarray, grid: Grid, random_state: int = 0
 ) -> dict[str, Estimate]:
-    """Return the information of the two tokens of a pair: `within`, `across` and their `gap`.
+    """Return the information that the two tokens of a pair share, of pairs within and across.
 
-    Gaussian-copula mutual information in nats. Undefined where no offset has enough pairs.
+    Gaussian-copula mutual information in nats: of pairs within `one object`, of pairs across
+    `two objects`, and their `gap`. Undefined where no offset has enough pairs.
 
     Args:
         tokens: [n, N, D]. The mean token of each patch is taken out, so that place alone is no
-            information, and `components` principal axes are kept.
+            information, and `AXES` principal axes are kept.
         objects: int [n, N], the object of each patch, 0 for background.
         grid: rows and columns of patches.
-        reach: largest offset in rows and columns.
-        least: pairs of each kind that an offset needs to count.
-        most: pairs of each kind and offset that are measured, a random choice.
     """
-    tokens, objects = np.asarray(tokens), np.asarray(objects)
-    if tokens.ndim != 3 or objects.shape != tokens.shape[:2]:
-        raise ValueError(f"tokens [n, N, D] {tokens.shape} and objects {objects.shape} do not fit")
-    axes = _principal(tokens, components)
+    centred = tokens.astype(np.float32) - tokens.mean(0, dtype=np.float64).astype(np.float32)
+    flat = centred.reshape(-1, tokens.shape[2])
+    _, basis = np.linalg.eigh((flat.T @ flat).astype(np.float64))
+    axes = (flat @ basis[:, ::-1][:, :AXES]).reshape(*tokens.shape[:2], -1)
     rng = np.random.default_rng(random_state)
 
-    def information(pairs: _Pairs) -> np.ndarray:
-        some = pairs.take(rng.permutation(len(pairs.image))[:most])
-        x, y = axes[some.image, some.first], axes[some.image, some.second]
-        return _information_over_folds(x, y, some.fold)
+    def information(pairs: np.ndarray) -> np.ndarray:
+        image, first, second, fold = pairs[:, rng.permutation(pairs.shape[1])[:MOST]]
+        x, y = normal_scores(axes[image, first]), normal_scores(axes[image, second])
+        found = []
+        for left_out in range(-1, FOLDS):  # ranks are kept
+            kept = fold != left_out
+            value = gaussian_mutual_information(x[kept], y[kept], copula=False, resamples=0).value
+            found.append(math.nan if value is None else value)
+        return np.array(found)
 
-    offsets = _offsets(objects, grid, reach, least, rng)
-    return _averaged(offsets, {"within": (0, information), "across": (1, information)}, least)
+    return _over_offsets(objects, grid, rng, information)
 
 
 def pair_sharing(
-    objects: Any,
-    groups: Any,
-    grid: tuple[int, int],
-    *,
-    reach: int = 2,
-    least: int = 200,
-    random_state: int = 0,
+    objects: np.ndarray, groups: np.ndarray, grid: Grid, random_state: int = 0
 ) -> dict[str, Estimate]:
-    """Return the probability that a pair is in one group: `within`, `across`, `gap`, `chance`.
+    """Return the probability that the patches of a pair are in one group.
 
-    `chance` is that of the pairs within, had each patch its group from another image. Undefined
-    where no offset has enough pairs.
-
-    Args:
-        objects, groups: int [n, N], the object (0 for background) and the group of each patch.
-        grid, reach, least: as for `pair_information`.
+    Keys and arguments as for `pair_information`; groups: int [n, N], the group of each patch.
     """
-    objects, groups = np.asarray(objects), np.asarray(groups)
-    if objects.ndim != 2 or groups.shape != objects.shape:
-        raise ValueError(f"objects {objects.shape} and groups {groups.shape} do not fit")
-    labels, groups = np.unique(groups, return_inverse=True)
-    groups = groups.reshape(objects.shape)
-    usage = np.stack([(groups == g).mean(0) for g in range(len(labels))], 1)  # [N, G]
 
-    def shared(pairs: _Pairs) -> np.ndarray:
-        same = groups[pairs.image, pairs.first] == groups[pairs.image, pairs.second]
-        return _over_folds(same, pairs.fold)
+    def shared(pairs: np.ndarray) -> np.ndarray:
+        image, first, second, fold = pairs
+        same = groups[image, first] == groups[image, second]
+        total, count = np.bincount(fold, same, FOLDS), np.bincount(fold, minlength=FOLDS)
+        left = np.maximum(count.sum() - count, 1)
+        return np.concatenate([[same.mean()], (total.sum() - total) / left])
 
-    def chance(pairs: _Pairs) -> np.ndarray:
-        return _over_folds((usage[pairs.first] * usage[pairs.second]).sum(1), pairs.fold)
-
-    offsets = _offsets(objects, grid, reach, least, np.random.default_rng(random_state))
-    return _averaged(
-        offsets, {"within": (0, shared), "across": (1, shared), "chance": (0, chance)}, least
-    )
+    return _over_offsets(objects, grid, np.random.default_rng(random_state), shared)
 
 
-def _averaged(
-    offsets: Iterator[tuple[_Pairs, _Pairs]],
-    measures: dict[str, tuple[int, Callable[[_Pairs], np.ndarray]]],
-    least: int,
+def _over_offsets(
+    objects: np.ndarray,
+    grid: Grid,
+    rng: np.random.Generator,
+    measure: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, Estimate]:
-    """Average measures of pairs (0 within, 1 across) over offsets, and add their gap."""
+    """Average a measure of pairs within objects and across over offsets, and take the gap.
+
+    `measure` takes image, first patch, second patch and fold of k pairs, [4, k], and returns its
+    value on all of them, then without each fold: [1 + FOLDS].
+    """
+    folds = rng.permutation(np.arange(len(objects)) % FOLDS)
     found, weights = [], []
-    for kinds in offsets:
-        found.append([measure(kinds[kind]) for kind, measure in measures.values()])
-        weights.append(min(len(pairs.image) for pairs in kinds))
-    if not found:
-        reason = undefined(f"no offset has {least} pairs of both kinds")
-        return dict.fromkeys([*measures, "gap"], reason)
-    means = dict(zip(measures, np.average(np.array(found), axis=0, weights=weights), strict=True))
-    means["gap"] = means["within"] - means["across"]
-    return {name: _jackknife(values) for name, values in means.items()}
-
-
-def _offsets(
-    objects: np.ndarray, grid: tuple[int, int], reach: int, least: int, rng: np.random.Generator
-) -> Iterator[tuple[_Pairs, _Pairs]]:
-    """Yield the pairs within and across objects of each offset that has `least` of both."""
-    n, patches = objects.shape
-    if math.prod(grid) != patches:
-        raise ValueError(f"{patches} patches are no grid of {grid[0]}x{grid[1]}")
-    folds = rng.permutation(np.arange(n) % FOLDS)
-    for first, second in _patches_apart(grid, reach):
+    for first, second in _patches_apart(grid):
         seen = (objects[:, first] > 0) & (objects[:, second] > 0)
         same = objects[:, first] == objects[:, second]
-        within, across = (
-            _Pairs(image, first[k], second[k], folds[image])
+        kinds = [
+            np.stack([image, first[k], second[k], folds[image]])
             for image, k in (np.nonzero(seen & same), np.nonzero(seen & ~same))
-        )
-        if min(len(within.image), len(across.image)) >= least:
-            yield within, across
+        ]
+        count = min(pairs.shape[1] for pairs in kinds)
+        if count >= LEAST:
+            found.append([measure(pairs) for pairs in kinds])
+            weights.append(count)
+    names = "one object", "two objects", "gap"
+    if not found:
+        return dict.fromkeys(names, undefined(f"no offset has {LEAST} pairs of both kinds"))
+    within, across = np.average(np.array(found), axis=0, weights=weights)
+    parts = within, across, within - across
+    return {name: _jackknife(values) for name, values in zip(names, parts, strict=True)}
 
 
-def _patches_apart(grid: tuple[int, int], reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _patches_apart(grid: Grid) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the two patches [k] of all pairs at one offset, each unordered pair once."""
     patches = np.arange(math.prod(grid)).reshape(grid)
-    for down in range(min(reach, grid[0] - 1) + 1):
-        for right in range(-reach if down else 1, reach + 1):
-            if abs(right) >= grid[1]:
-                continue
-            left, cut = max(0, -right), max(0, right)
-            first = patches[: grid[0] - down, left : grid[1] - cut]
-            second = patches[down:, cut : grid[1] - left]
-            yield first.ravel(), second.ravel()
-
-
-def _principal(tokens: np.ndarray, components: int) -> np.ndarray:
-    """Return tokens [n, N, D] less each patch's mean on their first principal axes [n, N, c]."""
-    centred = tokens.astype(np.float32) - tokens.mean(0, dtype=np.float64).astype(np.float32)
-    flat = centred.reshape(-1, tokens.shape[2])
-    _, axes = np.linalg.eigh((flat.T @ flat).astype(np.float64))
-    return (flat @ axes[:, ::-1][:, :components]).reshape(*tokens.shape[:2], -1)
-
-
-def _over_folds(values: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Return the mean of values [k], then the means without each fold, [1 + FOLDS]."""
-    total = np.bincount(folds, values, FOLDS)
-    count = np.bincount(folds, minlength=FOLDS)
-    left = np.maximum(count.sum() - count, 1)
-    return np.concatenate([[values.mean()], (total.sum() - total) / left])
-
-
-def _information_over_folds(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Return I(x; y) of x, y [k, c], then without each fold (ranks kept); NaN where undefined."""
-    x, y = normal_scores(x), normal_scores(y)
-
-    def value(kept: np.ndarray) -> float:
-        found = gaussian_mutual_information(x[kept], y[kept], copula=False, resamples=0).value
-        return math.nan if found is None else found
-
-    return np.array([value(folds != f) for f in range(-1, FOLDS)])
+    for down in range(min(REACH, grid[0] - 1) + 1):
+        for right in range(-REACH if down else 1, REACH + 1):
+            if abs(right) < grid[1]:
+                left, cut = max(0, -right), max(0, right)
+                first = patches[: grid[0] - down, left : grid[1] - cut]
+                second = patches[down:, cut : grid[1] - left]
+                yield first.ravel(), second.ravel()
 
 
 def _jackknife(values: np.ndarray) -> Estimate:

@@ -15,10 +15,8 @@ class Options:
 
     factors: str = ""
     """Columns of the data to take as factors, separated by commas; its own labels if not given."""
-    control: str | None = None
-    """Another run to set beside this one, such as its dense or lam=0 twin."""
     quick: bool = False
-    """Leave out what is slow: DCI, the scores of random patterns, groups fitted to a control."""
+    """Leave out what is slow: DCI and the scores of random patterns."""
     limit: int = 10_000
     """Training images, at most."""
     test_limit: int = 5_000

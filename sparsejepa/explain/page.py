@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsejepa.explain.groups import Card
+from sparsejepa.explain.concepts import Gallery
 from sparsejepa.explain.measures import Row
-from sparsejepa.explain.subject import REFERENCES
+from sparsejepa.explain.readout import REFERENCES, RUN
 from sparsejepa.files import write_text
 from sparsejepa.study.template import render, resource
 
@@ -33,25 +33,16 @@ class ExplainPage:
     subtitle: str
     verdict: str
     remarks: Sequence[str]
-    columns: Sequence[str]
-    """Of the table; the first is the model that the page is about."""
     rows: Sequence[Row]
     block_norms: np.ndarray
     """||W_gj|| [G, D]; zeros are exact."""
     images: Mapping[int, np.ndarray]
-    """uint8 [h, w, 3], all of one size, by number; the cards and the explorer name them so."""
+    """uint8 [h, w, 3], all of one size, by the number that the gallery has for them."""
     image_labels: Mapping[int, str]
-    activations: np.ndarray
-    """||W^(g) z|| over the group's rms [m, N, G], in the order of `images`; [m, 1, G] for region
-    groups, which have one value an image: it is shown in the group's cell."""
     grid: tuple[int, int]
     """Rows and columns of patches; rows * columns = N."""
-    explorer: Sequence[int]
-    """Which images show the groups of their patches."""
-    cards: Sequence[Card]
-    """Of groups 0 to G-1, in this order."""
-    curves: Sequence[Mapping[str, Any]]
-    """The rows of metrics.jsonl; empty if there are none."""
+    gallery: Gallery
+    """Its activations are in the order of `images`; one value an image is shown in the cell."""
     command: str
     about: Mapping[str, Any]
     settings: str
@@ -61,19 +52,6 @@ SIDES = 192, 96
 """Longest side, in pixels, at which an image of the explorer and any other is kept."""
 FULL_SCALE = 5.0
 """Activation, in units of the group's rms, at which the 8-bit scale of the page ends."""
-CURVES = {
-    "loss": "loss",
-    "prediction": "prediction term",
-    "kl": "KL term",
-    "penalty": "group lasso penalty",
-    "knn": "k-NN accuracy, part of train",
-    "rankme": "RankMe (effective rank)",
-    "std_min": "smallest spread of a latent",
-    "density": "density of W",
-    "groups_per_latent": "groups per latent",
-    "dead_groups": "dead groups",
-}
-"""Columns of metrics.jsonl that are drawn, with what they are called."""
 
 
 def write_explain_page(path: Path, page: ExplainPage) -> Path:
@@ -87,12 +65,10 @@ def write_explain_page(path: Path, page: ExplainPage) -> Path:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=as_script(_payload(page)),
-        colours=palette(len(page.cards)),
+        colours=palette(len(norms)),
         sections=_sections(page),
         norms_text=_norms_text(norms),
         order=sort_map(norms)[0],
-        curves=draw_curves(page.curves),
-        alarms=[row["alarm"] for row in page.curves if "alarm" in row],
         number=_number,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,48 +107,18 @@ def sort_map(norms: np.ndarray) -> tuple[list[int], list[int]]:
     return rows, columns.tolist()
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one small curve per column of metrics.jsonl, without those that are always zero.
-
-    `line` are the points of an SVG polyline in a box of 100 by 40, `low` and `high` its ends.
-    """
-    curves = []
-    for key, label in CURVES.items():
-        found = [
-            (row["step"], row[key])
-            for row in rows
-            if "step" in row and isinstance(row.get(key), int | float) and np.isfinite(row[key])
-        ]
-        if not any(value for _, value in found):
-            continue
-        thin = np.unique(np.linspace(0, len(found) - 1, min(len(found), 300)).astype(int))
-        x, y = np.array(found, float)[thin].T
-        low, high = float(y.min()), float(y.max())
-        across = 100 * (x - x[0]) / (x[-1] - x[0] or 1)
-        up = 40 - 40 * (y - low) / (high - low or 1)
-        curves.append(
-            {
-                "label": label,
-                "line": " ".join(f"{a:.2f},{b:.2f}" for a, b in zip(across, up, strict=True)),
-                "low": f"{low:.3g}",
-                "high": f"{high:.3g}",
-                "text": f"{y[0]:.3g} at step {x[0]:.0f}, {y[-1]:.3g} at step {x[-1]:.0f}",
-            }
-        )
-    return curves
-
-
 def _payload(page: ExplainPage) -> dict[str, Any]:
     """Return what the script needs, ready for JSON."""
+    cards, explorer = page.gallery.cards, page.gallery.explorer
     place = {image: row for row, image in enumerate(page.images)}
-    activations = np.asarray(page.activations, float)
-    count, patches = activations.shape[2], page.grid[0] * page.grid[1]
+    activations = np.asarray(page.gallery.activations, float)
+    patches = page.grid[0] * page.grid[1]
     if activations.shape[1] != patches:  # one value an image: it belongs to the group's cell
-        inside = np.zeros((patches, count))
-        for card in page.cards:
+        inside = np.zeros((patches, len(cards)))
+        for card in cards:
             inside[list(card.cell), card.index] = 1
         activations = activations * inside
-    explorer = [place[i] for i in page.explorer]
+    places = [place[i] for i in explorer]
     levels = np.clip(np.rint(activations * (255 / FULL_SCALE)), 0, 255).astype(np.uint8)
     owner = np.where(activations.max(2) > 0, activations.argmax(2), 255).astype(np.uint8)
     norms = np.asarray(page.block_norms, float)
@@ -180,19 +126,19 @@ def _payload(page: ExplainPage) -> dict[str, Any]:
     # 0 is kept for exact zeros
     levels_w = np.ceil(norms / max(norms.max(), 1e-12) * 65535).astype("<u2")
     return {
-        "colours": palette(count),
+        "colours": palette(len(cards)),
         "grid": page.grid,
         "shape": next(iter(page.images.values())).shape[:2],
-        "images": {i: _webp(x, SIDES[i not in page.explorer]) for i, x in page.images.items()},
+        "images": {i: _webp(x, SIDES[i not in explorer]) for i, x in page.images.items()},
         "labels": dict(page.image_labels),
-        "explorer": list(page.explorer),
-        "owner": _base64(owner[explorer]),
-        "levels": _base64(levels[explorer]),
+        "explorer": list(explorer),
+        "owner": _base64(owner[places]),
+        "levels": _base64(levels[places]),
         "scale": FULL_SCALE / 255,
         # The cards need single maps only, the explorer those of all groups.
         "heat": {
             f"{i},{card.index}": _base64(levels[place[i], :, card.index])
-            for card in page.cards
+            for card in cards
             for i in card.top_images
         },
         "map": {
@@ -208,13 +154,13 @@ def _sections(page: ExplainPage) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the rows by section, each with a line per column: texts and places on its scale."""
     sections: dict[str, list[dict[str, Any]]] = {}
     for row in page.rows:
-        sections.setdefault(row.section, []).append(_measure(row, page.columns))
+        sections.setdefault(row.section, []).append(_measure(row))
     return list(sections.items())
 
 
-def _measure(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+def _measure(row: Row) -> dict[str, Any]:
     """Return a row with its columns' texts, and their places in percent of a scale with zero."""
-    values = {c: row.values[c] for c in columns if c in row.values}
+    values = {c: row.values[c] for c in (RUN, *REFERENCES) if c in row.values}
     known = [e for e in values.values() if e.value is not None]
     ends = [v for e in known for v in (e.value, e.low, e.high) if v is not None]
     low, high = min([0.0, *ends]), max([0.0, *ends])
@@ -233,7 +179,7 @@ def _measure(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     lines = [
         {
             "column": column,
-            "kind": "own" if column == columns[0] else "floor" * (column in REFERENCES) or "other",
+            "kind": "own" if column == RUN else "floor",
             "note": e.note,
             "texts": [text(v) for v in (e.value, e.low, e.high)],
             "places": [at(v) for v in (e.value, e.low, e.high)],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import read_fitting
 from sparsejepa.evaluation.stats import Estimate
-from sparsejepa.explain.groups import make_gallery, patch_maps
+from sparsejepa.explain.concepts import Gallery, make_gallery, patch_maps
 from sparsejepa.explain.measures import (
     FITTED_R2,
     GROUP_UNITS,
@@ -42,20 +41,18 @@ from sparsejepa.explain.measures import (
 )
 from sparsejepa.explain.options import Options
 from sparsejepa.explain.page import ExplainPage, write_explain_page
-from sparsejepa.explain.readout import evenly
-from sparsejepa.explain.subject import (
+from sparsejepa.explain.readout import (
     DIRECTIONS,
     FLOORS,
     RANDOM,
-    REFERENCES,
     RUN,
     Subject,
     build_columns,
+    evenly,
     open_subject,
     short_name,
 )
 from sparsejepa.files import save_tensors, write_text
-from sparsejepa.study.results import read_rows
 from sparsejepa.training.checkpoint import train_version
 
 REPORT, METRICS, ACTIVATIONS = "report.html", "metrics.json", "activations.safetensors"
@@ -113,9 +110,9 @@ def run_explain(
         with part(name):
             rows += section(reading)
     with part("groups"):
-        gallery = make_gallery(reading)
+        gallery = make_gallery(subject, columns[RUN], test, labels, reading.silenced)
     text, more = verdict(subject, rows)
-    about = environment()
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     metrics = {
         "format": 1,
         "sparsejepa": __version__,
@@ -131,52 +128,62 @@ def run_explain(
         "measures": rows,
         "group_list": gallery.cards,
         "command": command or shlex.join(["sparsejepa", "explain", ref, "--data", data]),
-        "options": settings_of(options),
-        "environment": about,
+        "options": {k: v for k, v in given.items() if v is not None and k != "data_root"},
+        "environment": environment(),
         "seconds": seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    metrics = _json(metrics)
+    return _write(out, reading, rows, gallery, metrics)
+
+
+def _write(
+    out: Path, x: Reading, rows: list[Row], gallery: Gallery, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all files of a report, and return the metrics as they are read again."""
+    subject, test = x.subject, x.test
+    maps = patch_maps(subject, x.columns[RUN])[evenly(len(test), MATCHED_IMAGES)]
     tensors = {
-        "activations": torch.from_numpy(patch_maps(reading)[evenly(len(test), MATCHED_IMAGES)]),
+        "activations": torch.from_numpy(maps),
         "block_norms": torch.from_numpy(subject.norms),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    save_tensors(out / ACTIVATIONS, tensors, {"fingerprint": test.fingerprint, "data": data})
+    save_tensors(out / ACTIVATIONS, tensors, {"fingerprint": test.fingerprint})
     if subject.estimator is not None:
         subject.estimator.save(out / FITTED)
-    write_text(out / METRICS, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(metrics, indent=1, allow_nan=False, default=_plain)
+    write_text(out / METRICS, text + "\n")
+    found = json.loads(text)
     trained = {} if subject.config is None else subject.config.replace(data_root=None).to_dict()
-    used = {name for row in rows for name in row.values}
-    write_explain_page(
-        out / REPORT,
-        ExplainPage(
-            title=f"What {short_name(ref)} has learned",
-            subtitle=_subtitle(subject, data, train, test),
-            verdict=text,
-            remarks=metrics["remarks"],
-            columns=[c for c in dict.fromkeys([*columns, *REFERENCES]) if c in used],
-            rows=rows,
-            block_norms=subject.norms,
-            images={i: np.asarray(test.images[i]) for i in gallery.shown},
-            image_labels={i: _label(test, i) for i in gallery.shown},
-            activations=gallery.activations,
-            grid=subject.encoder.grid_size,
-            explorer=gallery.explorer,
-            cards=gallery.cards,
-            curves=read_rows(Path(ref) / "metrics.jsonl"),
-            command=metrics["command"],
-            about={
-                "commit": about["commit"] or "not a source checkout",
-                "versions": ", ".join(f"{k} {about[k]}" for k in ("sparsejepa", "torch", "python")),
-                "hardware": ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores",
-                "seconds": f"{sum(seconds.values()):.0f}",
-                "finished": metrics["finished"],
-            },
-            settings=tomli_w.dumps({"explain": metrics["options"], "pretrain": trained}),
-        ),
+    about = found["environment"]
+    page = ExplainPage(
+        title=f"What {short_name(subject.ref)} has learned",
+        subtitle=_subtitle(subject, found["data"], x.train, test),
+        verdict=found["verdict"],
+        remarks=found["remarks"],
+        rows=rows,
+        block_norms=subject.norms,
+        images={i: np.asarray(test.images[i]) for i in gallery.shown},
+        image_labels={i: _label(test, i) for i in gallery.shown},
+        grid=subject.encoder.grid_size,
+        gallery=gallery,
+        command=found["command"],
+        about={
+            "commit": about["commit"] or "not a source checkout",
+            "versions": ", ".join(f"{k} {about[k]}" for k in ("sparsejepa", "torch", "python")),
+            "hardware": ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores",
+            "seconds": f"{sum(found['seconds'].values()):.0f}",
+            "finished": found["finished"],
+        },
+        settings=tomli_w.dumps({"explain": found["options"], "pretrain": trained}),
     )
-    return metrics
+    write_explain_page(out / REPORT, page)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return as JSON what it does not know: dataclasses, paths, numbers of numpy's."""
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    return str(value) if isinstance(value, Path) else value.item()
 
 
 def run_folder(ref: str) -> Path:
@@ -191,12 +198,6 @@ def run_folder(ref: str) -> Path:
 def is_public(ref: str) -> bool:
     """Whether an encoder is named by where it is published, not by a path."""
     return ref.startswith(("timm:", "hub:"))
-
-
-def settings_of(options: Options) -> dict[str, Any]:
-    """Return options as TOML knows them: without what is not set and the place of the data."""
-    given = {field.name: getattr(options, field.name) for field in fields(Options)}
-    return {k: _json(v) for k, v in given.items() if v is not None and k != "data_root"}
 
 
 def _images(
@@ -221,15 +222,9 @@ def _images(
             for split, most in (("train", options.limit), ("test", options.test_limit))
         ]
 
-    train, test = read_fitting(
-        both,
-        data,
-        [ref],
-        lambda: [load(ref).img_size],
-        img_size=options.size,
-        upscale=options.upscale,
-        say=say,
-    )
+    size, upscale = options.size, options.upscale
+    own = lambda: [load(ref).img_size]  # noqa: E731
+    train, test = read_fitting(both, data, [ref], own, img_size=size, upscale=upscale, say=say)
     for images, flag in ((train, "--limit"), (test, "--test-limit")):
         if len(images) < LEAST_IMAGES:
             raise UserError(
@@ -267,21 +262,6 @@ def _label(test: ImageSet, image: int) -> str:
     return ", ".join(parts)
 
 
-def _json(value: Any) -> Any:
-    """Return a value as JSON knows it; what is not finite becomes null."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(k): _json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_json(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
 def _subtitle(subject: Subject, data: str, train: ImageSet, test: ImageSet) -> str:
     vit = subject.encoder
     groups = f"{len(subject.W)} {subject.kind} groups"
@@ -305,26 +285,26 @@ def verdict(subject: Subject, rows: Sequence[Row]) -> tuple[str, list[str]]:
     best floor. The second is about images: whether patches of one object share a group, or where
     there are no masks, how well the groups predict; and whether to silence one matters.
     """
-    found = {(row.section, row.name): row.values for row in rows}
     on = subject.norms > 0
     first = (
         f"W keeps {100 * on.mean():.0f} % of the connections between latents and groups "
         f"({on.sum(0).mean():.1f} of {len(on)} groups per latent)"
     )
     # MIG, as its interval is over images; DCI's is over the trees of one fit.
-    mig = found.get((GROUP_UNITS, "MIG"))
+    mig = next((r.values for r in rows if (r.section, r.name) == (GROUP_UNITS, "MIG")), {})
     if mig and mig[RUN].value is not None:
         first += f", and as units of code its groups {against_floors('have a MIG', mig)}"
     else:
         first += "; without labels nothing is known of what the groups stand for"
-    named = {row.name: row.values for row in rows}
+    named = {row.name: row.values for row in rows if RUN in row.values}
     return f"{first}. {_on_images(subject, named)}.", _remarks(subject, named)
 
 
 def _on_images(subject: Subject, named: Mapping[str, Values]) -> str:
     text = "There are no object masks and no prediction to judge the groups of patches by"
     r2 = named.get(HIDDEN) or named.get(FITTED_R2) or {}
-    measure = next((m for m in ("FG-ARI", "mBO") if _value(named, m) is not None), None)
+    defined = (m for m in ("FG-ARI", "mBO") if m in named and named[m][RUN].value is not None)
+    measure = next(defined, None)
     if measure and subject.kind != "region":
         text = against_floors(f"As segments of objects they reach an {measure}", named[measure])
     elif r2 and (value := r2[RUN].value) is not None:
@@ -332,11 +312,11 @@ def _on_images(subject: Subject, named: Mapping[str, Values]) -> str:
         if value > 0:
             text = f"From the context they predict {100 * value:.0f} % of the variance of hidden "
             text += "patches that their place does not tell"
-    if (cost := _value(named, SILENCED)) is not None:
-        text += "; to silence one costs the probe "
+    if SILENCED in named and (cost := named[SILENCED][RUN]).value is not None:
         chance = named[SILENCED][DIRECTIONS]
-        if _above(named[SILENCED][RUN], chance):
-            text += f"{100 * cost:.1f} points on average, random directions of equal rank "
+        text += "; to silence one costs the probe "
+        if _above(cost, chance):
+            text += f"{100 * cost.value:.1f} points on average, random directions of equal rank "
             text += f"{100 * (chance.value or 0):.1f}"
         else:
             text += "not clearly more than random directions of equal rank"
@@ -344,7 +324,7 @@ def _on_images(subject: Subject, named: Mapping[str, Values]) -> str:
 
 
 def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
-    remarks, on = [], subject.norms > 0
+    remarks = []
     if subject.groups is None:
         remarks.append(
             "The groups were fitted to the frozen encoder by masked prediction; the encoder was "
@@ -356,11 +336,11 @@ def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
                 "The learned pattern of zeros predicts hidden patches no better than random "
                 "patterns like it: do not read meaning into which latent feeds which group."
             )
-    elif not on.all():
+    elif not subject.norms.all():
         remarks.append(
             "The encoder adapted to its pattern of zeros, whichever it is. Whether the learned one "
             "is worth more than a random one shows beside a run that was trained with --pattern "
-            "random and the same density: give it as --control, or to `sparsejepa compare`."
+            "random and the same density: set them side by side with `sparsejepa compare`."
         )
     remarks.append(
         "Intervals resample images (those of DCI's disentanglement and completeness the trees of "
@@ -377,19 +357,13 @@ def against_floors(what: str, values: Values) -> str:
     if not floors:
         return f"{what} of {_number(run)}"
     name = max(floors, key=lambda k: floors[k].value or 0.0)
-    best = floors[name]
     if all(_above(run, floor) for floor in floors.values()):
         how = "clearly above every floor"
-    elif _above(best, run):
+    elif _above(floors[name], run):
         how = "clearly below the best floor"
     else:
         how = "not clearly apart from the best floor"
-    return f"{what} of {_number(run)}, {how} ({name}: {_number(best)})"
-
-
-def _value(named: Mapping[str, Values], name: str) -> float | None:
-    estimate = named.get(name, {}).get(RUN)
-    return None if estimate is None else estimate.value
+    return f"{what} of {_number(run)}, {how} ({name}: {_number(floors[name])})"
 
 
 def _number(estimate: Estimate) -> str:

@@ -172,31 +172,6 @@ def group_map_figure(norms: np.ndarray) -> Figure:
     return figure
 
 
-def matching_figure(
-    correlation: np.ndarray, pairs: Sequence[tuple[int, int]], names: Sequence[str]
-) -> Figure:
-    """Correlations [G1, G2] of the groups of two runs, the matched pairs ringed.
-
-    Columns are in the order of their partners, so that a perfect match is a diagonal.
-    """
-    matched = [b for _, b in sorted(map(tuple, pairs))]
-    order = [*matched, *(b for b in range(correlation.shape[1]) if b not in matched)]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 4.4), layout="constrained")
-        ax = figure.add_subplot()
-        image = ax.imshow(correlation[:, order], cmap="RdBu_r", vmin=-1, vmax=1)
-        figure.colorbar(image, label="correlation of activations", pad=0.02)
-        x, y = [order.index(b) for _, b in pairs], [a for a, _ in pairs]
-        size = 1500 / max(correlation.shape)
-        ax.scatter(x, y, s=size, facecolors="none", edgecolors=INK, linewidths=1.2)
-        ax.set(xlabel=f"group of {names[1]}", ylabel=f"group of {names[0]}")
-        ax.set_xticks(range(len(order)), [str(b) for b in order], fontsize=8)
-        ax.set_yticks(
-            range(len(correlation)), [str(a) for a in range(len(correlation))], fontsize=8
-        )
-    return figure
-
-
 def samples_figure(
     images: np.ndarray, contexts: Sequence[np.ndarray], targets: Sequence[np.ndarray],
     grid_size: tuple[int, int],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from PIL import Image
 from sparsejepa.config import preset
 from sparsejepa.data.scenes import COLOURS, Scenes
 from sparsejepa.evaluation.stats import Estimate, undefined
-from sparsejepa.explain.groups import Card
+from sparsejepa.explain.concepts import Card, Gallery
 from sparsejepa.explain.measures import Row
 from sparsejepa.explain.page import ExplainPage, write_explain_page
-from sparsejepa.explain.subject import KMEANS, PCA, RUN, UNTRAINED
+from sparsejepa.explain.readout import KMEANS, PCA, RUN, UNTRAINED
 from sparsejepa.study import pretrain
 
 COUNTS = {"train": 120, "test": 60}
@@ -60,7 +59,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 GRID, SIDE = (8, 8), 64
-COLUMNS = (RUN, "control dense", UNTRAINED, PCA, KMEANS)
+COLUMNS = (RUN, UNTRAINED, PCA, KMEANS)
 
 
 def make_activations(images: np.ndarray, groups: int, rng: np.random.Generator) -> np.ndarray:
@@ -84,7 +83,6 @@ def make_card(g: int, activations: np.ndarray, norms: np.ndarray) -> Card:
     return Card(
         index=g,
         dead=dead,
-        duplicate_of=3 if g == 4 else None,
         on=float((a > 1).mean()),
         latents=[(j, float(norms[g, j])) for j in order],
         num_latents=int((norms[g] > 0).sum()),
@@ -96,7 +94,6 @@ def make_card(g: int, activations: np.ndarray, norms: np.ndarray) -> Card:
         drop=None if dead else Estimate(0.031, 0.02, 0.044),
         drop_chance=None if dead else 0.004,
         cell=(),
-        monosemanticity=None if dead else 0.2 + 0.02 * g,
     )
 
 
@@ -121,15 +118,6 @@ def make_measures() -> list[Row]:
     ]  # fmt: skip
 
 
-def make_curves(steps: int = 40) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for i, x in enumerate(np.linspace(0, 1, steps).tolist()):
-        rows.append({"step": 30 * i, "loss": 0.5 - 0.2 * x, "density": 1 - 0.89 * x**0.5})
-        if i % 5 == 4:
-            rows.append({"step": 30 * i, "rankme": 40 + 45 * x**0.5, "knn": 0.1 + 0.1 * x})
-    return [*rows, {"step": 1170, "alarm": "one group: nearly all latents feed a single group"}]
-
-
 def make_page(groups: int = 16, latents: int = 192, count: int = 60) -> ExplainPage:
     """One realistic page of an explained model: scenes, sixteen groups, a dead one among them."""
     rng = np.random.default_rng(0)
@@ -144,16 +132,17 @@ def make_page(groups: int = 16, latents: int = 192, count: int = 60) -> ExplainP
         subtitle="tiny encoder, 64 x 64 pixels, 16 concept groups, 1,200 steps",
         verdict="Groups follow colour. They do not follow objects better than k-means.",
         remarks=["One group is dead.", "Intervals: 95 %, bootstrap over 2,000 test images."],
-        columns=COLUMNS,
         rows=make_measures(),
         block_norms=norms,
         images=dict(enumerate(scenes.images)),
         image_labels={i: f"scene {i}, {n} objects" for i, n in enumerate(scenes.count)},
-        activations=activations,
         grid=GRID,
-        explorer=list(range(36)),
-        cards=[make_card(g, activations, norms) for g in range(groups)],
-        curves=make_curves(),
+        gallery=Gallery(
+            cards=[make_card(g, activations, norms) for g in range(groups)],
+            explorer=list(range(36)),
+            shown=list(range(count)),
+            activations=activations,
+        ),
         command="sparsejepa explain runs/lam=0.03-s0 --data scenes",
         about={"sparsejepa": "0.1", "commit": "75a3fbb"},
         settings="[groups]\nkind = 'concept'\n",

@@ -102,7 +102,7 @@ def test_images_patches_and_the_map_read_their_values(
     with opened(browser, path) as tab:
         tab.click(".thumbs button:nth-child(4)")
         assert page.image_labels[3] in tab.inner_text("#image-text")
-        owner = page.activations[3].argmax(1)
+        owner = page.gallery.activations[3].argmax(1)
         box = tab.locator("#stage").bounding_box()
         position = {"x": 1.5 * box["width"] / 8, "y": 2.5 * box["height"] / 8}
         tab.click("#stage", position=position)

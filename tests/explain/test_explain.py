@@ -20,8 +20,8 @@ from sparsejepa.evaluation.features import find_groups
 from sparsejepa.explain.measures import independent
 from sparsejepa.explain.options import Options
 from sparsejepa.explain.posthoc import PostHocGroups
+from sparsejepa.explain.readout import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
 from sparsejepa.explain.run import ACTIVATIONS, METRICS, REPORT, run_explain, run_folder
-from sparsejepa.explain.subject import CEILING, PCA, PLACES, RANDOM, RUN, SHUFFLED, UNTRAINED
 from sparsejepa.files import load_tensors, save_tensors
 
 
@@ -31,9 +31,8 @@ def rows_of(metrics: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def explained(runs: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """The concept run, everything measured, with its dense twin as control."""
-    options = Options(control=str(runs["dense"]))
-    return run_explain(runs["concept"], str(folder), options=options)
+    """The concept run, everything measured."""
+    return run_explain(runs["concept"], str(folder))
 
 
 def test_every_measure_stands_beside_its_floors(explained: dict[str, Any]) -> None:
@@ -42,19 +41,17 @@ def test_every_measure_stands_beside_its_floors(explained: dict[str, Any]) -> No
     assert sections == {
         "Sparsity of W", "Information", "Masked prediction", "Disentanglement, latents as units",
         "Disentanglement, groups as units", "Groups and factors", "Groups and objects",
-        "Groups and images",
     }  # fmt: skip
     latents = rows["Disentanglement, latents as units", "MIG"]
-    control = "control dense (fitted groups)"
-    assert list(latents) == [RUN, control, UNTRAINED, PCA]
+    assert list(latents) == [RUN, UNTRAINED, PCA]
     groups = rows["Disentanglement, groups as units", "DCI: disentanglement"]
-    assert list(groups) == [RUN, control, UNTRAINED, PCA]
+    assert list(groups) == [RUN, UNTRAINED, PCA]
     objects = rows["Groups and objects", "mBO"]
     floors = {UNTRAINED, PCA, "k-means", PLACES, SHUFFLED, CEILING}
-    assert set(objects) == {RUN, control, *floors}
+    assert set(objects) == {RUN, *floors}
     assert objects[CEILING]["value"] > objects[RUN]["value"]
     assert objects[RUN]["low"] < objects[RUN]["value"] < objects[RUN]["high"]
-    assert set(rows["Sparsity of W", "density"]) == {RUN, control}
+    assert set(rows["Sparsity of W", "density"]) == {RUN}
     assert SHUFFLED in rows["Groups and factors", "I(group; count)"]
     # Random zeros on its own encoder are no null for a run that was trained with its groups.
     assert not any(RANDOM in values for values in rows.values())
@@ -116,7 +113,7 @@ def test_regions_say_which_patches_they_predict(
     found = run_explain(runs["region"], str(folder), options=Options(quick=True, out=tmp_path))
     cells = [group["cell"] for group in found["group_list"]]
     assert sorted(patch for cell in cells for patch in cell) == list(range(16))
-    assert ("Masked prediction", "R² of a region's own patches") in rows_of(found)
+    assert list(rows_of(found)["Groups and objects", "mBO"]) == ["k-means", PLACES, CEILING]
     assert not any(name.startswith("DCI") for _, name in rows_of(found))  # quick
 
 
@@ -127,7 +124,7 @@ def test_images_without_labels_or_masks_are_enough(
     options = Options(quick=True, out=tmp_path / "out")
     found = run_explain(runs["concept"], str(tmp_path / "plain"), options=options)
     sections = {section for section, _ in rows_of(found)}
-    assert sections == {"Sparsity of W", "Information", "Masked prediction", "Groups and images"}
+    assert sections == {"Sparsity of W", "Information", "Masked prediction"}
     assert "without labels" in found["verdict"]
 
 
@@ -166,7 +163,6 @@ def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
         ("explain", "which encoder?"),
         ("explain {run}", "--data is needed"),
         ("explain {run} --data {data} --factors colour", "no factor 'colour'"),
-        ("explain {run} --data {data} --quick --control nowhere", "nowhere: no such run directory"),
         ("explain nowhere --data {data}", "nowhere: no such run directory"),
         ("explain {dense} --data {data} --num-groups 97", "has 96 latents; take 1 to 96"),
         ("explain {dense} --data {data} --num-groups 7", "does not divide the 96 latents"),

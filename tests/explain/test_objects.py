@@ -21,7 +21,6 @@ from sparsejepa.explain.objects import (
     pair_information,
     pair_sharing,
     patch_labels,
-    permuted_patches,
     position_blocks,
     upsample,
 )
@@ -56,16 +55,6 @@ def test_measures_are_brute_force(pair):
         iou = [[((t == a) & (p == b)).sum() / ((t == a) | (p == b)).sum() for b in segments]
                for a in labels]  # fmt: skip
         assert overlap[i] == pytest.approx(np.max(iou, 1).mean(), rel=1e-12)
-
-
-def test_work_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    true, predicted = RNG.integers(0, 4, (2, 23, 7, 6))
-    whole = [measure(true, predicted) for measure in MEASURES]
-    patches = patch_labels(true, (3, 2))
-    monkeypatch.setattr(objects, "_CELLS", 100)
-    for measure, expected in zip(MEASURES, whole, strict=True):
-        np.testing.assert_array_equal(measure(true, predicted), expected)
-    assert (patch_labels(true, (3, 2)) == patches).all()
 
 
 def halves() -> np.ndarray:
@@ -112,7 +101,6 @@ def test_assignment_is_the_argmax_in_units_of_the_rms():
     rms = np.sqrt((activations**2).mean((0, 1)))
     expected = (activations[..., :3] / rms[:3]).argmax(2)
     assert (assign_patches(activations) == expected).all()
-    assert (assign_patches(activations, rms) == expected).all()
     assert (assign_patches(activations * [7, 1, 0.1, 1]) == expected).all()  # scale is no matter
 
 
@@ -120,24 +108,7 @@ def test_dead_groups_never_win():
     activations = np.zeros((1, 3, 3))
     activations[0, :, 2] = [0, 0, 1]
     assert (assign_patches(activations) == 2).all()  # the only living one, also where it is off
-    activations[..., 0] = 5
-    assert (assign_patches(activations, np.array([0.0, 1, 1]))[0] == [1, 1, 2]).all()
     assert (assign_patches(np.zeros((2, 3, 4))) == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("activations", "rms", "message"),
-    [
-        (np.ones((2, 3)), None, r"must be \[n, N, G\]"),
-        (np.ones((2, 3, 0)), None, r"must be \[n, N, G\]"),
-        (np.ones((2, 3, 4)), np.ones(3), r"rms must be \[4\]"),
-        (np.full((2, 3, 4), np.nan), None, "finite"),
-        (np.ones((2, 3, 4)), -np.ones(4), "not negative"),
-    ],
-)
-def test_activations_that_are_none(activations, rms, message):
-    with pytest.raises(ValueError, match=message):
-        assign_patches(activations, rms)
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(5, 17), st.integers(5, 17))
@@ -162,29 +133,6 @@ def test_patch_labels_are_the_majority(masks):
             assert without[i, k] == (counts[1:].argmax() + 1 if counts[1:].any() else 0)
 
 
-@pytest.mark.parametrize(
-    ("true", "predicted", "message"),
-    [
-        (np.zeros((1, 2, 2), int), np.zeros((1, 2, 3), int), r"true masks \(1, 2, 2\) and"),
-        (np.zeros((2, 2), int), np.zeros((2, 2), int), r"true masks must be whole numbers \[n"),
-        (np.zeros((1, 2, 2)), np.zeros((1, 2, 2)), "whole numbers"),
-        (np.full((1, 2, 2), -1), np.zeros((1, 2, 2), int), "true masks must be from 0 to 65535"),
-        (np.zeros((1, 2, 2), int), np.full((1, 2, 2), 70_000), "predicted masks must be from 0"),
-    ],
-)
-def test_masks_that_are_none(true, predicted, message):
-    for measure in MEASURES:
-        with pytest.raises(ValueError, match=message):
-            measure(true, predicted)
-
-
-def test_grids_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"labels of patches must be \[n, 2x3\], got \(1, 5\)"):
-        upsample(np.zeros((1, 5), int), (2, 3), (8, 8))
-    with pytest.raises(ValueError, match="masks of 2x2 pixels on a grid"):
-        patch_labels(np.zeros((1, 2, 2), int), (3, 2))
-
-
 def test_kmeans_finds_separate_clusters():
     centres = np.eye(4) * 50
     kind = RNG.integers(0, 4, (6, 9))
@@ -206,21 +154,6 @@ def test_kmeans_of_constant_tokens_is_one_cluster():
     assert (kmeans_patches(np.ones((20, 3)), np.ones((2, 4, 3)), 5) == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("train", "tokens", "k", "message"),
-    [
-        (np.ones((9, 3)), np.ones((2, 4, 2)), 2, r"\[m, D\] and \[n, N, D\]"),
-        (np.ones((9, 3)), np.ones((8, 3)), 2, r"\[m, D\] and \[n, N, D\]"),
-        (np.ones((9, 3)), np.ones((2, 4, 3)), 10, "k = 10: there are 9 training tokens"),
-        (np.ones((9, 3)), np.ones((2, 4, 3)), 0, "k = 0"),
-        (np.full((9, 3), np.inf), np.ones((2, 4, 3)), 2, "finite"),
-    ],
-)
-def test_kmeans_of_what_is_none(train, tokens, k, message):
-    with pytest.raises(ValueError, match=message):
-        kmeans_patches(train, tokens, k)
-
-
 def test_blocks_are_compact_and_the_same_everywhere():
     blocks = position_blocks((4, 4), 3, 4)
     assert blocks.shape == (3, 16) and (blocks == blocks[0]).all()
@@ -233,23 +166,14 @@ def test_blocks_are_compact_and_the_same_everywhere():
     assert sorted(position_blocks((2, 2), 1, 64)[0]) == [0, 1, 2, 3]
 
 
-def test_permutation_keeps_each_images_labels():
-    labels = RNG.integers(0, 5, (20, 16))
-    found = permuted_patches(labels)
-    assert (np.sort(found) == np.sort(labels)).all() and (found != labels).any()
-    assert (found == permuted_patches(labels)).all() and (
-        found != permuted_patches(labels, 1)
-    ).any()
-
-
 def test_fg_ari_of_single_objects_says_nothing() -> None:
     masks = np.zeros((3, 4, 4), int)
     masks[:, :2] = 1
     masks[2, 2:] = 2  # only the last image has two objects
     everything = np.zeros((3, 4), int)
-    alone = object_scores(masks[:2], everything[:2], (2, 2))["fg_ari"]
+    alone = object_scores(masks[:2], everything[:2], (2, 2))["FG-ARI"]
     assert alone.value is None and alone.note
-    found = object_scores(masks, everything, (2, 2))["fg_ari"]
+    found = object_scores(masks, everything, (2, 2))["FG-ARI"]
     assert found.value == pytest.approx(0) and "2 of 3" in found.note
 
 
@@ -270,7 +194,7 @@ def test_pairs_within_an_object_share_the_information_that_was_planted():
     tokens, objects = scene(400, 0, 0.7)
     found = pair_information(tokens, objects, (6, 6))
     truth = 4 * -0.5 * np.log(1 - 0.7**4)  # correlation 0.49 in each of four dimensions
-    within, across = found["within"], found["across"]
+    within, across = found["one object"], found["two objects"]
     assert within.value == pytest.approx(truth, rel=0.05)
     assert within.low is not None and within.high is not None
     assert within.low < truth < within.high
@@ -278,8 +202,7 @@ def test_pairs_within_an_object_share_the_information_that_was_planted():
     gap = found["gap"]
     assert gap.low is not None and gap.low > 0.4
     shared = {k: e.value for k, e in pair_sharing(objects, objects, (6, 6)).items()}
-    assert shared["within"] == shared["chance"] == 1  # the place says it all
-    assert shared["across"] == 0 and shared["gap"] == 1
+    assert shared == {"one object": 1, "two objects": 0, "gap": 1}
 
 
 def test_pairs_without_an_effect_show_none():
@@ -289,42 +212,35 @@ def test_pairs_without_an_effect_show_none():
     for estimate in (pair_information(tokens, objects, (6, 6))["gap"], found["gap"]):
         assert estimate.low is not None and estimate.high is not None
         assert estimate.low < 0 < estimate.high
-    assert found["chance"].value == pytest.approx(0.25, abs=0.01)
-    assert found["within"].value == pytest.approx(0.25, abs=0.02)
+    assert found["one object"].value == pytest.approx(0.25, abs=0.02)
 
 
-def test_share_of_pairs_is_a_weighted_mean_over_offsets_by_brute_force():
+def test_share_of_pairs_is_a_weighted_mean_over_offsets_by_brute_force(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(objects, "LEAST", 1)
     rng = np.random.default_rng(3)
-    objects, groups = rng.integers(0, 3, (2, 30, 12))
-    found = pair_sharing(objects, groups, (3, 4), least=1)
+    owner, groups = rng.integers(0, 3, (2, 30, 12))
+    found = pair_sharing(owner, groups, (3, 4))
     places = [divmod(p, 4) for p in range(12)]
     pairs: dict[tuple[int, int], dict[bool, list[bool]]] = {}
     for i, (p, q) in itertools.product(range(30), itertools.combinations(range(12), 2)):
         offset = (places[q][0] - places[p][0], places[q][1] - places[p][1])
-        if max(map(abs, offset)) <= 2 and objects[i, p] and objects[i, q]:
+        if max(map(abs, offset)) <= 2 and owner[i, p] and owner[i, q]:
             kinds = pairs.setdefault(offset, {True: [], False: []})
-            kinds[objects[i, p] == objects[i, q]].append(groups[i, p] == groups[i, q])
+            kinds[owner[i, p] == owner[i, q]].append(groups[i, p] == groups[i, q])
     weights = [min(len(k[True]), len(k[False])) for k in pairs.values()]
-    for name, same in (("within", True), ("across", False)):
+    for name, same in (("one object", True), ("two objects", False)):
         means = [np.mean(kinds[same]) for kinds in pairs.values()]
         assert found[name].value == pytest.approx(np.average(means, weights=weights))
 
 
 def test_pairs_that_are_not_there_leave_all_undefined():
-    tokens, objects = scene(10, 0, 0.5)
-    nothing = np.zeros_like(objects)
+    tokens, owner = scene(10, 0, 0.5)
+    nothing = np.zeros_like(owner)
     for found in (
         pair_information(tokens, nothing, (6, 6)),
-        pair_sharing(nothing, objects, (6, 6)),
+        pair_sharing(nothing, owner, (6, 6)),
     ):
-        assert {"within", "across", "gap"} <= set(found)
+        assert list(found) == ["one object", "two objects", "gap"]
         assert all(e.value is None and e.note for e in found.values())
-    for grid in ((5, 6), (6, 5)):
-        with pytest.raises(ValueError, match="grid"):
-            pair_information(tokens, objects, grid)
-        with pytest.raises(ValueError, match="grid"):
-            pair_sharing(objects, objects, grid)
-    with pytest.raises(ValueError, match="do not fit"):
-        pair_information(tokens, objects[:, :4], (6, 6))
-    with pytest.raises(ValueError, match="do not fit"):
-        pair_sharing(objects, objects[:, :4], (6, 6))

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from sparsejepa.evaluation.stats import Estimate, undefined
+from sparsejepa.explain.concepts import Gallery
 from sparsejepa.explain.measures import Row
 from sparsejepa.explain.page import (
     ExplainPage,
-    draw_curves,
     palette,
     sort_map,
     write_explain_page,
@@ -79,16 +79,16 @@ def test_the_page_asks_nothing_of_the_network_and_its_references_resolve(path: P
 
 
 def test_hostile_texts_are_shown_and_not_obeyed(tmp_path: Path, page: ExplainPage) -> None:
-    values = {"this run": Estimate(1.0, 0.5, 1.5), HOSTILE: undefined(HOSTILE)}
+    values = {"this run": Estimate(1.0, 0.5, 1.5), "PCA": undefined(HOSTILE)}
+    first, *others = page.gallery.cards
+    cards = [replace(first, labels=[(HOSTILE, HOSTILE, 0.9, 0.5)]), *others]
     hostile = replace(
         page,
         **dict.fromkeys(("title", "subtitle", "verdict", "command", "settings"), HOSTILE),
         remarks=[HOSTILE],
-        columns=["this run", HOSTILE],
         rows=[Row(HOSTILE, HOSTILE, HOSTILE, HOSTILE, values)],
         image_labels=dict.fromkeys(page.images, HOSTILE),
-        cards=[replace(page.cards[0], labels=[(HOSTILE, HOSTILE, 0.9, 0.5)]), *page.cards[1:]],
-        curves=[{"step": 0, "loss": 1.0}, {"step": 1, "alarm": HOSTILE}],
+        gallery=replace(page.gallery, cards=cards),
         about={HOSTILE: HOSTILE},
     )
     reader, data = write(tmp_path, hostile)
@@ -103,16 +103,15 @@ def test_numbers_intervals_and_reasons_are_in_the_text(path: Path) -> None:
     assert "−0.020 −0.050 to 0.010" in text
     assert "k-means – k-means has no latents" in text
     assert "Accuracy falls by 3.1 points [2.0, 4.4]; a random subspace of equal rank: 0.4" in text
-    assert "0.91 chance 0.56" in text and "one group: nearly all latents" in text
-    assert "0.5 at step 0, 0.3 at step 1170" in text
+    assert "0.91 chance 0.56" in text
 
 
 def test_the_script_gets_what_the_arrays_say(tmp_path: Path, page: ExplainPage) -> None:
-    activations = page.activations.copy()
+    activations = page.gallery.activations.copy()
     activations[0, 0, :3] = 7.0, 9.0, 8.0  # all beyond the 8-bit scale
     activations[0, 1] = 0
-    _, data = write(tmp_path, replace(page, activations=activations))
-    shape = (len(page.explorer), 64, len(page.cards))
+    _, data = write(tmp_path, replace(page, gallery=replace(page.gallery, activations=activations)))
+    shape = (len(page.gallery.explorer), 64, len(page.gallery.cards))
     owner = unpack(data["owner"]).reshape(shape[:2])
     assert owner[0, 0] == 1 and owner[0, 1] == 255
     assert (owner.ravel()[2:] == activations[:36].argmax(2).ravel()[2:]).all()
@@ -121,7 +120,7 @@ def test_the_script_gets_what_the_arrays_say(tmp_path: Path, page: ExplainPage) 
     norms = unpack(data["map"]["norms"], "<u2").reshape(page.block_norms.shape)
     np.testing.assert_array_equal(norms > 0, page.block_norms > 0)
     np.testing.assert_allclose(norms / 65535 * data["map"]["largest"], page.block_norms, atol=2e-5)
-    i = page.cards[2].top_images[0]
+    i = page.gallery.cards[2].top_images[0]
     np.testing.assert_allclose(
         unpack(data["heat"][f"{i},2"]) * data["scale"], activations[i, :, 2].clip(0, 5), atol=0.011
     )
@@ -133,8 +132,9 @@ def test_the_script_gets_what_the_arrays_say(tmp_path: Path, page: ExplainPage) 
 def test_a_region_group_lights_its_own_cell(tmp_path: Path, page: ExplainPage) -> None:
     values = np.random.default_rng(0).uniform(0.5, 2, (len(page.images), 1, 16))
     place = np.arange(64).reshape(4, 2, 4, 2).transpose(0, 2, 1, 3).reshape(16, 4)
-    cards = [replace(c, cell=place[c.index].tolist()) for c in page.cards]
-    reader, data = write(tmp_path, replace(page, activations=values, cards=cards))
+    cards = [replace(c, cell=place[c.index].tolist()) for c in page.gallery.cards]
+    gallery = replace(page.gallery, activations=values, cards=cards)
+    reader, data = write(tmp_path, replace(page, gallery=gallery))
     levels = unpack(data["levels"]).reshape(36, 64, 16) * data["scale"]
     for g, cell in enumerate(place):
         assert (levels[:, np.setdiff1d(range(64), cell), g] == 0).all()
@@ -148,15 +148,16 @@ def test_three_hundred_photographs_stay_below_six_megabytes(
 ) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (300, 56, 56, 3), np.uint8).repeat(4, 1).repeat(4, 2)
-    cards = [replace(c, top_images=[20 * c.index + k for k in range(20)]) for c in page.cards[:15]]
+    cards = page.gallery.cards
+    tall = [replace(c, top_images=[20 * c.index + k for k in range(20)]) for c in cards[:15]]
     large = replace(
         page,
         images=dict(enumerate(images)),
         image_labels=dict.fromkeys(range(300), ""),
         grid=(14, 14),
-        activations=rng.random((300, 196, 16)),
-        explorer=list(range(48)),
-        cards=[*cards, page.cards[15]],
+        gallery=Gallery(
+            [*tall, cards[15]], list(range(48)), list(range(300)), rng.random((300, 196, 16))
+        ),
     )
     assert write_explain_page(tmp_path / "a.html", large).stat().st_size < 6e6
 
@@ -200,13 +201,3 @@ def test_the_map_is_sorted_into_blocks() -> None:
     assert len(sharing) == 1 and 0.3 in (shown[sharing[0]])
     partner = next(y for y in range(6) if y != sharing[0] and (shown[y] * shown[sharing[0]]).any())
     assert abs(partner - sharing[0]) == 1
-
-
-def test_curves_are_those_of_what_was_logged(page: ExplainPage) -> None:
-    curves = {curve["label"]: curve for curve in draw_curves(page.curves)}
-    assert list(curves) == ["loss", "k-NN accuracy, part of train", "RankMe (effective rank)",
-                            "density of W"]  # fmt: skip
-    points = [p.split(",") for p in curves["loss"]["line"].split()]
-    assert len(points) == 40 and points[0] == ["0.00", "0.00"] and points[-1] == ["100.00", "40.00"]
-    assert (curves["loss"]["low"], curves["loss"]["high"]) == ("0.3", "0.5")
-    assert draw_curves([]) == [] == draw_curves([{"step": 0, "loss": float("nan")}])
