@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -115,12 +116,16 @@ def test_the_installed_wheel_runs_the_demo_elsewhere(wheel: Path, tmp_path: Path
     (packages / "borrowed.pth").write_text(f"{here}\n", encoding="utf-8")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    code = "import sparsejepa; print(sparsejepa.__file__)"
-    found = subprocess.run([python, "-c", code], cwd=elsewhere, capture_output=True, text=True)
-    assert Path(found.stdout.strip()).is_relative_to(packages)
-    demo = [tmp_path / "env" / "bin" / "sparsejepa", "demo", "--quick"]
-    done = subprocess.run(demo, cwd=elsewhere, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: str | Path) -> str:
+        done = subprocess.run(words, cwd=elsewhere, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = run(python, "-c", "import sparsejepa; print(sparsejepa.__file__)")
+    assert Path(found.strip()).is_relative_to(packages)
+    run(tmp_path / "env" / "bin" / "sparsejepa", "demo", "--quick")
     assert (elsewhere / "runs" / "demo" / "report.html").exists()
 
 
