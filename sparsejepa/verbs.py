@@ -662,8 +662,6 @@ class Data(Verb):
     names: Positional[tuple[str, ...]] = ()
     """Names, hub:OWNER/NAME or folders, for get and check."""
     images: Reading = field(default_factory=Reading)
-    stream: bool = False
-    """Check what --stream of pretrain would read: the list, a sample and one batch."""
 
 
 def data(args: Data, console: Console) -> dict[str, Any]:
@@ -676,8 +674,6 @@ def data(args: Data, console: Console) -> dict[str, Any]:
         return {"datasets": rows}
     if not args.names:
         raise UserError(f"data {args.action}: which one? Give {DATA}")
-    if args.stream and args.action != "check":
-        raise UserError("--stream: only for data check; nothing is fetched beforehand for a stream")
     size, found = image_size(args.images.img_size), []
     for name in args.names:
         about = describe(
@@ -685,7 +681,6 @@ def data(args: Data, console: Console) -> dict[str, Any]:
             img_size=size,
             data_root=args.images.data_root,
             upscale=args.images.upscale,
-            stream=args.stream,
         )
         found.append(about)
         facts = {k: v for k, v in about.items() if k != "splits"}

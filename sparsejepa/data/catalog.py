@@ -2,9 +2,6 @@
 
 scenes, scenes:single        made on the spot
 cifar100, cifar10, svhn      from the data root, or fetched from the hub
-imagenet, places365,
-clevr-count                  what torchvision.datasets reads, from a folder of that name in the
-                             data root
 hub:OWNER/NAME[/CONFIG]      any data set of the hub whose files are parquet
 PATH                         any folder of images, of tar shards (also FILE.tar, x-{000..012}.tar),
                              or of a hub data set's parquet files; also a folder's name inside the
@@ -18,22 +15,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from sparsejepa.config import Config
-from sparsejepa.data.folders import (
-    Files,
-    Listing,
-    as_source,
-    chosen,
-    find_table,
-    read_folder,
-)
+from sparsejepa.data.folders import Listing, chosen, find_table, read_folder
 from sparsejepa.data.hub import fetch, find_copy, list_hub
 from sparsejepa.data.images import (
     EXTENSIONS,
@@ -57,18 +47,6 @@ HUB: dict[str, tuple[str, str | None]] = {
     "svhn": ("ufldl-stanford/svhn", "cropped_digits"),
 }
 """Name: data set of the hub and its configuration."""
-
-TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "imagenet": ("ImageNet", {"split": "train"}, {"split": "val"}),
-    "places365": (
-        "Places365",
-        {"split": "train-standard", "small": True},
-        {"split": "val", "small": True},
-    ),
-    "clevr-count": ("CLEVRClassification", {"split": "train"}, {"split": "val"}),
-}
-"""Name, which is that of a folder in the data root: the class of torchvision.datasets that reads
-it, and its arguments for train and test."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +80,7 @@ def load_dataset(
         img_size: one number, or height and width; by default the images' own size, if they all
             have one.
         data_root: folder with local copies (default: SPARSEJEPA_DATA).
-        cache_dir: where decoded images are kept (default: SPARSEJEPA_CACHE, or
-            ~/.cache/sparsejepa).
+        cache_dir: where images are kept (default: SPARSEJEPA_CACHE, or ~/.cache/sparsejepa).
         upscale: enlarge images that are smaller than `img_size` instead of refusing them.
         truth: read or render object masks, where there are any: built-in scenes, and folders with
             masks/ beside images/.
@@ -118,7 +95,7 @@ def load_dataset(
     """
     _check_split(split)
     img_size, folder = size_pair(img_size), cache_folder(cache_dir)
-    sources = find_sources(str(name), data_root, img_size, factors)
+    sources = find_sources(str(name), data_root, folder, img_size, factors)
     train = images = load(sources["train"], folder, img_size, upscale)
     if split == "test":
         images = load(sources["test"], folder, img_size, upscale)
@@ -129,8 +106,7 @@ def load_dataset(
                 "set --img-size (img_size= in Python)"
             )
         images = replace(images, mean=train.mean, std=train.std)
-    read_masks = sources[split].masks
-    return replace(images, masks=read_masks(images)) if truth and read_masks else images
+    return replace(images, masks=sources[split].masks(images)) if truth else images
 
 
 def stream_dataset(
@@ -139,22 +115,21 @@ def stream_dataset(
     *,
     img_size: int | tuple[int, int] | None = None,
     data_root: Path | None = None,
+    cache_dir: Path | None = None,
     upscale: bool = False,
     factors: Sequence[str] = (),
 ) -> ImageStream:
     """Return one split of a data set that is decoded while it is read.
 
-    Arguments and errors are those of `load_dataset`; mean and standard deviation are estimates.
-    Raises UserError as well for the built-in scenes, which are not stored anywhere.
+    Arguments and errors are those of `load_dataset`; mean and standard deviation are estimates. Of
+    a data set of the hub the encoded images are copied into the cache. Raises UserError as well for
+    the built-in scenes, which are not stored anywhere.
     """
     _check_split(split)
-    listings = find_listings(str(name), data_root, factors)
-    return open_stream(
-        listings["train"],
-        listings[split],
-        size_pair(img_size),
-        upscale=upscale,
-    )
+    if name in SCENES:
+        raise UserError(f"--stream: the images of {name} are drawn, not read; leave it out")
+    listings = find_listings(str(name), data_root, cache_folder(cache_dir), factors)
+    return open_stream(listings["train"], listings[split], size_pair(img_size), upscale=upscale)
 
 
 def load_images(config: Config) -> Images:
@@ -177,13 +152,41 @@ def load_images(config: Config) -> Images:
     )
     if wanted.holdout:
         image_set, _ = image_set.split_off(wanted.holdout)
-    if wanted.limit is not None and wanted.limit < len(image_set):
-        image_set = image_set.subset(wanted.limit, 0)
+    image_set = image_set.subset(wanted.limit)
     if wanted.corruption != "none" and isinstance(image_set, ImageSet):
         config.check_image(image_set.img_size)
         patch_size, folder = config.model.patch_size, cache_folder(None)
         image_set = corrupt(image_set, wanted.corruption, patch_size=patch_size, cache_dir=folder)
     return image_set
+
+
+@dataclass(frozen=True, eq=False)
+class _Corrupted(Source):
+    """A set's images in place of which noise comes, or their own patches in another order."""
+
+    images: ImageSet = field(kw_only=True)
+    kind: str = field(kw_only=True)
+    patch_size: int = field(kw_only=True)
+
+    def stamp(self) -> str:
+        moments = [self.images.mean, self.images.std]
+        about = moments if self.kind == "noise" else self.patch_size
+        return json.dumps([self.kind, self.images.fingerprint, about])
+
+    def read(self, img_size: tuple[int, int] | None, upscale: bool) -> Iterator[Decoded]:
+        return (("", self._draw(position)) for position in range(len(self.images)))
+
+    def _draw(self, position: int) -> np.ndarray:
+        rng = np.random.default_rng(derive_seed(0, position, self.kind))
+        image, side = self.images.images[position], self.patch_size
+        if self.kind == "noise":
+            mean, std = (np.asarray(x, np.float32) for x in (self.images.mean, self.images.std))
+            pixels = rng.standard_normal(image.shape, np.float32) * std + mean
+            return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8)
+        height, width = image.shape[0] // side, image.shape[1] // side
+        patches = image.reshape(height, side, width, side, 3).swapaxes(1, 2)
+        patches = patches.reshape(-1, side, side, 3)[rng.permutation(height * width)]
+        return patches.reshape(height, width, side, side, 3).swapaxes(1, 2).reshape(image.shape)
 
 
 def corrupt(
@@ -202,27 +205,10 @@ def corrupt(
 
     Raises UserError when the cache folder cannot be written.
     """
-    mean, std = (np.asarray(x, np.float32) for x in (image_set.mean, image_set.std))
-
-    def draw(position: int) -> np.ndarray:
-        rng = np.random.default_rng(derive_seed(0, position, corruption))
-        image = image_set.images[position]
-        if corruption == "noise":
-            pixels = rng.standard_normal(image.shape, np.float32) * std + mean
-            return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8)
-        height, width, side = image.shape[0] // patch_size, image.shape[1] // patch_size, patch_size
-        patches = image.reshape(height, side, width, side, 3).swapaxes(1, 2)
-        patches = patches.reshape(-1, side, side, 3)[rng.permutation(height * width)]
-        return patches.reshape(height, width, side, side, 3).swapaxes(1, 2).reshape(image.shape)
-
-    def read(*_: object) -> Iterator[list[Decoded]]:
-        for position in range(len(image_set)):
-            yield [("", draw(position))]
-
-    about = [image_set.mean, image_set.std] if corruption == "noise" else patch_size
-    stamp = json.dumps([corruption, image_set.fingerprint, about])
-    name = f"{image_set.name}-{corruption}"
-    source = Source(name, image_set.split, stamp, read, image_set.targets)
+    name, split, targets = f"{image_set.name}-{corruption}", image_set.split, image_set.targets
+    source = _Corrupted(
+        name, split, targets, "", images=image_set, kind=corruption, patch_size=patch_size
+    )
     drawn = load(source, cache_dir, None, False)
     return replace(image_set, images=drawn.images, fingerprint=drawn.fingerprint, masks=None)
 
@@ -235,57 +221,97 @@ def only_streamed(name: str) -> bool:
 
 def find_sources(
     name: str,
-    data_root: Path | None = None,
+    data_root: Path | None,
+    cache: Path,
     img_size: tuple[int, int] | None = None,
     factors: Sequence[str] = (),
-) -> dict[str, Source]:
+) -> Mapping[str, Source]:
     """Return the train and test source of a data set. Raises UserError as `load_dataset`."""
-    if name in SCENES:
-        sources = scene_sources(name, img_size)
-        if factors:
-            keys = chosen(factors, list(sources["train"].targets), name)
-            sources = {
-                split: replace(source, targets={key: source.targets[key] for key in keys})
-                for split, source in sources.items()
-            }
-        return sources
-    listings = find_listings(name, data_root, factors)
-    return {split: as_source(found) for split, found in listings.items()}
+    if name not in SCENES:
+        return find_listings(name, data_root, cache, factors)
+    sources = scene_sources(name, img_size)
+    known = list(sources["train"].targets)
+    keys = chosen(factors, known, name) if factors else known
+    return {
+        split: replace(source, targets={key: source.targets[key] for key in keys})
+        for split, source in sources.items()
+    }
 
 
 def find_listings(
-    name: str, data_root: Path | None = None, factors: Sequence[str] = ()
+    name: str, data_root: Path | None, cache: Path, factors: Sequence[str] = ()
 ) -> dict[str, Listing]:
-    """Return the train and test images of a data set as they are to be streamed.
+    """Return the train and test images of a data set that lies in files.
 
-    Raises UserError as `load_dataset`, and for the built-in scenes.
+    Raises UserError as `load_dataset`.
     """
-    if name in SCENES:
-        raise UserError(f"--stream: the images of {name} are drawn, not read; leave it out")
-    return _list(_find(name, data_folder(data_root)), factors)
+    root, path = data_folder(data_root), os.path.expanduser(name)  # unlike pathlib's, never raises
+    if name in HUB or name.startswith("hub:"):
+        repo, config = HUB.get(name) or _hub_name(name)
+        copy = find_copy(repo, root) or fetch(repo, config)
+        return _list_folder(copy, name, cache, factors, config)
+    if is_tars(path):
+        return list_tars(path, Path(path).name.partition("{")[0].strip("-.") or "tars", factors)
+    if os.path.exists(path):
+        kind = _kind(path)
+        return _list_folder(Path(path), Path(path).resolve().name, cache, factors, kind=kind)
+    if name and root is not None and os.path.isdir(root / name):
+        return _list_folder(root / name, name, cache, factors)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        raise UserError(f"{name}: no such folder; for a data set of the hub write hub:{name}")
+    if re.search(r"[/\\]|^[.~]", name):
+        raise UserError(f"{name}: no such folder")
+    known = [row.name for row in list_datasets(root)]
+    raise UserError(
+        f"unknown data set '{name}'{nearest(name, known)}; there are {', '.join(known)}, "
+        "hub:OWNER/NAME, and folders of images"
+    )
+
+
+def _hub_name(name: str) -> tuple[str, str | None]:
+    owner, _, rest = name.removeprefix("hub:").partition("/")
+    repo, _, config = rest.partition("/")
+    # Not '..' either: the name is looked for below the data root.
+    if not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in (owner, repo)):
+        raise UserError(f"{name}: write hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
+    return f"{owner}/{repo}", config or None
+
+
+def _list_folder(
+    folder: Path,
+    name: str,
+    cache: Path,
+    factors: Sequence[str],
+    config: str | None = None,
+    kind: str = "",
+) -> dict[str, Listing]:
+    """List a folder of a `kind`, by default a copy in the data root.
+
+    There parquet files come before images, which may illustrate them.
+    """
+    kind = kind or _kind(str(folder), images_first=False)
+    if kind == "parquet":
+        return list_hub(folder, name, config, cache, factors)
+    return (list_tars if kind == "tar" else read_folder)(folder, name, factors)
 
 
 def list_datasets(data_root: Path | None = None) -> list[DatasetRow]:
     """Return the data sets of the catalog and those that lie in the data root."""
     root = data_folder(data_root)
     rows = [DatasetRow(name, about, "built in") for name, about in SCENES.items()]
-    repos, plain = dict(HUB), []
+    repos, plain = {name: repo for name, (repo, _) in HUB.items()}, []
     folders = [] if root is None else [p for p in root.iterdir() if p.is_dir()]
     for folder in sorted(folder for folder in folders if not folder.name.startswith(".")):
         if folder.name.startswith("datasets--"):  # the hub's cache
             found = {"/".join(folder.name.split("--")[1:])}
         else:  # OWNER/NAME/CONFIG/SPLIT-....parquet
             found = {f"{folder.name}/{p.parts[-3]}" for p in folder.glob("*/*/*.parquet")}
-        known = {repo for repo, _ in repos.values()}
-        repos |= {f"hub:{repo}": (repo, None) for repo in sorted(found - known)}
-        is_copy = found or any(repo.endswith(f"/{folder.name}") for repo in known)
-        if not is_copy and folder.name not in TORCHVISION:
+        known = set(repos.values())
+        repos |= {f"hub:{repo}": repo for repo in sorted(found - known)}
+        if not found and not any(repo.endswith(f"/{folder.name}") for repo in known):
             plain.append(DatasetRow(folder.name, "folder in the data root", str(folder)))
-    for name, (repo, _) in repos.items():
+    for name, repo in repos.items():
         rows.append(DatasetRow(name, f"hub:{repo}", str(find_copy(repo, root) or "")))
-    for name, (kind, *_) in TORCHVISION.items():
-        copy = root / name if root is not None and (root / name).is_dir() else ""
-        rows.append(DatasetRow(name, f"torchvision.datasets.{kind} in DIR/{name}", str(copy)))
     return rows + plain
 
 
@@ -296,24 +322,19 @@ def describe(
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     upscale: bool = False,
-    stream: bool = False,
 ) -> dict[str, Any]:
-    """Decode a data set and return what it holds, as plain values. Raises as `load_dataset`.
-
-    With `stream` only a sample is decoded: mean and std are estimates, `skipped` has what was met.
-    """
-    result: dict[str, Any] = {"name": str(name), "splits": {}}
-    common: dict[str, Any] = {"img_size": img_size, "data_root": data_root, "upscale": upscale}
-    for split in ("train", "test"):
-        if stream:
-            images: Images = stream_dataset(name, split, **common)
-        else:
-            images = load_dataset(name, split, cache_dir=cache_dir, **common)
-        result |= {
-            "img_size": list(images.img_size),
-            "mean": list(images.mean),
-            "std": list(images.std),
-        }
+    """Decode a data set and return what it holds, as plain values. Raises as `load_dataset`."""
+    common: dict[str, Any] = {"img_size": img_size, "data_root": data_root, "cache_dir": cache_dir}
+    found = {s: load_dataset(name, s, upscale=upscale, **common) for s in ("train", "test")}
+    train = found["train"]
+    result: dict[str, Any] = {
+        "name": str(name),
+        "splits": {},
+        "img_size": list(train.img_size),
+        "mean": list(train.mean),
+        "std": list(train.std),
+    }
+    for split, images in found.items():
         result["splits"][split] = {
             "images": len(images),
             "targets": {key: len(target.names) for key, target in images.targets.items()},
@@ -321,10 +342,8 @@ def describe(
             "skipped": [list(entry) for entry in images.skipped],
             "fingerprint": images.fingerprint,
         }
-    if str(name) not in SCENES:
-        found = find_listings(str(name), data_root)["test"]
-        result |= {"test_split": found.about} if found.about else {}
-    return result
+    sources = find_sources(str(name), data_root, cache_folder(cache_dir))
+    return result | ({"test_split": about} if (about := sources["test"].about) else {})
 
 
 def _counts(target: Target) -> dict[str, int]:
@@ -350,140 +369,19 @@ def cache_folder(cache_dir: Path | None) -> Path:
     return Path(named).expanduser()
 
 
-class _Place(NamedTuple):
-    """Where a data set lies, and as what."""
-
-    kind: Literal["folder", "torchvision", "parquet", "tar"]
-    name: str
-    path: Path | None
-    """None for a data set of the hub that is not here."""
-    repo: str = ""
-    config: str | None = None
-
-
-def _find(name: str, root: Path | None) -> _Place:
-    if name in HUB:
-        return _hub_place(name, *HUB[name], root)
-    if name in TORCHVISION:
-        if root is not None and (root / name).is_dir():
-            return _Place("torchvision", name, root / name)
-        raise UserError(
-            f"{name}: not in the data root; make a folder DIR/{name} as torchvision.datasets."
-            f"{TORCHVISION[name][0]} reads it, and set --data-root DIR (or SPARSEJEPA_DATA)"
-        )
-    if name.startswith("hub:"):
-        owner, _, rest = name.removeprefix("hub:").partition("/")
-        repo, _, config = rest.partition("/")
-        # Not '..' either: the name is looked for below the data root.
-        if not all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in (owner, repo)):
-            raise UserError(f"{name}: write hub:OWNER/NAME or hub:OWNER/NAME/CONFIG")
-        return _hub_place(name, f"{owner}/{repo}", config or None, root)
-    path = os.path.expanduser(name)  # unlike pathlib's, these never raise
-    if is_tars(path):
-        return _Place("tar", Path(path).name.partition("{")[0].strip("-.") or "tars", Path(path))
-    if os.path.exists(path):
-        return _Place(_kind(path), Path(path).resolve().name, Path(path))
-    if name and root is not None and os.path.isdir(root / name):
-        return _copy_place(root / name, name)
-    if re.fullmatch(r"[\w-]+/[\w.-]+", name):
-        raise UserError(f"{name}: no such folder; for a data set of the hub write hub:{name}")
-    if re.search(r"[/\\]|^[.~]", name):
-        raise UserError(f"{name}: no such folder")
-    known = [row.name for row in list_datasets(root)]
-    raise UserError(
-        f"unknown data set '{name}'{nearest(name, known)}; there are {', '.join(known)}, "
-        "hub:OWNER/NAME, and folders of images"
-    )
-
-
-def _hub_place(name: str, repo: str, config: str | None, root: Path | None) -> _Place:
-    copy = find_copy(repo, root)
-    if copy is not None:
-        return _copy_place(copy, name, repo, config)
-    return _Place("parquet", name, None, repo, config)
-
-
-def _copy_place(folder: Path, name: str, repo: str = "", config: str | None = None) -> _Place:
-    """A copy in the data root: parquet files come before images, which may illustrate them."""
-    return _Place(_kind(str(folder), images_first=False), name, folder, repo, config)
-
-
-def _list(place: _Place, factors: Sequence[str]) -> dict[str, Listing]:
-    if place.kind == "parquet":
-        folder = place.path or fetch(place.repo, place.config)
-        return list_hub(folder, place.name, place.config, factors)
-    assert place.path is not None
-    if place.kind == "tar":
-        return list_tars(str(place.path), place.name, factors)
-    if place.kind == "torchvision":
-        return _list_torchvision(place.name, place.path, factors)
-    return read_folder(place.path, place.name, factors)
-
-
-def _list_torchvision(name: str, root: Path, factors: Sequence[str]) -> dict[str, Listing]:
-    """List what torchvision finds in a folder; nothing is fetched.
-
-    Raises UserError when it finds nothing, and for factors that are no target.
-    """
-    import torchvision.datasets  # takes a second, and hardly anybody asks for these
-
-    kind, *arguments = TORCHVISION[name]
-    listings: dict[str, Listing] = {}
-    for split, own in zip(("train", "test"), arguments, strict=True):
-        try:
-            paths, targets = _named(getattr(torchvision.datasets, kind)(str(root), **own))
-        except Exception as error:  # each class has its own ways to fail
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"{root}: not as torchvision.datasets.{kind} reads it ({reason}); its "
-                "documentation says which files belong there (a path in place of the name reads a "
-                "plain folder)"
-            ) from None
-        if factors:
-            targets = {key: targets[key] for key in chosen(factors, list(targets), str(root))}
-        files = Files(root, (os.fsencode(os.path.relpath(path, root)) for path in paths))
-        rows = np.arange(len(files))
-        listings[split] = Listing(name, split, str(root), files, rows, targets)
-    return listings
-
-
-def _named(data: Any) -> tuple[list[str], dict[str, Target]]:
-    """Return paths and targets of one of the classes of `TORCHVISION`."""
-    kind = type(data).__name__
-    if kind == "CLEVRClassification":  # VTAB's CLEVR/Count: 3 to 10 objects
-        counts = tuple(map(str, range(3, 11)))
-        return data._image_files, {"count": Target(np.array(data._labels, np.int64) - 3, counts)}
-    labels = np.array([label for _, label in data.imgs], np.int64)
-    if kind == "ImageNet":
-        classes, key = [names[0] for names in data.classes], "class"
-        # Two classes are both called crane.
-        classes = [
-            name if classes.count(name) == 1 else f"{name} ({number})"
-            for name, number in zip(classes, data.wnids, strict=True)
-        ]
-    else:
-        classes, key = [name[3:] for name in data.classes], "scene"  # without the "/a/"
-    return [path for path, _ in data.imgs], {key: Target(labels, tuple(classes))}
-
-
-def _kind(folder: str, images_first: bool = True) -> Literal["folder", "parquet", "tar"]:
+def _kind(folder: str, images_first: bool = True) -> str:
     """Tell image files, parquet files and tar shards apart; the first image may decide."""
     if find_table(Path(folder)):
         return "folder"
     found = set()
-    for name in _file_names(folder):
-        if images_first and name.endswith(EXTENSIONS):
-            return "folder"
-        found.add(os.path.splitext(name)[1])
+    for _, _, files in os.walk(folder):
+        for name in map(str.lower, files):
+            if images_first and name.endswith(EXTENSIONS):
+                return "folder"
+            found.add(os.path.splitext(name)[1])
     if ".parquet" in found:
         return "parquet"
     return "tar" if ".tar" in found and found.isdisjoint(EXTENSIONS) else "folder"
-
-
-def _file_names(folder: str) -> Iterator[str]:
-    """Yield the names of the files below a folder, in lower case."""
-    for _, _, files in os.walk(folder):
-        yield from map(str.lower, files)
 
 
 def _check_split(split: str) -> None:

@@ -1,16 +1,15 @@
 """Folders of image files: class folders, unlabelled images, or a table of labels; and masks.
 
 What is found is a `Listing` for each split: which images, where they lie, and their labels. A
-listing can be streamed or, as a `Source`, decoded into the cache. Data that has no test split gets
-one: a fifth of the images of each class, chosen by a hash of the file's name, so that the choice is
-the same on every machine and hardly moves when files are added.
+listing is streamed, or decoded into the cache. Data that has no test split gets one: a fifth of the
+images of each class, chosen by a hash of the file's name, so that the choice is the same on every
+machine and hardly moves when files are added.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import hashlib
 import json
 import math
@@ -19,10 +18,9 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from sparsejepa.data.images import (
     EXTENSIONS,
     Decoded,
     ImageSet,
+    Item,
     Source,
     Target,
     decode,
@@ -56,39 +55,6 @@ BINS = 20
 class Reader(ABC):
     """Images by row; it holds arrays, not an object per image, so that millions cost little."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def name(self, row: int) -> str:
-        """Return the image's name, relative to the folder; undecodable bytes become surrogates."""
-
-    @abstractmethod
-    def source(self, row: int) -> str | bytes | None:
-        """Return the image's path or its encoded bytes; None if there is no image.
-
-        Raises OSError when it cannot be read.
-        """
-
-    @abstractmethod
-    def parts(self) -> list[bytes]:
-        """Return what identifies the list of images, for a digest."""
-
-    @abstractmethod
-    def paths(self, rows: np.ndarray) -> Iterable[str]:
-        """Return the files that hold some images."""
-
-    def block(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return which stretch each of `rows` [n] belongs to: [n] ascending where rows are.
-
-        The images of a stretch are fetched together; None if every image is fetched on its own.
-        """
-        return None
-
-
-class Named(Reader):
-    """Images of which each has a name of its own, and is read on its own."""
-
     def __init__(self, names: Iterable[bytes]) -> None:
         self.names = np.array([*names], np.bytes_)
         """[N] relative to the folder."""
@@ -97,19 +63,40 @@ class Named(Reader):
         return len(self.names)
 
     def name(self, row: int) -> str:
+        """Return the image's name; undecodable bytes become surrogates."""
         return os.fsdecode(self.names[row])
 
+    def key(self, row: int) -> str:
+        """Return the text whose hash says whether an image is for training or for test."""
+        return self.name(row)
+
+    @abstractmethod
+    def source(self, row: int) -> str | bytes:
+        """Return the image's path or its encoded bytes, empty if there are none."""
+
+    def item(self, row: int) -> Item:
+        """Return the image's name and source; None if that cannot be read."""
+        try:
+            return self.name(row), self.source(row)
+        except OSError:
+            return self.name(row), None
+
     def parts(self) -> list[bytes]:
+        """Return what identifies the list of images, for a digest."""
         ends = np.cumsum(np.strings.str_len(self.names), dtype=np.int64)
         return [b"".join(self.names.tolist()), ends.tobytes()]
 
+    @abstractmethod
+    def paths(self, rows: np.ndarray) -> Iterable[str]:
+        """Return the files that hold some images."""
 
-class Files(Named):
-    """Image files below a folder."""
 
-    def __init__(self, folder: Path, names: Iterable[bytes]) -> None:
+class Files(Reader):
+    """Image files below a folder, and perhaps masks of the same names below another."""
+
+    def __init__(self, folder: Path, names: Iterable[bytes], masks: Path | None) -> None:
         super().__init__(names)
-        self.folder = folder
+        self.folder, self.masks = folder, masks
 
     def source(self, row: int) -> str:
         return os.path.join(self.folder, self.name(row))
@@ -118,42 +105,22 @@ class Files(Named):
         return map(self.source, rows.tolist())
 
 
-def source_of(reader: Reader, row: int) -> str | bytes | None:
-    """Return an image's path or bytes; None also if they cannot be read."""
-    try:
-        return reader.source(row)
-    except OSError:
-        return None
-
-
 @dataclass(frozen=True, eq=False)
-class Listing:
-    """One split: which images, where they lie, and their labels; nothing is decoded yet."""
+class Listing(Source):
+    """One split of images that lie somewhere; nothing is decoded yet."""
 
-    name: str
-    split: str
-    origin: str
-    """Names the data in errors."""
-    reader: Reader
-    rows: np.ndarray
+    reader: Reader = field(kw_only=True)
+    rows: np.ndarray = field(kw_only=True)
     """[N] int64: which of the reader's images."""
-    targets: dict[str, Target]
-    unusable: tuple[tuple[str, str], ...] = ()
-    """(file, reason) of what is left out before decoding."""
-    masks: Callable[[ImageSet], np.ndarray | None] | None = None
-    """The decoded split -> object masks [N, H, W], if any."""
-    about: str = ""
-    """Where the test split comes from, for people."""
 
-    def items(self, rows: np.ndarray | None = None) -> Iterator[tuple[str, str | bytes | None]]:
+    def items(self, rows: np.ndarray | None = None) -> Iterator[Item]:
         """Yield name and source of all images, or of some rows of the reader.
 
         Raises UserError if the listing is empty.
         """
         if not len(self.rows):
             raise UserError(f"{self.origin}: no images for the {self.split} split; add some")
-        for row in (self.rows if rows is None else rows).tolist():
-            yield self.reader.name(row), source_of(self.reader, row)
+        yield from map(self.reader.item, (self.rows if rows is None else rows).tolist())
 
     def digest(self, *more: bytes) -> str:
         """Return a digest of the list of images and of their labels."""
@@ -164,32 +131,130 @@ class Listing:
             digest.update(json.dumps([key, target.names]).encode() + target.values.tobytes())
         return digest.hexdigest()
 
+    def stamp(self) -> str:
+        """Return a digest of the listing and of the size and age of its files."""
+        ages = hashlib.blake2b(digest_size=16)
+        for path in self.reader.paths(self.rows):
+            with contextlib.suppress(OSError):  # decoding reports it
+                status = os.stat(path)
+                ages.update(f"/{status.st_size}/{status.st_mtime_ns}".encode())
+            ages.update(b"\n")
+        return self.digest(ages.digest(), self.origin.encode())
 
-def as_source(listing: Listing) -> Source:
-    """Return the source that decodes all of a listing's files; its stamp has their size and age."""
+    def read(self, img_size: tuple[int, int] | None, upscale: bool) -> Iterator[Decoded]:
+        """Yield the decoded images, in order."""
+        return decode(self.items(), img_size, upscale=upscale, origin=self.origin)
 
-    def read(img_size: tuple[int, int] | None, upscale: bool) -> Iterator[list[Decoded]]:
-        return decode(listing.items(), img_size, upscale=upscale, origin=listing.origin)
-
-    ages = hashlib.blake2b(digest_size=16)
-    for path in listing.reader.paths(listing.rows):
-        with contextlib.suppress(OSError):  # decoding reports it
-            status = os.stat(path)
-            ages.update(f"/{status.st_size}/{status.st_mtime_ns}".encode())
-        ages.update(b"\n")
-    return Source(
-        listing.name,
-        listing.split,
-        listing.digest(ages.digest(), listing.origin.encode()),
-        read,
-        listing.targets,
-        listing.masks,
-        listing.origin,
-        listing.unusable,
-    )
+    def masks(self, images: ImageSet) -> np.ndarray | None:
+        """Return the object masks that lie beside the images, if there are any."""
+        masks = getattr(self.reader, "masks", None)
+        return None if masks is None else read_masks(self.reader.folder, masks, images)  # type: ignore[attr-defined]
 
 
-# --- Which images are train and which are test ----------------------------------------------------
+# --- Splits and targets, whatever the images lie in -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one split, or of both, with a value per image in each column of labels."""
+
+    reader: Reader
+    rows: np.ndarray
+    columns: Mapping[str, Sequence[Any]]
+    unusable: tuple[tuple[str, str], ...] = ()
+
+    def take(self, index: np.ndarray) -> Part:
+        """Return the images at some positions."""
+        columns = {key: [c[i] for i in index.tolist()] for key, c in self.columns.items()}
+        return replace(self, rows=self.rows[index], columns=columns)
+
+
+def make_listings(
+    name: str,
+    origin: str,
+    parts: dict[str, Part],
+    factors: Sequence[str],
+    *,
+    labels: Sequence[str] | None = None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+    about: str = "",
+) -> dict[str, Listing]:
+    """List train and test; a sole part is divided, a fifth of each class for test.
+
+    Arguments:
+        name, origin: of the data, the latter for errors.
+        parts: of train and test, or only of train.
+        factors: columns that become the targets, in this order, instead of `labels`.
+        labels: columns that become targets where every image has a value; all by default.
+        classes: of columns that are known to be labels, by column.
+        about: where the test split comes from.
+
+    Raises UserError for a factor that is not there or unusable.
+    """
+    classes = classes or {}
+    targets = _label_targets(parts, labels, classes)
+    if "test" not in parts:
+        whole, primary = parts["train"], next(iter(targets["train"].values()), None)
+        values = np.zeros(len(whole.rows), np.int64) if primary is None else primary.values
+        test = in_test(map(whole.reader.key, whole.rows.tolist()), values)
+        index = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
+        parts = {split: whole.take(index[split]) for split in index}
+        parts["test"] = replace(parts["test"], unusable=())
+        own = targets["train"].items()
+        targets = {split: {key: t.take(index[split]) for key, t in own} for split in index}
+        about = "a fifth of each class, by a hash of the name"
+    if factors:  # after the division, which must not depend on them
+        targets = _factor_targets(parts, factors, classes, origin)
+    listings = {}
+    for split, part in parts.items():
+        own = (targets[split], origin, part.unusable, about)
+        listings[split] = Listing(name, split, *own, reader=part.reader, rows=part.rows)
+    return listings
+
+
+def _label_targets(
+    parts: dict[str, Part], labels: Sequence[str] | None, classes: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[str, Target]]:
+    """Make targets of the columns that look like labels, with the same classes in both splits.
+
+    Not of columns that no split has whole, of one value, of values that never repeat (names of
+    images), or of too many.
+    """
+    targets: dict[str, dict[str, Target]] = {split: {} for split in parts}
+    for key in parts["train"].columns if labels is None else labels:
+        columns = {split: part.columns.get(key, [None]) for split, part in parts.items()}
+        columns = {split: column for split, column in columns.items() if None not in column}
+        values = [value for column in columns.values() for value in column]
+        try:
+            target = factor_target(key, values, np.ones(len(values), bool), "")
+        except UserError:
+            target = None
+        if key in classes:
+            target = _indexed(values, classes[key])
+        elif target is None or target.note or len(target.names) == len(values):
+            continue
+        for split, column in columns.items():
+            targets[split][key] = target.take(np.arange(len(column)))
+            target = target.take(np.arange(len(column), len(target.values)))
+    return targets
+
+
+def _factor_targets(
+    parts: dict[str, Part],
+    factors: Sequence[str],
+    classes: Mapping[str, tuple[str, ...]],
+    origin: str,
+) -> dict[str, dict[str, Target]]:
+    """Make targets of the columns that the factors name; numbers are cut into bins by train's."""
+    train, test = parts["train"], parts["test"]
+    count = len(train.rows)
+    known = np.arange(count + len(test.rows)) < count
+    targets: dict[str, dict[str, Target]] = {"train": {}, "test": {}}
+    for key in chosen(factors, [key for key in train.columns if key in test.columns], origin):
+        values = [*train.columns[key], *test.columns[key]]
+        whole = factor_target(key, values, known, origin, classes.get(key, ()))
+        targets["train"][key], targets["test"][key] = whole.take(known), whole.take(~known)
+    return targets
 
 
 def choose_splits(present: Iterable[str]) -> dict[str, str]:
@@ -226,37 +291,6 @@ def in_test(names: Iterable[str], labels: np.ndarray) -> np.ndarray:
     return test
 
 
-def divide(names: Sequence[str], targets: dict[str, Target]) -> np.ndarray:
-    """Choose a fifth of the images of each class of the first target for test: [N] bool."""
-    primary = next(iter(targets.values()), None)
-    return in_test(names, primary.values if primary else np.zeros(len(names), np.int64))
-
-
-# --- Columns of labels as targets -----------------------------------------------------------------
-
-
-def category_names(values: Iterable[Any]) -> tuple[str, ...]:
-    """Return the classes of a column, ordered as numbers if all are numbers, else as text.
-
-    Empty if the column is no target: values are missing, there are more than `MAX_CATEGORIES`
-    distinct ones, or none repeats (then they are names of images, not labels).
-    """
-    texts = ["" if value is None or str(value).lower() == "nan" else str(value) for value in values]
-    distinct = sorted(set(texts))
-    if "" in distinct or len(distinct) > MAX_CATEGORIES or len(distinct) == len(texts):
-        return ()
-    numbers = [_number(text) for text in distinct]
-    if all(map(math.isfinite, numbers)):
-        distinct = [text for _, text in sorted(zip(numbers, distinct, strict=True))]
-    return tuple(distinct)
-
-
-def index_target(values: Iterable[Any], names: Sequence[str]) -> Target:
-    """Make a target of values that are all among `names`."""
-    position = {name: i for i, name in enumerate(names)}
-    return Target(np.array([position[str(v)] for v in values], np.int64), tuple(names))
-
-
 def chosen(factors: Sequence[str], columns: Sequence[str], origin: str) -> list[str]:
     """Return the columns that the factors name, in the order asked for.
 
@@ -285,20 +319,18 @@ def factor_target(
 ) -> Target:
     """Make a target of a column [N] of numbers, truth values or text that was asked for by name.
 
-    Numbers are ordered as numbers, text as text. More than `MAX_LEVELS` different numbers are cut
-    into `BINS` bins of equal count, and the target's note says so; the cuts are quantiles of the
-    training rows, `train` [N] bool. Where the data names its `classes`, `values` are indices.
+    Numbers are ordered as numbers, text as text or as the `classes` that the data names. More than
+    `MAX_LEVELS` different numbers are cut into `BINS` bins of equal count, and the target's note
+    says so; the cuts are quantiles of the training rows, `train` [N] bool.
 
     Raises UserError: missing values, NaN, one value only, or text that never repeats.
     """
     where = f"{origin}: factor '{name}'"
     texts = ["" if value is None else str(value).strip() for value in values]
-    if classes:
-        known = {str(i): text for i, text in enumerate(classes)}
-        texts = [known.get(text, "") for text in texts]
     distinct = sorted(set(texts))
     numbers = {text: _number(text) for text in distinct}
-    numeric = not classes and not any(math.isnan(numbers[t]) for t in distinct if _is_word(t))
+    words = [text for text in distinct if text and text.lower().lstrip("+-") != "nan"]
+    numeric = not classes and not any(math.isnan(numbers[word]) for word in words)
     missing = [not text or (numeric and not math.isfinite(numbers[text])) for text in texts]
     if any(missing):
         raise UserError(
@@ -310,16 +342,20 @@ def factor_target(
         texts, distinct = [same[numbers[text]] for text in texts], [same[n] for n in sorted(same)]
     if len(distinct) < 2:
         raise UserError(f"{where} has one value only ({''.join(distinct)}); leave it out")
-    if classes:
-        return Target(np.array(values, np.int64), classes)
     if numeric and len(distinct) > MAX_LEVELS:
         return _binned(np.array([numbers[text] for text in texts]), train, where)
-    if len(distinct) > MAX_CATEGORIES or (not numeric and len(distinct) == len(texts)):
+    names = not numeric and len(distinct) == len(texts)
+    if not classes and (names or len(distinct) > MAX_CATEGORIES):
         raise UserError(
             f"{where} has {len(distinct)} different texts in {len(texts)} rows, too many to be "
             "categories; leave it out"
         )
-    return index_target(texts, distinct)
+    return _indexed(texts, classes or tuple(distinct))
+
+
+def _indexed(values: Iterable[str], names: tuple[str, ...]) -> Target:
+    position = {name: i for i, name in enumerate(names)}
+    return Target(np.array([position[value] for value in values], np.int64), names)
 
 
 def _binned(values: np.ndarray, train: np.ndarray, where: str) -> Target:
@@ -342,60 +378,34 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _is_word(text: str) -> bool:
-    return bool(text) and text.lower().lstrip("+-") != "nan"
-
-
 # --- Folders --------------------------------------------------------------------------------------
 
 
-def walk(folder: bytes, before: bytes = b"", above: tuple[Any, ...] = ()) -> Iterator[bytes]:
+def walk(folder: bytes) -> Iterator[bytes]:
     """Yield the image files below `folder` as paths relative to it, ordered by their bytes.
 
-    Hidden files and folders are passed over, links are followed, loops of links are cut.
+    Hidden files and folders are passed over, links are followed, loops of links are cut. Raises
+    OSError if a folder cannot be read.
     """
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            is_folder = False
-            with contextlib.suppress(OSError):  # a link to itself: decoding reports it
-                is_folder = entry.is_dir()
-            if not entry.name.startswith(b".") and (is_folder or _is_image(entry.name)):
-                names.append(entry.name + b"/" * is_folder)
-    for name in sorted(names):
-        if name.endswith(b"/"):
-            yield from walk(os.path.join(folder, name[:-1]), before + name, (*above, identity))
-        else:
-            yield before + name
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for top, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        here = os.path.realpath(top) + b"/"
+        places = {name: os.path.realpath(os.path.join(top, name)) + b"/" for name in folders}
+        folders[:] = [n for n in folders if not (n.startswith(b".") or here.startswith(places[n]))]
+        for name in files:
+            if not name.startswith(b".") and os.fsdecode(name).lower().endswith(EXTENSIONS):
+                found.append(os.path.relpath(os.path.join(top, name), folder))
+    return iter(sorted(found))
 
 
-def _is_image(name: bytes) -> bool:
-    return os.fsdecode(name).lower().endswith(EXTENSIONS)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The image files below a folder, ordered by path."""
-
-    files: Files
-    classes: list[str]
-    """Folders that hold images, relative to the folder; "" is the folder itself."""
-    labels: np.ndarray
-    """[N] int64: which of those folders each image is in."""
-
-
-def scan(folder: Path) -> _Found:
+def scan(folder: Path, masks: Path | None = None) -> Files:
     """List the image files below `folder`. Raises UserError if a folder cannot be read."""
     with _readable(folder):
-        names = list(walk(os.fsencode(folder)))
-    numbers: dict[bytes, int] = {}
-    labels = [numbers.setdefault(os.path.dirname(name), len(numbers)) for name in names]
-    classes = [os.fsdecode(name) for name in numbers]
-    return _Found(Files(folder, names), classes, np.array(labels, np.int64))
+        return Files(folder, walk(os.fsencode(folder)), masks)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -436,132 +446,78 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
     if not root.is_dir():
         problem = "not a folder; give the folder that holds the images, unpacked"
         raise UserError(f"{root}: {problem if root.exists() else 'no such folder'}")
+    inner, masks = root / "images", root / "masks"
     table = find_table(root)
     if table is not None:
-        images = root / "images"
-        return _read_table(root, table, images if images.is_dir() else root, name, factors)
-    images = root / "images" if (root / "images").is_dir() and (root / "masks").is_dir() else root
+        reader = scan(inner, masks) if inner.is_dir() else scan(root)
+        return _read_table(table, reader, name, factors)
+    images = inner if inner.is_dir() and masks.is_dir() else root
     folders = split_folders(images)
-    found, rows, unusable = dict[str, _Found](), dict[str, np.ndarray](), dict[str, Any]()
+    parts, used = {}, set[str]()
     for split, folder in folders.items():
-        found[split] = scan(folder)
-        if not len(found[split].files):
+        beside = masks / folder.relative_to(images) if images != root else None
+        reader = scan(folder, beside)
+        if not len(reader):
             raise UserError(f"{folder}: no images in it ({', '.join(EXTENSIONS)})")
-        rows[split], unusable[split] = _classify(found[split])
-    if "test" in folders:
-        about = f"{folders['test'].name}/"
-    else:
-        whole, kept = found["train"], rows["train"]
-        test = in_test(map(whole.files.name, kept.tolist()), whole.labels[kept])
-        found["test"], unusable["test"] = whole, ()
-        rows = {"train": kept[~test], "test": kept[test]}
-        about = "a fifth of each class, by a hash of the name"
-    used = {found[s].classes[i] for s in found for i in np.unique(found[s].labels[rows[s]])}
-    names = sorted(used - {""})
-    listings = {}
-    for split in ("train", "test"):
-        targets = _class_targets(found[split], rows[split], names)
-        if factors:
-            targets = {key: targets[key] for key in chosen(factors, list(targets), str(root))}
-        folder = folders.get(split, folders["train"])
-        listings[split] = Listing(
-            name,
-            split,
-            str(folder),
-            found[split].files,
-            rows[split],
-            targets,
-            unusable[split],
-            _masks_beside(folder, root) if images != root else None,
-            about,
-        )
-    return listings
+        parts[split] = _by_folder(reader)
+        used.update(parts[split].columns["class"])
+    classes, outer = tuple(sorted(used - {""})), tuple(sorted({c.partition("/")[0] for c in used}))
+    known: dict[str, tuple[str, ...]] = (
+        {"class": classes} if len(classes) > 1 else {}
+    )  # a sole one says nothing
+    if 1 < len(outer) < len(classes):
+        known["superclass"] = outer
+        for part in parts.values():
+            part.columns["superclass"] = [c.partition("/")[0] for c in part.columns["class"]]  # type: ignore[index]
+    elif not known:
+        parts = {split: replace(part, columns={}) for split, part in parts.items()}
+    about = f"{folders['test'].name}/" if "test" in folders else ""
+    return make_listings(name, str(root), parts, factors, classes=known, about=about)
 
 
-def _masks_beside(folder: Path, root: Path) -> Callable[[ImageSet], np.ndarray | None]:
-    """Return the reader of the masks of `folder`, which is ROOT/images or lies in it."""
-    return partial(read_masks, folder, root / "masks" / folder.relative_to(root / "images"))
+def _by_folder(reader: Files) -> Part:
+    """Return the images with their folders as `class`, relative to the reader's.
 
-
-def _classify(found: _Found) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
-    """Where images lie both at the top and in class folders, keep the more numerous kind.
-
-    Returns the rows of those, and (file, reason) of the others.
+    Where images lie both at the top and in folders, the more numerous kind is kept.
     """
-    at_top = np.array([not name for name in found.classes])[found.labels]
+    names = list(map(reader.name, range(len(reader))))
+    folders = list(map(os.path.dirname, names))
+    at_top = np.array([not folder for folder in folders])
     keep_top = at_top.sum() > len(at_top) / 2
     reason = "lies in a folder beside unlabelled images" if keep_top else ""
     reason = reason or "lies beside the class folders"
-    others = np.flatnonzero(at_top != keep_top).tolist()
-    unusable = tuple((shown(found.files.name(row)), reason) for row in others)
-    return np.flatnonzero(at_top == keep_top), unusable
+    unusable = tuple((shown(names[i]), reason) for i in np.flatnonzero(at_top != keep_top))
+    rows = np.flatnonzero(at_top == keep_top)
+    return Part(reader, rows, {"class": [folders[i] for i in rows]}, unusable)
 
 
-def _class_targets(found: _Found, rows: np.ndarray, names: list[str]) -> dict[str, Target]:
-    """The class of each image, and for nested class folders the outermost folder as well.
-
-    `names` are the folders of all splits; a sole one says nothing about an image.
-    """
-    if len(names) < 2:
-        return {}
-
-    def by(label: Callable[[str], str], names: list[str]) -> Target:
-        position = {name: i for i, name in enumerate(names)}
-        values = np.array([position.get(label(folder), 0) for folder in found.classes], np.int64)
-        return Target(values[found.labels[rows]], tuple(names))
-
-    outer = sorted({name.partition("/")[0] for name in names})
-    targets = {"class": by(str, names)}
-    if 1 < len(outer) < len(names):
-        targets["superclass"] = by(lambda folder: folder.partition("/")[0], outer)
-    return targets
-
-
-def _read_table(
-    root: Path, path: Path, folder: Path, name: str, factors: Sequence[str]
-) -> dict[str, Listing]:
-    """List the images of `folder` that the table `path` names; others are left out."""
-    reader, (listed, columns) = scan(folder).files, _read_csv(path)
+def _read_table(path: Path, reader: Files, name: str, factors: Sequence[str]) -> dict[str, Listing]:
+    """List the images that the table `path` names; others are left out."""
+    listed, columns = _read_csv(path)
     files = {reader.name(row): row for row in range(len(reader))}
     if not any(file in files for file in listed):  # names without endings
         stems = {os.path.splitext(file)[0]: file for file in files}
         listed = [stems.get(file, file) for file in listed]
-    there = [row for row, file in enumerate(listed) if file in files]
-    where = f"{folder.name}/"
-    if not there:
+    there = np.array([row for row, file in enumerate(listed) if file in files], np.int64)
+    where = f"{reader.folder.name}/"
+    if not len(there):
         example = f" ('{shown(listed[0])}' is not '{shown(min(files))}')" if files else ""
         raise UserError(f"{path}: its first column names no image in {where}{example}")
     unusable = tuple((shown(f), f"no such file in {where}") for f in listed if f not in files)
     unlisted = sorted(set(files) - set(listed))
     unusable += tuple((shown(f), f"no row in {path.name}") for f in unlisted)
-    rows = np.array([files[listed[row]] for row in there], np.int64)
-    columns = {key: [column[row] for row in there] for key, column in columns.items()}
     splits = columns.pop("split", None)
-    names = {key: category_names(column) for key, column in columns.items()}
-    targets = {key: index_target(columns[key], names[key]) for key in columns if names[key]}
-    if splits is None:
-        about = "a fifth, by a hash of the name"
-        test = divide([reader.name(row) for row in rows.tolist()], targets)
-    else:
-        about = f"column split of {path.name}"
+    rows = np.array([files.get(file, -1) for file in listed], np.int64)
+    whole = Part(reader, rows, columns, unusable).take(there)
+    parts = {"train": whole}
+    if splits is not None:
         for split in splits:
             if split.lower() not in TRAIN_NAMES + TEST_NAMES:
                 raise UserError(f"{path}: split '{split}' is neither train nor test")
-        test = np.array([split.lower() in TEST_NAMES for split in splits])
-    if factors:  # after the division, which must not depend on them
-        targets = {
-            key: factor_target(key, columns[key], ~test, str(path))
-            for key in chosen(factors, list(columns), str(path))
-        }
-    masks = _masks_beside(folder, root) if folder != root else None
-    listings = {}
-    for split, part in (("train", ~test), ("test", test)):
-        own = {key: target.take(part) for key, target in targets.items()}
-        left_out = unusable if split == "train" else ()
-        listings[split] = Listing(
-            name, split, str(root), reader, rows[part], own, left_out, masks, about
-        )
-    return listings
+        test = np.array([splits[row].lower() in TEST_NAMES for row in there])
+        rest = replace(whole, unusable=()).take(np.flatnonzero(test))
+        parts = {"train": whole.take(np.flatnonzero(~test)), "test": rest}
+    return make_listings(name, str(path), parts, factors, about=f"column split of {path.name}")
 
 
 def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
@@ -571,17 +527,16 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, list[str]]]:
             header = file.readline()
             mark = next((mark for mark in ",;\t" if mark in header), ",")
             file.seek(0)
-            table = [row for row in csv.reader(file, delimiter=mark) if row]
+            first, *rows = [row for row in csv.reader(file, delimiter=mark) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); save it as UTF-8") from None
-    if len(table) < 2:
+    if not rows:
         raise UserError(f"{path}: no rows; the first column names files in images/")
-    header, *rows = table
     for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise UserError(f"{path}: row {number} has {len(row)} cells instead of {len(header)}")
-    columns = {key: [row[i] for row in rows] for i, key in enumerate(header) if i}
-    return [row[0] for row in rows], columns
+        if len(row) != len(first):
+            raise UserError(f"{path}: row {number} has {len(row)} cells instead of {len(first)}")
+    files, *columns = map(list, zip(*rows, strict=True))
+    return files, dict(zip(first[1:], columns, strict=True))
 
 
 @contextlib.contextmanager
@@ -589,8 +544,6 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # a line of thousands of characters helps nobody
-            raise UserError(f"{folder}: {error.strerror}: a folder in it lies too deep") from None
         where = shown(os.fsdecode(error.filename or folder))
         raise UserError(f"{where}: {error.strerror or error}") from None
 
@@ -602,16 +555,13 @@ def read_masks(images: Path, masks: Path, image_set: ImageSet) -> np.ndarray | N
     """Return the masks [N, H, W] of an image set that was read from the folder `images`.
 
     Grey and palette values are the labels, 0 is the background. A mask has the size of its image's
-    file and is cropped and resized like it, to the nearest pixel. With several files of one name,
-    a PNG comes first. An image without a readable mask gets an empty one, with a warning; without
-    any mask, or if all are empty, the result is None. uint8 if that holds the labels, else uint16.
+    file and is cropped and resized like it, to the nearest pixel. An image
+    without a readable mask gets an empty one, with a warning; if all are empty, the result is None.
+    uint8 if that holds the labels, else uint16.
 
     Raises UserError: a mask of another size than its image, in colour, or with labels over 65,535.
     """
-    if not masks.is_dir():
-        return None
-    found = [path for path in masks.rglob("*") if path.suffix.lower() in EXTENSIONS]
-    found.sort(key=lambda path: EXTENSIONS.index(path.suffix.lower()), reverse=True)
+    found = sorted(path for path in masks.rglob("*") if path.suffix.lower() in EXTENSIONS)
     by_name = {path.relative_to(masks).with_suffix("").as_posix(): path for path in found}
     result = np.zeros((len(image_set), *image_set.img_size), np.uint16)
     missing = []
@@ -627,6 +577,8 @@ def read_masks(images: Path, masks: Path, image_set: ImageSet) -> np.ndarray | N
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         list(pool.map(read, range(len(image_set))))
+    if not result.any():
+        return None
     if missing:
         warnings.warn(
             f"{masks}: no readable mask for {len(missing)} of {len(image_set)} images of the "
@@ -634,8 +586,6 @@ def read_masks(images: Path, masks: Path, image_set: ImageSet) -> np.ndarray | N
             "background",
             stacklevel=2,
         )
-    if not result.any():
-        return None
     return result.astype(np.uint8) if result.max() < 256 else result
 
 

@@ -19,7 +19,7 @@ import shutil
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -32,15 +32,16 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sparsejepa.errors import SizesDiffer, UserError
-from sparsejepa.rng import generator
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 """What counts as an image file in a folder."""
 MAX_PIXELS = 89_478_485
 """Larger images are taken for decompression bombs and left out (Pillow's own limit)."""
+_ENORMOUS = f"enormous: more than the {MAX_PIXELS // 10**6} megapixels that are read; shrink it"
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "DIB", "WEBP", "TIFF", "JPEG2000", "AVIF")
 """What Pillow may take a file for, whatever its name says: others of its readers start programs."""
 _TASK = 16  # images that a thread decodes at once
+_HOLDOUT_SEED = 0x5E7A51DE
 
 Item = tuple[str, "str | Path | bytes | None"]
 """Name for messages, and a file, an encoded image, or None for one that is missing."""
@@ -51,13 +52,9 @@ Decoded = tuple[str, "np.ndarray | str"]
 # --- Decoding -------------------------------------------------------------------------------------
 
 
-class Unreadable(Exception):
-    """One image cannot be used; the message says why."""
-
-
 def decode(
     items: Iterable[Item], img_size: tuple[int, int] | None, *, upscale: bool, origin: str
-) -> Iterator[list[Decoded]]:
+) -> Iterator[Decoded]:
     """Decode images in order on a pool of threads, some at a time, so that memory stays small.
 
     Without `img_size` (h, w) all images must have one size. With it others are resized (shorter
@@ -80,7 +77,7 @@ def decode(
                     if not isinstance(image, str):
                         first = first or (name, image.shape)
                         check_same_size(first, (name, image.shape), origin)
-                yield part
+                    yield name, image
 
 
 def read_image(
@@ -88,68 +85,53 @@ def read_image(
 ) -> np.ndarray | str:
     """Return the image [H, W, 3] uint8, or the reason why there is none.
 
-    Raises UserError for one that is smaller than `img_size` (h, w) without `upscale`.
+    Transparency is composited on white, 16 bits are scaled to 8, of an animation the first frame is
+    taken, and the EXIF orientation is honoured. Raises UserError for an image that is smaller than
+    `img_size` (h, w) without `upscale`.
     """
+    if not source:
+        return "no image data"
     try:
-        if source is None:
-            raise Unreadable("no image data")
         image, extent = _open_image(source, img_size)
-    except Unreadable as error:
-        return str(error)
-    if img_size is not None:
-        if not upscale and (image.height < img_size[0] or image.width < img_size[1]):
-            where = name if isinstance(source, bytes) else str(source)
-            raise UserError(
-                f"{shown(where)}: {image.height}x{image.width} pixels, smaller than --img-size "
-                f"{_text(img_size)}; use a smaller --img-size, or --upscale to enlarge such images"
-            )
-        image = fit(image, img_size, extent=extent)
-    return np.asarray(image)
-
-
-def to_rgb(source: str | Path | bytes) -> Image.Image:
-    """Open an image as 8-bit RGB. Raises Unreadable with the reason.
-
-    Transparency is composited on white, 16 bits are scaled to 8, of an animation the first frame
-    is taken, and the EXIF orientation is honoured.
-    """
-    return _open_image(source, None)[0]
+    except Image.DecompressionBombError:
+        return _ENORMOUS
+    except Exception as error:  # on damaged files Pillow's readers raise almost anything
+        message = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
+        reason = shown(message.split("\n")[0]) or type(error).__name__
+        return "not an image" if "cannot identify" in reason else reason
+    if img_size is None:
+        return np.asarray(image)
+    if not upscale and (image.height < img_size[0] or image.width < img_size[1]):
+        where = name if isinstance(source, bytes) else str(source)
+        raise UserError(
+            f"{shown(where)}: {image.height}x{image.width} pixels, smaller than --img-size "
+            f"{_text(img_size)}; use a smaller --img-size, or --upscale to enlarge such images"
+        )
+    return np.asarray(fit(image, img_size, extent=extent))
 
 
 def _open_image(
     source: str | Path | bytes, img_size: tuple[int, int] | None
 ) -> tuple[Image.Image, tuple[float, float]]:
-    """As `to_rgb`, perhaps smaller, but no smaller than `img_size` (h, w).
+    """Open an image as 8-bit RGB, perhaps smaller, but no smaller than `img_size` (h, w).
 
     A JPEG at least twice as large, and upright, is decoded at a half, a quarter or an eighth: its
     coefficients give those sizes in a fraction of the time. Returns also the picture's width and
     height, which the pixels exceed where those do not divide the file's.
     """
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Unreadable(_ENORMOUS)
-            upright, reduced = image.format == "JPEG" and _upright(image), None
-            if upright and img_size is not None:
-                reduced = image.draft(None, (img_size[1], img_size[0]))
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
-                if not upright:
-                    ImageOps.exif_transpose(image, in_place=True)
-            rgb = to_8_bit_rgb(image)
-            return rgb, reduced[1][2:] if reduced else rgb.size
-    except Unreadable:
-        raise
-    except Image.DecompressionBombError:
-        raise Unreadable(_ENORMOUS) from None
-    except Exception as error:  # on damaged files Pillow's readers raise almost anything
-        message = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
-        reason = shown(message.split("\n")[0]) or type(error).__name__
-        raise Unreadable("not an image" if "cannot identify" in reason else reason) from None
-
-
-_ENORMOUS = f"enormous: more than the {MAX_PIXELS // 10**6} megapixels that are read; shrink it"
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=formats()) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        upright, reduced = image.format == "JPEG" and _upright(image), None
+        if upright and img_size is not None:
+            reduced = image.draft(None, (img_size[1], img_size[0]))
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
+            if not upright:
+                ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
+        return rgb, reduced[1][2:] if reduced else rgb.size
 
 
 def _upright(image: Image.Image) -> bool:
@@ -166,16 +148,16 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def to_8_bit_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as 8-bit RGB. Raises Unreadable for pixels whose scale is not known."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as 8-bit RGB. Raises ValueError for pixels whose scale is not known."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "F":
-        raise Unreadable("floating-point pixels have no known scale")
+        raise ValueError("floating-point pixels have no known scale")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise Unreadable("32-bit pixels have no known scale")
+            raise ValueError("32-bit pixels have no known scale")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -208,11 +190,8 @@ def fit(
 
 def shown(name: str) -> str:
     """Return a file's name as it can be printed: one line, in characters that every screen has."""
-    if name.isprintable():
-        return name
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
-    )
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    return name if name.isprintable() else "".join(escaped)
 
 
 def check_readable(origin: str, skipped: Sequence[tuple[str, str]], total: int) -> None:
@@ -252,8 +231,6 @@ def _text(size: tuple[int, ...]) -> str:
 
 # --- Sets of images -------------------------------------------------------------------------------
 
-_HOLDOUT_SEED = 0x5E7A51DE
-
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -269,21 +246,23 @@ class Target:
         return replace(self, values=self.values[index])
 
 
+@dataclass(frozen=True, eq=False)
 class Images(ABC):
     """One split of a data set, of one image size, with labels: an `ImageSet` or a stream."""
 
     name: str
     split: str
+    images: Any
+    """The pixels, or what decodes them."""
     targets: dict[str, Target]
     """First the primary target; empty if the images are unlabelled."""
     mean: tuple[float, float, float]
     """Per channel, of the training split, in units of [0, 1]."""
     std: tuple[float, float, float]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...] = ()
     """(file, reason) of what could not be used."""
-    fingerprint: str
-    blocks: np.ndarray | None = None
-    """Lengths of the stretches of images that are fetched together, if there are any."""
+    fingerprint: str = ""
+    """Changes whenever an image (of a stream: the list of images) or a label does."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -323,33 +302,23 @@ class Images(ABC):
         rest = np.setdiff1d(np.arange(len(self)), aside)
         return self._take(rest, f"without {count}"), self._take(aside, f"aside {count}")
 
-    @abstractmethod
-    def _take(self, index: np.ndarray, about: str) -> Self:
+    def _take(self, index: np.ndarray, about: str, **own: Any) -> Self:
         """Return the images at `index`; `about` tells them from others in the fingerprint."""
+        targets = {key: target.take(index) for key, target in self.targets.items()}
+        fingerprint = _digest(f"{self.fingerprint}/{about}".encode())
+        return replace(self, targets=targets, fingerprint=fingerprint, **own)
 
     def _draw(self, count: int, seed: int) -> np.ndarray:
         labels = self.primary.values if self.primary else np.zeros(len(self), np.int64)
         return stratified(labels, count, np.random.default_rng(seed % 2**64))
-
-    def _fingerprint_of(self, about: str) -> str:
-        digest = hashlib.blake2b(f"{self.fingerprint}/{about}".encode(), digest_size=16)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Images):
     """One split of a data set, decoded."""
 
-    name: str
-    split: str
     images: np.ndarray
     """[N, H, W, 3] uint8, usually a read-only memory map."""
-    targets: dict[str, Target]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    skipped: tuple[tuple[str, str], ...] = ()
-    fingerprint: str = ""
-    """Changes whenever an image or a label does."""
     files: tuple[str, ...] = field(default=(), repr=False)
     """Where each image comes from, relative to the folder; empty when images are not files."""
     masks: np.ndarray | None = field(default=None, repr=False)
@@ -367,15 +336,10 @@ class ImageSet(Images):
         """Return batches on a device; nothing is to be decoded, so `workers` has no effect."""
         return DeviceImages(self, device)
 
-    def _take(self, index: np.ndarray, about: str) -> ImageSet:
-        return replace(
-            self,
-            images=self.images[index],
-            targets={key: target.take(index) for key, target in self.targets.items()},
-            files=tuple(self.files[i] for i in index) if self.files else (),
-            masks=None if self.masks is None else self.masks[index],
-            fingerprint=self._fingerprint_of(about),
-        )
+    def _take(self, index: np.ndarray, about: str, **own: Any) -> ImageSet:
+        files = tuple(self.files[i] for i in index) if self.files else ()
+        masks = None if self.masks is None else self.masks[index]
+        return super()._take(index, about, images=self.images[index], files=files, masks=masks)
 
 
 def stratified(labels: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
@@ -406,8 +370,8 @@ class ChannelMoments:
         for channel, values in enumerate(image.reshape(-1, 3).T):
             self.counts[channel] += np.bincount(values, minlength=256)
 
-    def result(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation in units of [0, 1].
+    def result(self) -> dict[str, tuple[float, float, float]]:
+        """Return `mean` and `std` in units of [0, 1].
 
         A constant channel gets the standard deviation 1/255, so that dividing by it is safe.
         """
@@ -415,16 +379,15 @@ class ChannelMoments:
         total = np.maximum(self.counts.sum(1), 1)
         mean = self.counts @ level / total
         std = np.sqrt((self.counts * (level - mean[:, None]) ** 2).sum(1) / total)
-        return triple(mean), triple(np.where(std > 0, std, 1 / 255))
+        return {"mean": _triple(mean), "std": _triple(np.where(std > 0, std, 1 / 255))}
 
 
-def triple(values: Iterable[float]) -> tuple[float, float, float]:
-    """Three floats, one per channel."""
+def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     first, second, third = (float(v) for v in values)
     return first, second, third
 
 
-# --- Batches on a device, and their order ---------------------------------------------------------
+# --- Batches on a device --------------------------------------------------------------------------
 
 DEVICE_SHARE = 0.6
 """A set is copied to a GPU when it takes less than this share of the free memory."""
@@ -438,14 +401,11 @@ class Batches(ABC):
     """(file, reason) of images that could not be used."""
     unreadable: set[int]
     """Positions of those that a stream replaces by others."""
+    index_device: torch.device
+    """Where `take` wants its index; from elsewhere the host waits for it."""
 
     @abstractmethod
     def __len__(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def index_device(self) -> torch.device:
-        """Where `take` wants its index; from elsewhere the host waits for it."""
 
     @abstractmethod
     def take(self, index: Tensor) -> Tensor:
@@ -479,14 +439,10 @@ class DeviceImages(Batches):
             free, _ = torch.cuda.mem_get_info(self.device)
             self.resident = self._host.nbytes < DEVICE_SHARE * free
         self._images = self._host.to(self.device) if self.resident else self._host
+        self.index_device = self._images.device
 
     def __len__(self) -> int:
         return len(self._host)
-
-    @property
-    def index_device(self) -> torch.device:
-        """Where `take` wants its index: with the images."""
-        return self._images.device
 
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device; index: [B] int64."""
@@ -498,36 +454,6 @@ class DeviceImages(Batches):
         return batch.to(self.device, non_blocking=True)
 
 
-MIXED = 4096
-"""Images of stretches that `block_order` mixes with one another, about."""
-
-
-def mixed_blocks(count: int, images: int, window: int = MIXED) -> int:
-    """Return how many of `count` stretches of `images` are mixed with one another: 8 to 64.
-
-    Enough to keep some worker processes busy, and so few that memory holds them.
-    """
-    return min(64, max(8, window * count // max(1, images)))
-
-
-def block_order(blocks: np.ndarray, seed: int, epoch: int, window: int = MIXED) -> Tensor:
-    """Return the order [N] int64 of an epoch over images that come in stretches.
-
-    `blocks` are the lengths of the stretches, in the order of the images; the order is a function
-    of them and of (seed, epoch). The stretches are shuffled, and then the images of every few, of
-    about `window` images: whoever reads on needs those few at a time, and none of them again.
-    """
-    keyed = generator(seed, epoch, "order")
-    ends = torch.from_numpy(np.cumsum(blocks))
-    starts = ends - torch.from_numpy(np.asarray(blocks))
-    shuffled = torch.randperm(len(blocks), generator=keyed)
-    mixed, none = [], torch.empty(0, dtype=torch.int64)
-    for few in shuffled.split(mixed_blocks(len(blocks), int(np.sum(blocks)), window)):
-        part = torch.cat([none, *(torch.arange(int(starts[i]), int(ends[i])) for i in few)])
-        mixed.append(part[torch.randperm(len(part), generator=keyed)])
-    return torch.cat(mixed)
-
-
 # --- The cache ------------------------------------------------------------------------------------
 
 CACHE_FORMAT = 3
@@ -535,24 +461,64 @@ CACHE_FORMAT = 3
 _CHUNK = 2**24  # bytes per checksum
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, eq=False)
+class Source(ABC):
     """One split before it is decoded."""
 
     name: str
     split: str
-    stamp: str
-    """Changes when the files or labels do; part of the cache's key."""
-    read: Callable[[tuple[int, int] | None, bool], Iterator[list[Decoded]]]
-    """(img_size, upscale) -> the decoded images, in order."""
     targets: dict[str, Target]
     """Of all images, readable or not."""
-    masks: Callable[[ImageSet], np.ndarray | None] | None = None
-    """The decoded split -> object masks [N, H, W], if any; they are not cached."""
-    origin: str = ""
+    origin: str
     """Names the data in errors."""
     unusable: tuple[tuple[str, str], ...] = ()
     """(file, reason) of what is left out before decoding."""
+    about: str = ""
+    """Where the test split comes from, for people."""
+
+    @abstractmethod
+    def stamp(self) -> str:
+        """Return what changes when the files or labels do: part of the cache's key."""
+
+    @abstractmethod
+    def read(self, img_size: tuple[int, int] | None, upscale: bool) -> Iterator[Decoded]:
+        """Yield the decoded images, in order."""
+
+    def masks(self, images: ImageSet) -> np.ndarray | None:
+        """Return object masks [N, H, W] of the decoded split, if there are any."""
+        return None
+
+
+@contextlib.contextmanager
+def filled(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path` to write to; it becomes `path` unless there is an error.
+
+    So that a reader never sees half of it, and processes may race. Raises UserError when the disk
+    does not take it.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        for old in path.parent.glob(f".{path.name}.*"):  # of processes that were killed
+            if time.time() - old.stat().st_mtime > 86_400:
+                shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(path)
+    except OSError as error:
+        if not path.exists():  # else another process has written it meanwhile
+            raise UserError(
+                f"{path.parent}: {error.strerror or error} for the cached images; free some "
+                "space, or set SPARSEJEPA_CACHE to a folder on another disk"
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def cache_path(cache_dir: Path, name: str, split: str, *key: Any) -> Path:
+    """Return the place in the cache of what is made from a split; `key` tells versions apart."""
+    digest = hashlib.blake2b(json.dumps([split, *key]).encode(), digest_size=8).hexdigest()
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
+    return cache_dir / f"{slug}-{split}-{digest}"
 
 
 def load(
@@ -561,49 +527,37 @@ def load(
     """Return the decoded split from the cache; decode it into the cache first if need be.
 
     A cache is a folder with images.npy (uint8 [N, H, W, 3]), kept.npy (int64 [N], which of the
-    source's images these are) and meta.json. It is written beside its place and renamed, so that a
-    reader never sees half of it and processes may race. A damaged one is written again, with a
-    warning. Mean and standard deviation are those of this split.
+    source's images these are) and meta.json. Mean and standard deviation are those of this split.
 
-    Raises UserError when the cache folder cannot be written, from decoding, and when more than half
-    of the images cannot be read.
+    Raises UserError when the cache cannot be written or is damaged, from decoding, and when more
+    than half of the images cannot be read.
     """
-    text = json.dumps([CACHE_FORMAT, source.split, source.stamp, img_size, upscale])
-    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip("-.") or "images"
-    path = cache_dir / f"{slug}-{source.split}-{key}"
-    images = _open_cache(path, source) if path.exists() else None
-    if images is None:
-        partial = cache_dir / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            for old in cache_dir.glob(f".{path.name}.*"):  # of processes that were killed
-                if time.time() - old.stat().st_mtime > 86_400:
-                    shutil.rmtree(old, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _write_cache(partial, source, source.read(img_size, upscale))
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one
-            partial.rename(path)
-        except OSError as error:  # reading the source raises UserError: this is the cache's disk
-            if not path.exists():  # else another process has written it meanwhile
-                raise UserError(
-                    f"{cache_dir}: {error.strerror or error} for the decoded images; free some "
-                    "space, or set SPARSEJEPA_CACHE to a folder on another disk"
-                ) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        images = _open_cache(path, source)
-    if images is None:
-        raise UserError(f"{path}: what was written there cannot be read; look after the disk")
-    unreadable = images.skipped[len(source.unusable) :]
+    key = (CACHE_FORMAT, source.stamp(), img_size, upscale)
+    path = cache_path(cache_dir, source.name, source.split, *key)
+    if not path.exists():
+        with filled(path) as folder:
+            _write_cache(folder, source, source.read(img_size, upscale))
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        kept = np.load(path / "kept.npy", allow_pickle=False)
+        images = np.load(path / "images.npy", mmap_mode="r", allow_pickle=False)
+        unreadable = [(file, reason) for file, reason in meta["skipped"]]
+        targets = {key: target.take(kept) for key, target in source.targets.items()}
+        moments = _triple(meta["mean"]), _triple(meta["std"])
+        skipped, fingerprint = (*source.unusable, *unreadable), meta["fingerprint"]
+        files = tuple(meta["files"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete this folder, it is made anew") from None
     check_readable(source.origin, unreadable, len(images) + len(unreadable))
-    return images
+    name, split = source.name, source.split
+    return ImageSet(name, split, images, targets, *moments, skipped, fingerprint, files)
 
 
-def _write_cache(folder: Path, source: Source, parts: Iterable[list[Decoded]]) -> None:
+def _write_cache(folder: Path, source: Source, decoded: Iterable[Decoded]) -> None:
     moments, shape = ChannelMoments(), (0,)
     kept, files, skipped = list[int](), list[str](), list[tuple[str, str]]()
     with (folder / "images.npy").open("wb") as file:
-        for position, (name, image) in enumerate(one for part in parts for one in part):
+        for position, (name, image) in enumerate(decoded):
             if isinstance(image, str):
                 skipped.append((shown(name), image))
                 continue
@@ -619,37 +573,15 @@ def _write_cache(folder: Path, source: Source, parts: Iterable[list[Decoded]]) -
         file.flush()
         os.fsync(file.fileno())
     np.save(folder / "kept.npy", np.array(kept, np.int64))
-    values = [target.take(np.array(kept, np.int64)).values for target in source.targets.values()]
+    values = [target.values[kept] for target in source.targets.values()]
     labels = io.BytesIO()
     np.save(labels, np.array(values, np.int64).reshape(len(values), len(kept)))
     with (folder / "images.npy").open("rb") as file:
         sums = {"images.npy": _checksums(file), "targets.npy": _checksums(labels)}
     names = {key: target.names for key, target in source.targets.items()}
-    mean, std = moments.result()
-    meta = {"mean": mean, "std": std, "skipped": skipped, "files": files}
-    meta["fingerprint"] = _digest(json.dumps([sums, names]).encode())
+    fingerprint = _digest(json.dumps([sums, names]).encode())
+    meta = {"skipped": skipped, "files": files, "fingerprint": fingerprint, **moments.result()}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _open_cache(path: Path, source: Source) -> ImageSet | None:
-    """Open a cache; None, with a warning, if it is damaged."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        kept = np.load(path / "kept.npy", allow_pickle=False)
-        return ImageSet(
-            name=source.name,
-            split=source.split,
-            images=np.load(path / "images.npy", mmap_mode="r", allow_pickle=False),
-            targets={key: target.take(kept) for key, target in source.targets.items()},
-            mean=triple(meta["mean"]),
-            std=triple(meta["std"]),
-            skipped=(*source.unusable, *((file, reason) for file, reason in meta["skipped"])),
-            fingerprint=meta["fingerprint"],
-            files=tuple(meta["files"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        warnings.warn(f"{path}: damaged cache ({error}); decoding again", stacklevel=3)
-        return None
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
@@ -659,7 +591,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
 
 
 def _checksums(file: IO[bytes]) -> dict[str, Any]:
-    """Return the size and a checksum of every 16 MiB of an open file."""
+    """Return the size of an open file and the sum of every 16 MiB, as the fingerprint wants it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return {"size": size, "chunks": [_digest(c) for c in iter(lambda: file.read(_CHUNK), b"")]}

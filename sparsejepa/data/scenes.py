@@ -15,13 +15,11 @@ Letters: n images, S pixels per side, O objects in a flat list, Q (object, pixel
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -547,6 +545,38 @@ SCENES = {
     "scenes:single": "single objects on a grid of seven factors, one label per factor",
 }
 SCENE_COUNTS = {"train": 20_000, "test": 5_000}
+SCENES_VERSION = 1
+"""Part of the cache's key: raise it when an index would be drawn as another picture."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Source):
+    """Images that are rendered into the cache; they have no names."""
+
+    kind: Scenes | SingleObjects = field(kw_only=True)
+    index: np.ndarray = field(kw_only=True)
+    side: int = field(kw_only=True)
+
+    def stamp(self) -> str:
+        """Return what the pictures depend on, beside the name."""
+        return f"{SCENES_VERSION}/{self.index[0]}/{len(self.index)}/{self.side}"
+
+    def read(self, img_size: tuple[int, int] | None, upscale: bool) -> Iterator[Decoded]:
+        """Yield the images."""
+        for part in _chunks(len(self.index), 500):
+            drawn = self.kind.render(self.index[part], self.side)
+            images = drawn.images if isinstance(drawn, SceneBatch) else drawn
+            yield from (("", image) for image in images)
+
+    def masks(self, images: ImageSet) -> np.ndarray:
+        """Return object masks uint8 [N, S, S]."""
+        masks = np.empty((len(self.index), self.side, self.side), np.uint8)
+        for part in _chunks(len(self.index), 500):
+            if isinstance(self.kind, Scenes):
+                masks[part] = self.kind.render(self.index[part], self.side).masks
+            else:
+                masks[part] = self.kind.masks(self.index[part], self.side)
+        return masks
 
 
 def scene_sources(name: str, img_size: tuple[int, int] | None) -> dict[str, Source]:
@@ -558,38 +588,13 @@ def scene_sources(name: str, img_size: tuple[int, int] | None) -> dict[str, Sour
     if img_size is not None and img_size[1] != side:
         raise UserError(f"--img-size {side} {img_size[1]}: the built-in scenes are square")
     kind = Scenes() if name == "scenes" else SingleObjects()
-    # This file's own text is part of the cache's key: changed code, new pictures.
-    code, start, sources = inspect.getsource(sys.modules[__name__]), 0, {}
+    start, sources = 0, {}
     for split, count in SCENE_COUNTS.items():
         index = np.arange(start, start + count)
         if isinstance(kind, SingleObjects):
             index = np.random.default_rng(0).permutation(len(kind))[index]
         columns = zip(kind.FACTORS.items(), kind.factors(index).T, strict=True)
         targets = {key: Target(values, names) for (key, names), values in columns}
-        stamp = f"{code}/{start}/{count}/{side}"
-        read = partial(_rendered, kind, index, side)
-        masks = partial(_masks, kind, index, side)
-        sources[split] = Source(name, split, stamp, read, targets, masks)
+        sources[split] = Drawn(name, split, targets, name, kind=kind, index=index, side=side)
         start += count
     return sources
-
-
-def _rendered(
-    kind: Scenes | SingleObjects, index: np.ndarray, side: int, *_: object
-) -> Iterator[list[Decoded]]:
-    """Images of the scenes `index` [N], in that order; they have no names."""
-    for part in _chunks(len(index), 500):
-        drawn = kind.render(index[part], side)
-        images = drawn.images if isinstance(drawn, SceneBatch) else drawn
-        yield [("", image) for image in images]
-
-
-def _masks(kind: Scenes | SingleObjects, index: np.ndarray, side: int, _: ImageSet) -> np.ndarray:
-    """Object masks uint8 [N, S, S] of the scenes `index` [N]."""
-    masks = np.empty((len(index), side, side), np.uint8)
-    for part in _chunks(len(index), 500):
-        if isinstance(kind, Scenes):
-            masks[part] = kind.render(index[part], side).masks
-        else:
-            masks[part] = kind.masks(index[part], side)
-    return masks

@@ -7,7 +7,6 @@ batches whatever the number of workers, so that a run resumes at the very next i
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -33,11 +32,9 @@ from sparsejepa.data.images import (
     Batches,
     ChannelMoments,
     Images,
-    Target,
     check_readable,
     check_same_size,
     decode,
-    mixed_blocks,
     read_image,
     shown,
 )
@@ -46,7 +43,6 @@ from sparsejepa.errors import UserError
 
 SAMPLE = 1024
 """Images from which mean, standard deviation and, if need be, the size are found."""
-_SAMPLE_BLOCKS = 4  # stretches from which they are taken where images come in stretches
 _FEW = 100  # images seen before a share of unreadable ones says anything
 _AHEAD = 2  # parts of batches that each worker decodes ahead
 _SHARED_MEMORY = "/dev/shm"
@@ -70,35 +66,26 @@ class Decoder:
 
         Raises UserError for an image of another size, or too small.
         """
-        try:
-            source = self.reader.source(row)
-        except OSError as error:
-            return shown(error.strerror or str(error))
         size = self.img_size if self.first is None else None
-        image = read_image(self.reader.name(row), source, size, self.upscale)
+        name, source = self.reader.item(row)
+        image = read_image(name, source, size, self.upscale)
         if self.first is not None and not isinstance(image, str):
             first = (self.first, (*self.img_size, 3))
-            check_same_size(first, (self.reader.name(row), image.shape), self.origin)
+            check_same_size(first, (name, image.shape), self.origin)
         return image
 
 
 @dataclass(frozen=True, eq=False)
 class ImageStream(Images):
-    """One split of a data set that is decoded while it is read."""
+    """One split of a data set that is decoded while it is read.
 
-    name: str
-    split: str
-    decoder: Decoder
-    rows: np.ndarray
+    Mean and standard deviation are those of a fixed sample of the training split; `skipped` has
+    what is known beforehand not to be usable.
+    """
+
+    images: Decoder
+    rows: np.ndarray = field(kw_only=True)
     """[N] int64: which of the reader's images these are."""
-    targets: dict[str, Target]
-    mean: tuple[float, float, float]
-    """Per channel, of a fixed sample of the training split, in units of [0, 1]."""
-    std: tuple[float, float, float]
-    skipped: tuple[tuple[str, str], ...] = ()
-    """(file, reason) of what is known beforehand not to be usable."""
-    fingerprint: str = ""
-    """Changes whenever the list of images or a label does."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,21 +93,12 @@ class ImageStream(Images):
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of every image."""
-        return self.decoder.img_size
+        return self.images.img_size
 
     @cached_property
     def files(self) -> tuple[str, ...]:
         """Where each image comes from."""
-        return tuple(map(self.decoder.reader.name, self.rows.tolist()))
-
-    @property
-    def blocks(self) -> np.ndarray | None:  # type: ignore[override]
-        """Lengths of the stretches of images that are fetched together, if there are any."""
-        block = self.decoder.reader.block(self.rows)
-        if block is None:
-            return None
-        starts = np.flatnonzero(np.diff(block, prepend=-1))
-        return np.diff(starts, append=len(block))
+        return tuple(map(self.images.reader.name, self.rows.tolist()))
 
     def open(self, device: torch.device | str, workers: int | None = None) -> StreamImages:
         """Return batches on a device, decoded by `workers` processes.
@@ -130,21 +108,12 @@ class ImageStream(Images):
         """
         return StreamImages(self, device, _cores() if workers is None else workers)
 
-    def _take(self, index: np.ndarray, about: str) -> ImageStream:
-        return replace(
-            self,
-            rows=self.rows[index],
-            targets={key: target.take(index) for key, target in self.targets.items()},
-            fingerprint=self._fingerprint_of(about),
-        )
+    def _take(self, index: np.ndarray, about: str, **own: Any) -> ImageStream:
+        return super()._take(index, about, rows=self.rows[index])
 
 
 def open_stream(
-    train: Listing,
-    listing: Listing,
-    img_size: tuple[int, int] | None,
-    *,
-    upscale: bool = False,
+    train: Listing, listing: Listing, img_size: tuple[int, int] | None, *, upscale: bool = False
 ) -> ImageStream:
     """Return the stream of `listing`, with the mean and standard deviation of `train`.
 
@@ -153,44 +122,30 @@ def open_stream(
 
     Raises UserError: no images, images of different sizes or too small, too many unreadable ones.
     """
-    sample, moments, first, unreadable = _sample(train), ChannelMoments(), None, []
-    for part in decode(train.items(sample), img_size, upscale=upscale, origin=train.origin):
-        for name, image in part:
-            if isinstance(image, str):
-                unreadable.append((shown(name), image))
-            else:
-                first = first or (name, image.shape)
-                moments.add(image)
+    sample, moments, first, unreadable = train.rows, ChannelMoments(), None, []
+    if len(sample) > SAMPLE:
+        rng = np.random.default_rng(0)
+        sample = sample[np.sort(rng.choice(len(sample), SAMPLE, replace=False))]
+    for name, image in decode(train.items(sample), img_size, upscale=upscale, origin=train.origin):
+        if isinstance(image, str):
+            unreadable.append((shown(name), image))
+        else:
+            first = first or (name, image.shape)
+            moments.add(image)
     check_readable(train.origin, unreadable, len(sample))
     assert first is not None  # or else all are unreadable
     next(listing.items())
-    mean, std = moments.result()
     own = first[0] if img_size is None else None
-    reader = copy.copy(listing.reader)  # without what is kept in memory of the sample
     return ImageStream(
         listing.name,
         listing.split,
-        Decoder(reader, listing.origin, first[1][:2], own, upscale),
-        listing.rows,
+        Decoder(listing.reader, listing.origin, first[1][:2], own, upscale),
         listing.targets,
-        mean,
-        std,
+        **moments.result(),
         skipped=(*listing.unusable, *(unreadable if listing is train else ())),
         fingerprint=listing.digest(),
+        rows=listing.rows,
     )
-
-
-def _sample(listing: Listing) -> np.ndarray:
-    """Return rows for the statistics, ascending; where images come in stretches, of a few."""
-    rows, rng = listing.rows, np.random.default_rng(0)
-    if len(rows) <= SAMPLE:
-        return rows
-    block = listing.reader.block(rows)
-    if block is None:
-        return rows[np.sort(rng.choice(len(rows), SAMPLE, replace=False))]
-    chosen = rng.permutation(np.unique(block))[:_SAMPLE_BLOCKS]
-    share = SAMPLE // len(chosen)
-    return np.concatenate([rows[block == one][:share] for one in np.sort(chosen)])
 
 
 def _cores() -> int:
@@ -224,7 +179,7 @@ class _Pixels(Dataset[_Part]):
 
     def __getitems__(self, positions: list[int]) -> _Part:
         """Decode the images at some positions of the stream, into memory that is shared."""
-        decoder, failed = self.stream.decoder, []
+        decoder, failed = self.stream.images, []
         try:
             images = torch.empty((len(positions), *decoder.img_size, 3), dtype=torch.uint8)
             images.share_memory_()  # here and not on the way back, where a failure is lost
@@ -247,54 +202,10 @@ def _as_it_is(part: Any) -> Any:
 
 
 def _begin_work(number: int) -> None:
-    """Set up a worker process: signals are the trainer's to answer, memory is shared out."""
+    """Set up a worker process: signals are the trainer's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-    info: Any = torch.utils.data.get_worker_info()
-    reader = info.dataset.stream.decoder.reader
-    if hasattr(reader, "memory"):
-        reader.memory //= info.num_workers
-
-
-class _Deal:
-    """Which worker decodes which images of a batch.
-
-    Images of one stretch are decoded by one worker, so that the stretch is fetched once; new ones
-    are dealt out in turn, and a worker keeps its own for as long as they are mixed in.
-    """
-
-    def __init__(self, stream: ImageStream, workers: int) -> None:
-        self._stream, self._workers, self._turn = stream, workers, 0
-        self._owner: dict[int, int] = {}
-        blocks = stream.blocks
-        self._most = 0 if blocks is None else mixed_blocks(len(blocks), len(stream))
-
-    def __call__(self, positions: np.ndarray) -> list[np.ndarray]:
-        """Return each worker's places in a batch of images at `positions` [B]."""
-        block = self._stream.decoder.reader.block(self._stream.rows[positions])
-        if block is None:
-            return np.array_split(np.arange(len(positions)), self._workers)
-        places = _together(block)
-        owner = np.array([self._of(one) for one in block[places].tolist()], np.int64)
-        return [places[owner == worker] for worker in range(self._workers)]
-
-    def _of(self, block: int) -> int:
-        if block not in self._owner:
-            if len(self._owner) >= self._most:
-                del self._owner[next(iter(self._owner))]
-            self._owner[block] = self._turn % self._workers
-            self._turn += 1
-        return self._owner[block]
-
-
-def _together(block: np.ndarray) -> np.ndarray:
-    """Return the places [n] of images so that those of one stretch [n] follow one another.
-
-    Stretches stay in the order of their first image: what is read no more comes first.
-    """
-    _, first, inverse = np.unique(block, return_index=True, return_inverse=True)
-    return np.argsort(first[inverse.reshape(-1)], kind="stable")
 
 
 class StreamImages(Batches):
@@ -304,33 +215,25 @@ class StreamImages(Batches):
     whole and the same however they are divided among processes.
     """
 
+    index_device = torch.device("cpu")
+
     def __init__(self, stream: ImageStream, device: torch.device | str, workers: int) -> None:
         self.stream, self.device, self.workers = stream, torch.device(device), workers
         self.skipped, self.unreadable = [], set()
-        self._instead: dict[int, int] = {}
         self._seen = np.zeros(len(stream), bool)
         self._running: list[Generator[Tensor, None, None]] = []
 
     def __len__(self) -> int:
         return len(self.stream)
 
-    @property
-    def index_device(self) -> torch.device:
-        """Where `take` wants its index: on the host."""
-        return torch.device("cpu")
-
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device, decoded now; index: [B] int64."""
         positions = index.cpu().numpy()
-        batch, places = self._empty(len(positions)), np.arange(len(positions))
-        block = self.stream.decoder.reader.block(self.stream.rows[positions])
-        if block is not None:
-            places = _together(block)
-        rows, images = self.stream.rows[positions[places]].tolist(), batch.numpy()
+        batch = self._empty(len(positions))
+        rows, images = self.stream.rows[positions].tolist(), batch.numpy()
         with ThreadPoolExecutor(self.workers or _cores()) as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-            results = pool.map(self.stream.decoder.read, rows)
-            for place, image in zip(places.tolist(), results, strict=True):
+            for place, image in enumerate(pool.map(self.stream.images.read, rows)):
                 bad = isinstance(image, str)
                 images[place] = self._next_to(int(positions[place]), image) if bad else image
         self._see(positions)
@@ -353,7 +256,7 @@ class StreamImages(Batches):
             self._running.pop().close()
 
     def _batches(self, indices: Iterable[Tensor]) -> Generator[Tensor, None, None]:
-        plan: deque[tuple[np.ndarray, list[np.ndarray]]] = deque()
+        plan: deque[np.ndarray] = deque()
         indices = iter(indices)
         first = next(indices, None)
         if first is None:
@@ -361,24 +264,23 @@ class StreamImages(Batches):
         _check_shared_memory(len(first) * 3 * math.prod(self.stream.img_size))
 
         def parts() -> Iterator[list[int]]:
-            deal = _Deal(self.stream, self.workers)
             for index in chain([first], indices):
-                positions = index.cpu().numpy()
-                plan.append((positions, deal(positions)))
-                yield from (positions[places].tolist() for places in plan[-1][1])
+                plan.append(index.cpu().numpy())
+                yield from (part.tolist() for part in np.array_split(plan[-1], self.workers))
 
         decoded = self._start(parts())
         while plan:
-            positions, places = plan.popleft()
-            batch = self._empty(len(positions))
+            positions = plan.popleft()
+            batch, start = self._empty(len(positions)), 0
             images = batch.numpy()
-            for own in places:
+            for _ in range(self.workers):
                 part, failed, error = self._receive(decoded)
                 if error:
                     raise UserError(error)
-                images[own] = part.numpy()
+                images[start : start + len(part)] = part.numpy()
                 for k, reason in failed:
-                    images[own[k]] = self._next_to(int(positions[own[k]]), reason)
+                    images[start + k] = self._next_to(int(positions[start + k]), reason)
+                start += len(part)
             self._see(positions)
             yield batch.to(self.device, non_blocking=True)
 
@@ -424,16 +326,14 @@ class StreamImages(Batches):
 
     def _next_to(self, position: int, reason: str) -> np.ndarray:
         """Return the next readable image [H, W, 3] after an unreadable one."""
-        decoder, rows = self.stream.decoder, self.stream.rows
+        decoder, other = self.stream.images, position
         self._list(position, reason)
-        other = self._instead.get(position, position)
         for _ in range(len(self)):
             if other not in self.unreadable:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    image = decoder.read(int(rows[other]))
+                    image = decoder.read(int(self.stream.rows[other]))
                 if not isinstance(image, str):
-                    self._instead[position] = other
                     return image
                 self._list(other, image)
             other = (other + 1) % len(self)
@@ -443,20 +343,24 @@ class StreamImages(Batches):
         self._seen[position] = True
         if position not in self.unreadable:
             self.unreadable.add(position)
-            name = self.stream.decoder.reader.name(int(self.stream.rows[position]))
+            name = self.stream.images.reader.name(int(self.stream.rows[position]))
             self.skipped.append((shown(name), reason))
 
     def _see(self, positions: np.ndarray) -> None:
         """Count images that were looked at; stop when too many of them are unreadable."""
         self._seen[positions] = True
         if self.unreadable and (seen := int(self._seen.sum())) >= min(_FEW, len(self)):
-            check_readable(self.stream.decoder.origin, self.skipped, seen)
+            check_readable(self.stream.images.origin, self.skipped, seen)
 
 
 def _check_shared_memory(batch_bytes: int) -> None:
-    """Raise UserError if the batches that are decoded ahead do not fit into /dev/shm."""
+    """Raise UserError if the batches that are decoded ahead do not fit into /dev/shm.
+
+    Those of all processes of the job on this machine.
+    """
     if os.path.isdir(_SHARED_MEMORY):
-        free, need = shutil.disk_usage(_SHARED_MEMORY).free, (_AHEAD + 1) * batch_bytes
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        need = (_AHEAD + 1) * batch_bytes * World.from_environment().local_size
         if free < need:
             raise UserError(
                 f"{_SHARED_MEMORY}: {free / 1e6:.0f} MB are free, and --workers need "

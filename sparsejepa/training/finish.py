@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sparsejepa import version
@@ -72,7 +71,7 @@ def finish(
     mean, std = image_set.mean, image_set.std
     save_encoder(run_dir, encoder, mean=mean, std=std, extra=about)
     if groups is not None:
-        index = torch.from_numpy(choose_images(image_set, MEASURED, np.random.default_rng(0)))
+        index = torch.from_numpy(choose_images(image_set, MEASURED))
         frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
         frozen.to(groups.W.device)
         groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics

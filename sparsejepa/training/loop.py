@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 import torch
 from rich.console import Console
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from sparsejepa import version
 from sparsejepa.config import Config, check_pattern
-from sparsejepa.data.images import Batches, Images, block_order
+from sparsejepa.data.images import Batches, Images
 from sparsejepa.distributed import (
     Agreement,
     World,
@@ -285,16 +284,14 @@ def check_shares(config: Config, world: World) -> None:
 
 def epoch_order(config: Config, image_set: Images, images: Batches) -> EpochOrder:
     """Return the order in which a run sees its images."""
-    blocks = image_set.blocks
     count, batch, seed = len(image_set), config.optim.batch_size, config.run.seed
-    return EpochOrder(count, batch, seed, images.index_device, blocks)
+    return EpochOrder(count, batch, seed, images.index_device)
 
 
 class EpochOrder:
     """Which images a step sees: a new permutation each epoch, keyed on (seed, epoch).
 
-    It lies on `device`, so that on a GPU no step but an epoch's first sends anything there. Images
-    that are read in `blocks` of these lengths stay near each other (`block_order`).
+    It lies on `device`, so that on a GPU no step but an epoch's first sends anything there.
     """
 
     def __init__(
@@ -303,10 +300,9 @@ class EpochOrder:
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
-        blocks: np.ndarray | None = None,
     ) -> None:
         self._num_images, self._batch, self._seed = num_images, batch_size, seed
-        self._device, self._blocks = device, blocks
+        self._device = device
         self._per_epoch = num_images // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -319,9 +315,7 @@ class EpochOrder:
         return self._order[position * self._batch : (position + 1) * self._batch]
 
     def _permutation(self, epoch: int) -> Tensor:
-        if self._blocks is None:
-            return torch.randperm(self._num_images, generator=generator(self._seed, epoch, "order"))
-        return torch.as_tensor(block_order(self._blocks, self._seed, epoch))
+        return torch.randperm(self._num_images, generator=generator(self._seed, epoch, "order"))
 
 
 @contextlib.contextmanager

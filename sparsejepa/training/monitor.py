@@ -177,8 +177,7 @@ class OnlineEvaluation:
 
     A fixed random part of *train* serves as bank and queries, so no test image is looked at while
     training. Without labels only RankMe and the spread are reported. Each process of `world` embeds
-    its share of the images; all get the same numbers. Images that are fetched in stretches are
-    those of a few, and read in order.
+    its share of the images; all get the same numbers.
     """
 
     def __init__(
@@ -188,10 +187,7 @@ class OnlineEvaluation:
         count: int = 2048,
         world: World = World(),  # noqa: B008  (it is frozen)
     ) -> None:
-        rng, self._mixed = np.random.default_rng(0), None
-        order = choose_images(image_set, count, rng)
-        if image_set.blocks is not None:
-            self._mixed = torch.from_numpy(rng.permutation(len(order)))
+        order = choose_images(image_set, count)
         self._index, self._count = torch.from_numpy(own_rows(order, world)), len(order)
         self._images, self._mean, self._std = images, image_set.mean, image_set.std
         target = next(iter(image_set.targets.values()), None)
@@ -215,35 +211,13 @@ class OnlineEvaluation:
         if self._labels is not None:
             cut = 3 * len(x) // 4
             y = self._labels
-            if self._mixed is not None:  # in order, bank and queries would have different classes
-                x, y = x[self._mixed], y[self._mixed]
             row["knn"] = float(knn_accuracy(x[:cut], y[:cut], x[cut:], y[cut:]))
         return row
 
 
-def choose_images(image_set: Images, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose about `count` images at random; of images fetched in stretches, in order and of few.
-
-    Returns their indices.
-    """
-    blocks = image_set.blocks
-    if blocks is None:
-        return rng.permutation(len(image_set))[:count]
-    return _of_few(blocks, count, rng)
-
-
-def _of_few(blocks: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Choose `count` images of stretches of lengths `blocks`, ascending: of eight, or of more.
-
-    Fewer images where the stretches are of very different lengths.
-    """
-    share, starts = -(-count // min(8, len(blocks))), np.cumsum(blocks) - blocks
-    chosen, found = [], 0
-    for one in rng.permutation(len(blocks)):
-        if found < count:
-            chosen.append(starts[one] + np.arange(min(int(blocks[one]), share)))
-            found += len(chosen[-1])
-    return np.sort(np.concatenate(chosen)[:count])
+def choose_images(image_set: Images, count: int) -> np.ndarray:
+    """Choose `count` images at random, always the same ones. Returns their indices."""
+    return np.random.default_rng(0).permutation(len(image_set))[:count]
 
 
 class Watch:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import norm
 
 from sparsejepa.cli import main
 from sparsejepa.data import scenes
 from sparsejepa.data.catalog import corrupt, describe, list_datasets, load_dataset, stream_dataset
-from sparsejepa.data.images import ImageSet, Target, read_image
+from sparsejepa.data.images import ImageSet, Target
 from sparsejepa.errors import UserError
 
 Save = Callable[..., np.ndarray]
@@ -138,9 +137,7 @@ def test_describe_is_plain(tmp_path: Path, save: Save, capsys: pytest.CaptureFix
     skipped = splits["train"]["skipped"] + splits["test"]["skipped"]
     assert skipped == [["a/broken.png", "not an image"]]
     assert result["img_size"] == [8, 8] and len(result["mean"]) == len(result["std"]) == 3
-    stream = describe(tmp_path / "d", stream=True)
-    assert stream["mean"] == result["mean"] and stream["splits"]["train"]["images"] in (8, 9)
-    assert main(["data", "check", str(tmp_path / "d"), "--stream"]) == 0
+    assert main(["data", "check", str(tmp_path / "d")]) == 0
     out = capsys.readouterr().out
     assert "b 4" in out and "a/broken.png: not an image" in out
 
@@ -163,14 +160,13 @@ def test_list_of_data_sets(tmp_path: Path, save: Save):
         (tmp_path / "shards" / shard).touch()
     rows = {row.name: row for row in list_datasets(tmp_path)}
     names = ["scenes", "scenes:single", "cifar100", "cifar10", "svhn"]
-    official = ["imagenet", "places365", "clevr-count"]
-    assert list(rows)[:5] == names and set(official) <= rows.keys()
+    assert list(rows)[:5] == names
     others = {"hub:someone/pictures", "hub:a/b", "flat", "photos", "shards"}
-    assert set(list(rows)[5:]) == {*official, *others}
+    assert set(list(rows)[5:]) == others
     assert rows["scenes"].found == "built in" and rows["svhn"].found == ""
     assert rows["cifar100"].found == str(tmp_path / "uoft-cs" / "cifar100")
     assert rows["photos"].source == "folder in the data root"
-    assert [row.name for row in list_datasets(None)] == names + official
+    assert [row.name for row in list_datasets(None)] == names
 
 
 def test_importing_the_catalog_loads_no_readers():
@@ -191,76 +187,6 @@ def test_sizes_as_one_number_or_two(tmp_path: Path, save: Save, size: Any):
     for wrong in (0, (4, 4, 4), "16", 1.5):
         with pytest.raises(UserError, match=r"img_size .*: must be one whole number, or height"):
             load_dataset(tmp_path / "d", img_size=wrong, cache_dir=tmp_path)  # type: ignore
-
-
-# What torchvision reads
-
-
-@pytest.fixture
-def root(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small trees of the form that torchvision.datasets wants."""
-    (tmp_path / "imagenet").mkdir()
-    names = {"n01": ("tench", "Tinca tinca"), "n02": ("crane",), "n03": ("crane",)}
-    torch.save((names, []), tmp_path / "imagenet" / "meta.bin")
-    for split, count in (("train", 2), ("val", 1)):
-        for synset in names:
-            for i in range(count):
-                save(tmp_path / "imagenet" / split / synset / f"{synset}_{i}.JPEG")
-    places = tmp_path / "places365"
-    for i in range(4):
-        save(places / "data_256_standard" / "ab"[i % 2] / ["abbey", "bar"][i % 2] / f"{i}.jpg")
-        save(places / "val_256" / f"{i}.jpg")
-    lines = [f"/{'ab'[i % 2]}/{['abbey', 'bar'][i % 2]}/{i}.jpg {i % 2}" for i in range(4)]
-    (places / "places365_train_standard.txt").write_text("\n".join(lines) + "\n")
-    (places / "places365_val.txt").write_text("0.jpg 1\n1.jpg 1\n2.jpg 0\n3.jpg 0\n")
-    (places / "categories_places365.txt").write_text("/a/abbey 0\n/b/bar 1\n")
-    # Checksums of the true lists, which these are not.
-    monkeypatch.setattr("torchvision.datasets.places365.check_integrity", lambda *a, **k: True)
-    clevr = tmp_path / "clevr-count" / "clevr" / "CLEVR_v1.0"
-    for split in ("train", "val"):
-        scenes = []
-        for i in range(8):
-            save(clevr / "images" / split / f"CLEVR_{split}_{i:06d}.png")
-            objects = [{}] * (3 + (5 * i + 1) % 8)
-            scenes.append({"image_filename": f"CLEVR_{split}_{i:06d}.png", "objects": objects})
-        (clevr / "scenes").mkdir(exist_ok=True)
-        path = clevr / "scenes" / f"CLEVR_{split}_scenes.json"
-        path.write_text(json.dumps({"scenes": scenes}))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("name", "target", "names", "train", "test"),
-    [
-        ("imagenet", "class", ("tench", "crane (n02)", "crane (n03)"), [0, 0, 1, 1, 2, 2],
-         [0, 1, 2]),
-        ("places365", "scene", ("abbey", "bar"), [0, 1, 0, 1], [1, 1, 0, 0]),
-        ("clevr-count", "count", tuple("3 4 5 6 7 8 9 10".split()), [1, 6, 3, 0, 5, 2, 7, 4],
-         [1, 6, 3, 0, 5, 2, 7, 4]),
-    ],
-)  # fmt: skip
-def test_what_torchvision_reads(root: Path, name, target, names, train, test):
-    for split, values in (("train", train), ("test", test)):
-        images = load_dataset(name, split, data_root=root, cache_dir=root / "cache")
-        found = images.targets[target]
-        assert images.primary is found and found.names == names
-        assert found.values.tolist() == values
-        for file, pixels in zip(images.files, images.images, strict=True):
-            assert (read_image(file, root / name / file, None, False) == pixels).all()
-        stream = stream_dataset(name, split, data_root=root, factors=[target])
-        assert tuple(stream.files) == images.files and list(stream.targets) == [target]
-    (row,) = [row for row in list_datasets(root) if row.name == name]
-    assert row.found == str(root / name)
-
-
-@pytest.mark.parametrize("name", ["imagenet", "places365", "clevr-count"])
-def test_what_torchvision_does_not_find(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match=f"{name}: not in the data root; make a folder DIR/{name}"):
-        load_dataset(name, data_root=tmp_path)
-    (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=r"not as torchvision.datasets.\w+ reads it \(") as caught:
-        load_dataset(name, data_root=tmp_path)
-    assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
 
 
 # Noise and shuffled patches in place of the true images

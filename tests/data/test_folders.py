@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.folders import category_names, in_test, read_folder, scan
+from sparsejepa.data.folders import Files, Part, in_test, make_listings, read_folder, scan
 from sparsejepa.data.images import ImageSet
 from sparsejepa.errors import UserError
 
@@ -165,7 +165,7 @@ def test_scan_passes_over_hidden_other_and_looping(tmp_path: Path, save: Save):
     os.symlink(tmp_path / "a", tmp_path / "b")
     os.symlink(tmp_path / "gone.png", tmp_path / "a" / "dangling.png")
     os.symlink("self.png", tmp_path / "a" / "self.png")
-    files = scan(tmp_path).files
+    files = scan(tmp_path)
     names = [files.name(row) for row in range(len(files))]
     assert names == [
         f"{folder}/{name}.png" for folder in "ab" for name in ("1", "dangling", "self")
@@ -279,21 +279,28 @@ def test_bad_tables(tmp_path: Path, save: Save, text: bytes, message: str):
     assert "factors.csv" in str(caught.value)
 
 
-@given(st.lists(st.one_of(st.integers(-50, 50), st.sampled_from(["a", "nan", "1.5", "", None]))))
-def test_category_names(values):
-    names = category_names(values)
-    texts = ["" if value is None else str(value) for value in values]
-    if {"", "nan"} & set(texts) or len(set(texts)) == len(texts):  # missing, or names of images
-        assert names == ()
-    else:
-        assert sorted(names) == sorted(set(texts))
-        if "a" not in texts:
-            assert list(map(float, names)) == sorted(map(float, names))
-
-
-def test_too_many_categories_are_no_target():
-    assert category_names([*range(1001), 0]) == ()
-    assert len(category_names([*range(1000), 0])) == 1000
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([2, 10, 2, 1], ("1", "2", "10")),  # numbers in the order of numbers
+        (["b", "a", "b", "10"], ("10", "a", "b")),
+        ([0.5, -1, 0.5], ("-1", "0.5")),
+        ([*range(1000), 0], ()),  # too many: bins are for factors that are asked for
+        (["a", "b", "c"], ()),  # names of images
+        (["a", "a", ""], ()),
+        ([1, float("nan"), 1, 2], ()),
+        (["a", "a"], ()),
+    ],
+)
+def test_which_columns_are_labels(values: list[Any], names: tuple[str, ...]):
+    files = Files(Path(), (b"%d" % i for i in range(len(values))), None)
+    part = Part(files, np.arange(len(values)), {"c": values})
+    train = make_listings("x", "x", {"train": part}, ())["train"]
+    target = train.targets.get("c")
+    assert (target.names if target else ()) == names
+    if target:
+        labels = [target.names[v] for v in target.values]
+        assert labels == [str(values[row]) for row in train.rows]
 
 
 # Object masks
