@@ -38,12 +38,6 @@ A file that names one at that value is read as if it did not; any other value is
 it never changed a weight (`_HARMLESS`).
 """
 _HARMLESS = {"eval_every", "keep_checkpoints", "log_every", "max_unreadable"}
-_INSTEAD = {
-    "augment": "use --crop-scale, or --crop-scale 1 1 --no-flip for whole images",
-    "ema_reference": "use --ema and --ema-final",
-    "encoder_dims": "use --encoder WIDTH,DEPTH,HEADS",
-    "randaugment": "use --crop-scale and --flip",
-}
 
 
 @dataclass(frozen=True)
@@ -238,7 +232,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values for TOML and JSON; settings that are None are left out."""
-        return _plain(dataclasses.asdict(self))
+        return dataclasses.asdict(self, dict_factory=_plain)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
@@ -377,9 +371,7 @@ PRESETS: dict[str, Preset] = {
 
 def preset(name: str) -> Config:
     """Return the settings of a preset. Raises UserError for an unknown name."""
-    if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise UserError(f"--preset {name}: unknown{nearest(name, PRESETS)}; there are {known}")
+    _check_option("preset", name, PRESETS)
     return Config(preset=name).replace(**PRESETS[name].settings)
 
 
@@ -470,8 +462,8 @@ def _check_values(config: Config) -> None:
 
 def _check_option(name: str, word: str, options: Collection[str]) -> None:
     if word not in options:
-        near, known = nearest(str(word), options), ", ".join(options)
-        raise UserError(f"{flag(name)} {word}: unknown{near}; there are {known}")
+        known = f"unknown{nearest(str(word), options)}; there are {', '.join(options)}"
+        raise UserError(f"{flag(name)} {word}: {known}")
 
 
 def _faults(config: Config) -> Iterator[str]:
@@ -544,8 +536,7 @@ def flat_fields() -> dict[str, tuple[str, Any]]:
 
 def removed_setting(name: str) -> str:
     """Return what to do instead of a setting of `REMOVED`, empty for any other name."""
-    advice = _INSTEAD.get(name, "leave it out")
-    gone = f"{flag(name)}: this setting was taken out, all runs are alike in it; {advice}"
+    gone = f"{flag(name)}: this setting was taken out, all runs are alike in it; leave it out"
     return gone if name in REMOVED else ""
 
 
@@ -577,9 +568,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML ({error})") from None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a section with lists for tuples and text for paths, without what is None."""
+    known = {name: str(v) if isinstance(v, Path) else v for name, v in items if v is not None}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in known.items()}

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,9 +52,8 @@ SECTIONS = ("model", "masks", "groups", "loss", "optim")
 # Every setting of these sections, so that a changed default moves nothing.
 SETTINGS: dict[str, Any] = {
     # model
-    "encoder": "16,2,2", "init": None, "patch_size": 2, "drop_path": 0.0,
-    "predictor": "transformer", "predictor_dim": 16, "predictor_depth": 1,
-    "predictor_pass": "blocks",
+    "encoder": "16,2,2", "init": None, "patch_size": 2, "drop_path": 0.0, "predictor_dim": 16,
+    "predictor": "transformer", "predictor_depth": 1, "predictor_pass": "blocks",
     # masks
     "num_targets": 3, "target_scale": (0.15, 0.2), "target_aspect_ratio": (0.75, 1.5),
     "context_scale": (0.85, 1.0), "context_counts": (16, 20),
@@ -73,27 +72,20 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {"groups": "none"},
-    "dense, l2, drop path": {
-        "groups": "none", "loss": "l2", "drop_path": 0.2, "accumulate": 2, "ema": 0.9,
-        "ema_final": 0.99,
-    },
+    "dense, l2, drop path": {"groups": "none", "loss": "l2", "drop_path": 0.2, "accumulate": 2,
+                             "ema": 0.9, "ema_final": 0.99},
     "region, sphere, lam": {},
     "region, plain, lam, l2": {"w_form": "plain", "lam": 0.02, "loss": "l2", "beta": 0.0},
     "concept, sphere, density": {"groups": "concept", "lam": 0.0, "density": 0.4},
     "region, no predictor": {"predictor": "groups", "density": 0.4},
-    "concept, plain, lam, posterior KL": {
-        "groups": "concept", "w_form": "plain", "lam": 0.02, "kl": "posterior",
-    },
-    "feature, sphere, lam, l2": {
-        "groups": "feature", "lam": 0.012, "loss": "l2", "predictor": "mlp",
-    },
-    "feature, plain, density": {
-        "groups": "feature", "w_form": "plain", "lam": 0.0, "density": 0.4,
-        "predictor_pass": "union",
-    },
-    "concept, sphere, random zeros": {
-        "groups": "concept", "pattern": "random", "lam": 0.0, "density": 0.5, "debias": 0.0,
-    },
+    "concept, plain, lam, posterior KL": {"groups": "concept", "w_form": "plain", "lam": 0.02,
+                                          "kl": "posterior"},
+    "feature, sphere, lam, l2": {"groups": "feature", "lam": 0.012, "loss": "l2",
+                                 "predictor": "mlp"},
+    "feature, plain, density": {"groups": "feature", "w_form": "plain", "lam": 0.0, "density": 0.4,
+                                "predictor_pass": "union"},
+    "concept, sphere, random zeros": {"groups": "concept", "pattern": "random", "lam": 0.0,
+                                      "density": 0.5, "debias": 0.0},
 }  # fmt: skip
 
 
@@ -150,10 +142,10 @@ def constants(arm: str) -> Iterator[None]:
 def train(arm: str) -> dict[str, Any]:
     """What an arm computes: start, loss terms by step, final weights and zeros of W."""
     with constants(arm):
-        return _train(arm)
+        return trained(arm)
 
 
-def _train(arm: str) -> dict[str, Any]:
+def trained(arm: str) -> dict[str, Any]:
     config = Config().replace(**SETTINGS | ARMS[arm])
     model = build_model(config, (SIDE, SIDE), STEPS)
     start = {n: sizes(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -164,13 +156,13 @@ def _train(arm: str) -> dict[str, Any]:
     model.register_forward_hook(lambda _, __, losses: found.append(losses))
     images = torch.from_numpy(draw("images", IMAGES, 3, SIDE, SIDE))
     order = EpochOrder(IMAGES, BATCH, config.run.seed)
+    hook = None
+    if model.groups is not None and config.model.predictor != "groups":
+        hook = model.groups.register_forward_pre_hook(lambda _, x: (x[0].detach(), *x[1:]))
     for number in range(STEPS):
-        if model.groups is not None and number < DETACHED and config.model.predictor != "groups":
-            keep = model.groups.register_forward_pre_hook(lambda _, x: (x[0].detach(), *x[1:]))
-            step(images[order(number)], number)
-            keep.remove()
-        else:
-            step(images[order(number)], number)
+        if number == DETACHED and hook is not None:
+            hook.remove()
+        step(images[order(number)], number)
     terms = [field.name for field in dataclasses.fields(Losses)]
     values = {name: [getattr(losses, name).item() for losses in found] for name in terms}
     values["kl_correlation"] = [value / CORRELATION for value in values["kl_correlation"]]
@@ -181,9 +173,7 @@ def _train(arm: str) -> dict[str, Any]:
     }
     if model.groups is not None:
         norms = model.groups.block_norms()
-        result["groups of each latent"] = [
-            norms[:, j].nonzero().flatten().tolist() for j in range(norms.shape[1])
-        ]
+        result["groups of each latent"] = [of.nonzero().flatten().tolist() for of in norms.T]
     return result
 
 
@@ -321,8 +311,9 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
-def plain(values: Any) -> Any:
-    return json.loads(json.dumps(values))
+def differ(found: Any, golden: Any, where: str, relative: float) -> list[str]:
+    """The first five differences of values as JSON has them."""
+    return close(json.loads(json.dumps(found)), golden, where, relative)[:5]
 
 
 def write(name: str, values: dict[str, Any]) -> None:
@@ -338,15 +329,6 @@ def write(name: str, values: dict[str, Any]) -> None:
     (GOLDEN / name).write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_every_setting_that_counts_is_named() -> None:
     config = Config()
     names = {f.name for s in SECTIONS for f in dataclasses.fields(getattr(config, s))}
@@ -355,22 +337,20 @@ def test_every_setting_that_counts_is_named() -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_training_computes_what_it_did(arm: str) -> None:
-    golden, found = read("train.json")[arm], plain(train(arm))
+    golden, found = read("train.json")[arm], train(arm)
     # Where weights begin is drawn in float32 by torch, which machines do to fewer digits.
-    differ = close(found.pop("start"), golden.pop("start"), "start", 1e-5)
-    assert not (differ + close(found, golden, arm, 1e-9))[:5]
+    assert not differ(found.pop("start"), golden.pop("start"), "start", 1e-5)
+    assert not differ(found, golden, arm, 1e-9)
 
 
-def test_masks_and_order_are_drawn_as_before() -> None:
-    assert not close(draws(), read("draws.json"), "draws", 0.0)[:5]
-
-
-def test_probes_compute_what_they_did() -> None:
-    assert not close(plain(probes()), read("probe.json"), "probes", 1e-4)[:5]
-
-
-def test_groups_are_fitted_as_before() -> None:
-    assert not close(plain(posthoc()), read("posthoc.json"), "posthoc", 1e-9)[:5]
+@pytest.mark.parametrize(
+    ("compute", "name", "relative"),
+    [(draws, "draws", 0.0), (probes, "probe", 1e-4), (posthoc, "posthoc", 1e-9)],
+)
+def test_masks_orders_probes_and_groups_are_what_they_were(
+    compute: Callable[[], Any], name: str, relative: float
+) -> None:
+    assert not differ(compute(), read(f"{name}.json"), name, relative)
 
 
 if __name__ == "__main__":

@@ -29,22 +29,6 @@ class _Coverage(NamedTuple):
     last_resort: np.ndarray
 
 
-def exact_coverage(sampler: MaskSampler) -> tuple[np.ndarray, np.ndarray]:
-    """Return each patch's probability of being context, and of being a target, float64 [N] each.
-
-    Enumerates the plans, every set of M target places and every place of the context block. The
-    choice among candidates is exact: the first feasible one is distributed as a candidate given
-    that it is feasible, and all T - 1 fail together with probability (1 - P(feasible))^(T - 1).
-
-    Raises ValueError if a target shape has more than a million sets of places.
-    """
-    if not _enumerable(sampler):
-        raise ValueError(f"over {MAX_SETS:,} sets of places: too many to enumerate")
-    coverage = _coverage(sampler, None)
-    weights = np.array(list(sampler.plans.values()))
-    return weights @ coverage.context, weights @ coverage.target
-
-
 def _enumerable(sampler: MaskSampler) -> bool:
     rows, cols = sampler.grid_size
     return all(
@@ -68,7 +52,11 @@ def _sets(
 
 
 def _coverage(sampler: MaskSampler, random: np.random.Generator | None) -> _Coverage:
-    """Return the coverage over all sets of target places, or over random ones, in plan order."""
+    """Return the coverage over all sets of target places, or over random ones, in plan order.
+
+    The choice among candidates is exact: the first feasible one is distributed as a candidate given
+    that it is feasible, and all T - 1 fail together with probability (1 - P(feasible))^(T - 1).
+    """
     grid, patches, tries = sampler.grid_size, math.prod(sampler.grid_size), sampler.candidates - 1
     chunk = max(1, _CHUNK_CELLS // patches)
     found: dict[StepPlan, tuple[np.ndarray, np.ndarray, float]] = {}
@@ -195,9 +183,9 @@ def audit(
 
     Images of a step share shapes and count, so their uses are not independent. With p_i(q) the
     probability that patch i is used under plan q, a share over S steps of B images has variance
-    (Var_q p_i + E_q p_i (1 - p_i) / B) / S; given the plans drawn it has the second part only. The
-    expectation is enumerated where `exact_coverage` can, and otherwise a Monte-Carlo estimate over
-    random sets of places, whose own variance is added.
+    (Var_q p_i + E_q p_i (1 - p_i) / B) / S; given the plans drawn it has the second part only. p is
+    enumerated over every plan, set of M target places and place of the context block; beyond a
+    million sets it is a Monte-Carlo estimate over random ones, whose own variance is added.
     """
     exact, random = _enumerable(sampler), np.random.default_rng(seed)
     parts = [_coverage(sampler, None if exact else random) for _ in range(1 if exact else _PARTS)]

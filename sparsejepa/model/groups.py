@@ -106,10 +106,7 @@ def partition_cells(grid_size: tuple[int, int], num_groups: int) -> Tensor:
     width, taller bands into more, so any 1 <= G <= N works. The number of bands makes the cells
     most equal in size, then most square: 16 cells of 2x2 on 8x8.
 
-    Returns:
-        int64 [N]: the cell of each patch (row-major), cells numbered row by row.
-
-    Raises UserError if there are more groups than patches.
+    Returns the cell of each patch, int64 [N]. Raises UserError for more groups than patches.
     """
     rows, cols = grid_size
     if not 1 <= num_groups <= rows * cols:
@@ -221,15 +218,14 @@ class AttentionNetworks(nn.Module):
         query = query + self.mask_token[:, None].to(u.dtype)
         hidden_p = hidden_p + self.b[:, None].to(u.dtype)
         key, value = torch.einsum("ghp,bcgp->gbch", self.A, u).chunk(2, dim=-1)
-        key = key + key_p[:, context_index]
-        value = value + value_p[:, context_index]
-        seen = attend(*map(self._split, (query[:, query_index], key, value)))  # [G, B, heads, T, .]
-        seen = seen.transpose(2, 3).flatten(3)
+        key, value = key + key_p[:, context_index], value + value_p[:, context_index]
+        by_head = (
+            x.unflatten(-1, (self.heads, -1)).transpose(2, 3)  # [G, B, heads, T or C, .]
+            for x in (query[:, query_index], key, value)
+        )
+        seen = attend(*by_head).transpose(2, 3).flatten(3)
         mixed = torch.einsum("gkh,gbth->gbtk", self.M, seen)
         return F.gelu(mixed + hidden_p[:, query_index]).permute(1, 2, 0, 3)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
     def weights(self) -> list[Tensor]:
         """Return the matrices that a ridge applies to."""
@@ -326,13 +322,12 @@ class GroupMap(nn.Module):
         count, mean = len(every) * len(x), every[:, 0].mean(0)
         # The law of total variance: no second moments, which would cancel badly in fp32.
         variance = every[:, 1].mean(0) + every[:, 0].var(0, correction=0)
+        unbiased = variance * (count / (count - 1))
         with torch.no_grad():
-            assert norm.running_mean is not None and norm.running_var is not None
-            assert norm.momentum is not None and norm.num_batches_tracked is not None
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-            unbiased = variance * (count / (count - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var), norm.momentum)
-            norm.num_batches_tracked += 1
+            for running, now in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                assert running is not None and norm.momentum is not None
+                running.lerp_(now.to(running), norm.momentum)
+            norm.num_batches_tracked += 1  # type: ignore[operator]
         return (x - mean) * (variance + norm.eps).rsqrt()
 
     def block_norms(self) -> Tensor:
@@ -361,12 +356,7 @@ class GroupMap(nn.Module):
 
     @torch.no_grad()
     def proximal_step(
-        self,
-        rate: float,
-        lam: float | Tensor,
-        *,
-        momentum: float = 0.0,
-        keep: Tensor | None = None,
+        self, rate: float, lam: float | Tensor, *, momentum: float = 0.0, keep: Tensor | None = None
     ) -> None:
         """Take one step of proximal gradient descent on W, and clear W.grad (which may be None).
 
@@ -377,12 +367,9 @@ class GroupMap(nn.Module):
         it, and lam is stated in pulls, see `strength` and docs/method.md. A zero block comes back
         when its pull exceeds the penalty; the mean keeps the noise of batches from doing that.
 
-        Args:
-            rate: how far a block goes under the root mean square pull.
-            lam: penalty; a 0-d tensor is not read on the host.
-            momentum: of the gradient's mean.
-            keep: bool [G, D], instead of a penalty: the other blocks become or stay zero, and do
-                not count in the unit of the pull.
+        `rate` is how far a block goes under the root mean square pull, `lam` the penalty (a 0-d
+        tensor is not read on the host). `keep`, bool [G, D], stands for a penalty: the other blocks
+        become or stay zero and do not count in the unit of the pull.
         """
         if self.W.grad is not None:
             self.mean_gradient.lerp_(self.W.grad, 1 - momentum)

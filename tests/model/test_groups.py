@@ -17,10 +17,10 @@ from sparsejepa.model.groups import (
     TRAVEL,
     DensityController,
     GroupMap,
-    RegionNetworks,
     partition_cells,
     prox_group_lasso,
     prox_sphere,
+    ramp,
 )
 from sparsejepa.model.vit import sincos_position_embedding
 
@@ -132,46 +132,6 @@ def test_prediction_is_the_documented_formula(kind: str):
     )
 
 
-@pytest.mark.parametrize("kind", ["region", "feature"])
-@pytest.mark.parametrize("group", [0, 2])
-def test_a_group_predicts_from_its_own_block_of_w_only(kind: str, group: int):
-    model, (z, context, query) = group_map(kind), batch()
-    out = model(z, context, query)
-    if kind == "region":
-        assert model.cells is not None
-        own = out[model.cells[query] == group]
-    else:
-        own = out[..., group * D // G : (group + 1) * D // G]
-    gradient = torch.autograd.grad((own * normal(*own.shape, seed=3)).sum(), model.W)[0]
-    others = [g for g in range(G) if g != group]
-    assert (gradient[others] == 0).all()
-    assert (gradient[group] != 0).any(0).all()
-
-
-def test_concept_predictions_are_sums_of_contributions_of_single_groups():
-    model, (z, context, query) = group_map("concept"), batch()
-    whole = model(z, context, query)
-
-    def only(keep: list[int]) -> torch.Tensor:
-        silenced = copy.deepcopy(model)
-        with torch.no_grad():
-            for g in set(range(G)) - set(keep):
-                silenced.networks.B[g] = 0
-                silenced.networks.c[g] = 0
-        return silenced(z, context, query)
-
-    for g in range(G):
-        rest = only([h for h in range(G) if h != g])
-        torch.testing.assert_close(whole - rest, only([g]), rtol=1e-4, atol=1e-4)
-        # and a contribution depends on its own block of W only
-        contribution = only([g])
-        with torch.no_grad():
-            other = copy.deepcopy(model)
-            model.W[[h for h in range(G) if h != g]] += 1.0
-        assert torch.equal(only([g]), contribution)
-        model = other
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_latent_without_blocks_reaches_nothing_and_no_latent_reaches_another(kind: str):
     model, (z, context, query) = group_map(kind), batch()
@@ -224,29 +184,6 @@ def test_the_start(kind: str):
             assert first.std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_penalty_and_ridge_are_their_formulas():
-    model = group_map("region")
-    W = model.W.detach().double().numpy()
-    norms = np.sqrt(np.square(W).sum(1))
-    assert model.penalty().item() == pytest.approx(norms.sum(), rel=1e-5)
-    assert D <= model.penalty().item() <= D * math.sqrt(G)
-    net = model.networks
-    assert isinstance(net, RegionNetworks)
-    want = float(net.A.detach().square().sum() + net.B.detach().square().sum())
-    assert model.ridge().item() == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.parametrize("alive", [0, 1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_dead_groups_have_finite_gradients(kind: str, alive: int):
-    model, (z, context, query) = group_map(kind), batch()
-    with torch.no_grad():
-        model.W[alive:] = 0
-    loss = model(z, context, query).square().mean() + model.penalty()
-    (loss + model.ridge()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
 # ---------------------------------------------------------------- the step on W
 
 
@@ -265,16 +202,6 @@ def test_proximal_step_is_a_step_along_the_mean_gradient_then_prox(sphere: bool)
     assert model.W.grad is None and model.W.requires_grad
     model.proximal_step(0.0, 1.0)  # no gradient, no way to go
     torch.testing.assert_close(model.W.detach(), W)
-
-
-@given(exponent=st.integers(-8, 8))
-def test_the_weight_of_the_loss_does_not_matter(exponent: int):
-    models = [group_map("region") for _ in range(2)]
-    for seed in range(5):
-        for model, weight in zip(models, (1.0, 10.0**exponent), strict=True):
-            model.W.grad = normal(*model.W.shape, seed=seed) * weight
-            model.proximal_step(0.1, LAM_UNIT, momentum=0.5)
-    torch.testing.assert_close(models[0].W, models[1].W, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sphere", [True, False])
@@ -301,17 +228,6 @@ def test_the_strongest_blocks_count_what_the_data_want():
     assert kept[0].all() and kept[2, 5] and kept.sum() == D + 1
 
 
-def test_many_steps_neither_drift_from_the_sphere_nor_produce_nan():
-    model = group_map("region")
-    for i in range(300):
-        model.W.grad = normal(*model.W.shape, seed=i) * (100 if i % 50 == 0 else 0.1)
-        model.proximal_step(0.2, 10 ** (i % 7 - 4), momentum=0.9)
-        if i % 60 == 0:
-            with torch.no_grad():
-                model.W[:, :, 3] = 0  # a lost latent comes back to the sphere
-    torch.testing.assert_close(model.W.detach().square().sum((0, 1)), torch.ones(D))
-
-
 def test_the_step_reads_nothing_on_the_host():
     """On the meta device every read of a value (.item(), bool(), nonzero) raises."""
     for sphere in (True, False):
@@ -324,11 +240,6 @@ def test_the_step_reads_nothing_on_the_host():
 
 
 # ---------------------------------------------------------------- density controller
-
-
-def wanted_density(share: float, target: float) -> float:
-    """1 for the first tenth of a run, a line to the target at six tenths, then constant."""
-    return 1 + (target - 1) * min(1.0, max(0.0, (share - 0.1) / 0.5))
 
 
 def steered(
@@ -349,14 +260,14 @@ def steered(
         size = pull.square().mean().sqrt()
         model.W.grad = -pull + noise * size * torch.randn_like(pull)
         density = (model.block_norms() > 0).float().mean()
-        controller.step(density, wanted_density(i / steps, target))
+        controller.step(density, 1 + (target - 1) * ramp(i / steps))
         window = min(i + 1, 0.2 * steps)
         model.proximal_step(4 / steps, controller.lam, momentum=1 - 1 / window)
         course.append(float(density))
     return course
 
 
-@pytest.mark.parametrize("target", [1 / 16, 0.125, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("target", [1 / 16, 0.25, 0.75])
 @pytest.mark.parametrize(("noise", "sphere"), [(0.0, True), (2.0, True), (1.0, False)])
 def test_the_density_settles_where_it_is_wanted(target: float, noise: float, sphere: bool):
     tail = steered(target, 400, noise=noise, sphere=sphere)[300:]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from sparsejepa.config import Config, preset
-from sparsejepa.model.jepa import SparseJEPA, gather_tokens
+from sparsejepa.model.jepa import SparseJEPA, make_targets
+from sparsejepa.model.vit import ViT
 from sparsejepa.training.build import build_model
 
 
@@ -125,23 +128,6 @@ def test_ema_follows_its_closed_form() -> None:
         torch.testing.assert_close(p.data, 0.8**5 * a + (1 - 0.8**5) * b)
 
 
-def test_after_step_takes_the_proximal_gradient_step_on_w() -> None:
-    from sparsejepa.model.groups import LAM_UNIT, prox_sphere
-
-    config = small(lam=0.2)
-    model = model_of(config, total=1000)
-    model(images(), step=0).total.backward()
-    assert model.groups is not None and model.groups.W.grad is not None
-    rate, gradient = model.rates.w_rate(0), model.groups.W.grad.clone()
-    pull = -gradient / gradient.square().sum(1).mean().sqrt()
-    expected = prox_sphere(
-        model.groups.W + rate * pull, rate * (model.rates.lam(0) / LAM_UNIT) ** 0.25
-    )
-    model.after_step(0)
-    torch.testing.assert_close(model.groups.W, expected)
-    assert model.groups.W.grad is None
-
-
 def test_arms_with_one_seed_share_weights_and_masks() -> None:
     dense, sparse = model_of(small(groups="none")), model_of(small(lam=0.5))
     for part in ("context_encoder", "predictor"):
@@ -155,17 +141,6 @@ def test_arms_with_one_seed_share_weights_and_masks() -> None:
     other = model_of(small(groups="none", seed=1))
     stem = "context_encoder.patch_embed.proj.weight"
     assert not torch.equal(other.get_parameter(stem), dense.get_parameter(stem))
-
-
-def test_w_is_not_among_the_parameters_of_adamw() -> None:
-    model = model_of(small())
-    matrices, rest = model.network_parameters()
-    assert model.groups is not None
-    ids = {id(p) for p in matrices + rest}
-    assert id(model.groups.W) not in ids
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert ids == trained - {id(model.groups.W)}
-    assert len(ids) == len(matrices) + len(rest)
 
 
 ENCODER = {"patch_embed.proj", *(f"blocks.{i}.{part}" for i in range(6) for part in (
@@ -187,32 +162,56 @@ def test_only_matrices_decay(kind: str, predictor: str) -> None:
     with torch.no_grad():  # as an encoder has them that a run goes on from
         model.context_encoder.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 96))
         model.context_encoder.pos_embed.requires_grad_(True)
-    decays, _ = model.network_parameters()
+    decays, rest = model.network_parameters()
     named = {id(p): name for name, p in model.named_parameters()}
     wanted = {f"context_encoder.{name}.weight" for name in ENCODER}
     wanted |= {f"predictor.{name}.weight" for name in PREDICTORS[predictor]}
     wanted |= {f"groups.networks.{letter}" for letter in NETWORKS[kind]}
     wanted |= {"log_variance.weight"} if kind != "none" else set()
     assert {named[id(p)] for p in decays} == wanted
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(named[id(p)] for p in decays + rest) == sorted(trained - {"groups.W"})
 
 
-def test_region_groups_are_asked_for_every_hidden_patch() -> None:
-    model = model_of(small())
-    masks = model.sampler.sample(5, seed=0, step=0)
-    query = model._queries(masks, 64)
-    for seen, asked in zip(masks.context, query, strict=True):
-        assert sorted([*seen.tolist(), *asked.tolist()]) == list(range(64))
+def standardised(x: Tensor, eps: float) -> Tensor:
+    variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
+    return (x - x.mean(-1, keepdim=True)) / (variance + eps).sqrt()
 
 
-def test_posterior_without_groups_is_the_plain_dense_jepa() -> None:
-    model = model_of(small(groups="none", kl="posterior", beta=0.1))
+@pytest.fixture
+def encoder() -> ViT:
+    torch.manual_seed(0)
+    vit = ViT((32, 40), 8, 24, 4, 3).double().eval()
+    with torch.no_grad():
+        for p in vit.norm.parameters():
+            p.copy_(torch.randn_like(p) + 1)
+    return vit
+
+
+def test_targets_are_the_tokens_normalised(encoder: ViT) -> None:
+    x = torch.randn(3, 3, 32, 40, dtype=torch.float64)
+    got = make_targets(encoder, x)
+    torch.testing.assert_close(got, standardised(encoder(x), 1e-5), rtol=1e-9, atol=1e-9)
+    assert not got.requires_grad
+
+
+def test_pixel_targets_are_the_unfolded_image_standardised_by_hand(encoder: ViT) -> None:
+    x = torch.randn(3, 3, 32, 40, dtype=torch.float64)
+    x[0, :, :8, :8] = 0.7  # a flat patch is 0, not a division by 0
+    got = make_targets(encoder, x, predict="pixels")
+    patches = F.unfold(x, 8, stride=8).transpose(1, 2)  # [B, N, 3 p^2], colours outermost
+    spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(got, (patches - patches.mean(-1, keepdim=True)) / spread)
+    assert got[0, 0].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("groups", ["none", "region", "concept"])
+def test_pixels_never_touch_the_target_encoder(groups: str) -> None:
+    model = model_of(small(predict="pixels", groups=groups))
+    with torch.no_grad():
+        for p in model.target_encoder.parameters():
+            p.fill_(torch.nan)
     losses = model(images(), step=0)
-    assert torch.equal(losses.total, losses.prediction)
-    assert model.log_variance is None
-
-
-def test_gather_tokens_against_indexing() -> None:
-    x, index = torch.randn(3, 10, 4), torch.randint(10, (3, 5))
-    got = gather_tokens(x, index)
-    for b in range(3):
-        assert torch.equal(got[b], x[b, index[b]])
+    losses.total.backward()
+    assert losses.prediction.isfinite() and (losses.group > 0) == (groups != "none")
+    assert all(p.grad is not None for p in model.context_encoder.blocks.parameters())

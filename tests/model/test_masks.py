@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sparsejepa.errors import UserError
-from sparsejepa.model.masks import Masks, MaskSampler, StepPlan, block_indices, block_shapes
+from sparsejepa.model.masks import Masks, MaskSampler, StepPlan, block_shapes
 
 
 def check(masks: Masks, sampler: MaskSampler, plan: StepPlan, batch_size: int) -> None:
@@ -47,22 +47,6 @@ def test_defaults_on_8x8() -> None:
     for plan, probability in sampler.plans.items():
         shapes[plan.target] += probability
     assert shapes == pytest.approx({(3, 3): 1 / 2, (3, 4): 1 / 4, (4, 3): 1 / 4})
-
-
-@pytest.mark.parametrize(
-    ("grid", "shapes"),
-    [
-        ((3, 3), [(1, 1)]),
-        ((4, 4), [(2, 2)]),
-        ((6, 6), [(2, 3), (3, 2)]),
-        ((7, 7), [(3, 3)]),
-        ((4, 8), [(2, 2), (2, 3), (3, 2)]),
-        ((14, 14), [(5, 6), (5, 7), (6, 5), (6, 6), (7, 5)]),
-        ((16, 16), [(6, 7), (6, 8), (7, 6), (7, 7), (8, 6)]),
-    ],
-)
-def test_target_shapes_of_other_grids(grid: tuple[int, int], shapes: list) -> None:
-    assert list(MaskSampler(grid).target_shapes) == shapes
 
 
 @given(
@@ -153,21 +137,6 @@ def test_places_of_target_blocks_are_uniform() -> None:
             assert stats.chisquare(single.numpy()).pvalue > 1e-4
 
 
-def test_context_is_a_random_subset_of_what_is_visible() -> None:
-    """With one target that nearly fills the grid, every pair of the rest is equally likely."""
-    sampler = MaskSampler(
-        (3, 3), num_targets=1, target_scale=(0.44, 0.44), target_aspect_ratio=(1, 1),
-        context_counts=(2,), context_scale=(1, 1),
-    )  # fmt: skip
-    assert sampler.target_shapes == ((2, 2),)
-    masks = sampler.sample(12_000, seed=5, step=0)
-    corner = masks.context[masks.targets[:, 0, 0] == 0]  # the rest: 2, 5, 6, 7, 8
-    found = Counter(tuple(pair) for pair in corner.tolist())
-    pairs = list(combinations((2, 5, 6, 7, 8), 2))
-    assert set(found) == set(pairs)
-    assert stats.chisquare([found[p] for p in pairs]).pvalue > 1e-4
-
-
 @pytest.mark.parametrize(
     "settings", [{"context_counts": (28,)}, {"context_counts": (10,), "context_scale": (0.6, 0.6)}]
 )
@@ -181,18 +150,6 @@ def test_last_resort_is_as_good_an_image(settings: dict) -> None:
         first = masks.targets[:, :, 0]
         resort.append((first == first[:, :1]).all(1).double().mean().item())
     assert 0.05 < np.mean(resort) < 0.5
-
-
-def test_block_indices_against_slices() -> None:
-    for grid, shape in (((4, 6), (2, 3)), ((5, 5), (5, 5)), ((3, 7), (1, 1))):
-        index = block_indices(grid, shape).numpy()
-        patches = np.arange(grid[0] * grid[1]).reshape(grid)
-        wanted = [
-            patches[top : top + shape[0], left : left + shape[1]].ravel()
-            for top in range(grid[0] - shape[0] + 1)
-            for left in range(grid[1] - shape[1] + 1)
-        ]
-        assert np.array_equal(index, wanted)
 
 
 @pytest.mark.parametrize(

@@ -48,21 +48,12 @@ def test_counts_are_exact_and_as_equal_as_can_be(
     assert torch.equal(other.sum(0), per_latent) and torch.equal(other.sum(1), per_group)
 
 
-def test_all_pairs_of_groups_are_alike() -> None:
-    torch.manual_seed(0)
-    pattern = random_pattern(6, 3000, 0.5).double()
-    # 3 of 6 groups each: a pair of groups has a fifth of the latents in common.
-    shares = pattern @ pattern.T / 3000
-    expected = torch.full((6, 6), 0.2, dtype=torch.float64) + 0.3 * torch.eye(6)
-    assert (shares - expected).abs().max() < 4 * (0.25 / 3000) ** 0.5
-
-
 def test_with_given_counts_all_patterns_are_equally_likely() -> None:
     like = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
     torch.manual_seed(0)
-    found = [tuple(random_pattern(3, 3, 1.0, like).int().argmax(0).tolist()) for _ in range(3000)]
+    found = [tuple(random_pattern(3, 3, 1.0, like).int().argmax(0).tolist()) for _ in range(1200)]
     counts = [found.count(one) for one in set(found)]
-    assert len(counts) == 6 and max(abs(c - 500) for c in counts) < 4 * 500**0.5
+    assert len(counts) == 6 and max(abs(c - 200) for c in counts) < 4 * 200**0.5
 
 
 @pytest.mark.parametrize("w_form", ["sphere", "plain"])
@@ -79,16 +70,6 @@ def test_the_zeros_come_along_the_path_of_the_density_and_stay(w_form: str) -> N
         before = now
     assert int(before.sum()) == round(0.3 * 8 * 96)
     assert before.sum(1).max() - before.sum(1).min() <= 1
-
-
-def test_the_pattern_belongs_to_the_seed_and_the_rest_is_the_learned_arms() -> None:
-    random, again, other = model_of(), model_of(), model_of(seed=1)
-    learned = model_of(pattern="learned")
-    assert random.order is not None and again.order is not None and other.order is not None
-    assert torch.equal(random.order, again.order) and not torch.equal(random.order, other.order)
-    for name, p in learned.named_parameters():
-        assert torch.equal(p, random.get_parameter(name)), name
-    assert learned.order is None and learned.controller is not None
 
 
 def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:

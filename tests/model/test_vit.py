@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
-from sparsejepa.config import ENCODER_SIZES
 from sparsejepa.errors import UserError
 from sparsejepa.model.vit import (
     Attention,
     Block,
     Linear,
     ViT,
-    attend,
     sincos_position_embedding,
 )
 
@@ -42,45 +37,6 @@ def from_timm(reference: Any, **kwargs) -> ViT:
     weights = {k: v for k, v in reference.state_dict().items() if not k.startswith("head.")}
     model.load_state_dict(weights, strict=True)
     return model
-
-
-def by_hand(model: Any, image: torch.Tensor, patches: list[int]) -> torch.Tensor:
-    """Encode one image [3, H, W] from the definition: token by token, head by head."""
-    h, w = model.patch_size
-    cols = model.grid_size[1]
-    p = dict(model.named_parameters())
-    rows = []
-    for n in patches:
-        top, left = n // cols * h, n % cols * w
-        pixels = image[:, top : top + h, left : left + w]
-        projected = torch.einsum("dchw,chw->d", p["patch_embed.proj.weight"], pixels)
-        position = p["pos_embed"][0, n + model.num_prefix_tokens]
-        rows.append(projected + p["patch_embed.proj.bias"] + position)
-    if model.num_prefix_tokens:
-        rows.insert(0, p["cls_token"][0, 0] + p["pos_embed"][0, 0])
-    x = torch.stack(rows)
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        centred = x - x.mean(1, keepdim=True)
-        scale = centred.square().mean(1, keepdim=True).add(1e-6).sqrt()
-        return centred / scale * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    for i in range(model.depth):
-        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=1)
-        d = model.embed_dim // model.blocks[i].attn.num_heads
-        heads = []
-        for s in range(0, model.embed_dim, d):
-            scores = q[:, s : s + d] @ k[:, s : s + d].T / math.sqrt(d)
-            weights = scores.exp() / scores.exp().sum(1, keepdim=True)
-            heads.append(weights @ v[:, s : s + d])
-        x = x + linear(torch.cat(heads, dim=1), f"blocks.{i}.attn.proj")
-        hidden = linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
-        gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        x = x + linear(gelu, f"blocks.{i}.mlp.fc2")
-    return norm(x, "norm")[model.num_prefix_tokens :]
 
 
 def test_timm_with_class_token():
@@ -109,47 +65,15 @@ def test_timm_average_pooled_and_not_square():
         mlp_ratio=3.0,
     )  # fmt: skip
     images = torch.randn(3, 3, 24, 40, dtype=torch.float64)
+    index = torch.rand(3, 30).argsort(1)[:, :7]
     with torch.no_grad():
         wanted = reference.forward_features(images)
         torch.testing.assert_close(model(images), wanted, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("size", "published"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)]
-)
-def test_parameter_counts_are_the_published_ones(size: str, published: int):
-    """DeiT (Touvron et al. 2021, table 1): 5M, 22M and 86M with a head of 1000 classes."""
-    dim, depth, heads = ENCODER_SIZES[size]
-    with torch.device("meta"):
-        model = ViT(224, 16, dim, depth, heads, class_token=True)
-    assert sum(p.numel() for p in model.parameters()) + 1000 * (dim + 1) == published
-
-
-@pytest.mark.parametrize("class_token", [False, True])
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
-def test_encodes_the_given_patches_only(class_token: bool, data: st.DataObject):
-    model = small(class_token=class_token)
-    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    count = data.draw(st.integers(1, model.num_patches))
-    order = st.permutations(range(model.num_patches))
-    index = [data.draw(order)[:count] for _ in images]
-    with torch.no_grad():
-        tokens = model(images, torch.tensor(index))
-        wanted = torch.stack([by_hand(model, *pair) for pair in zip(images, index, strict=True)])
-    torch.testing.assert_close(tokens, wanted, rtol=0, atol=1e-9)
-
-
-def test_hidden_pixels_are_never_read():
-    model = small()
-    images = torch.randn(1, 3, 12, 12, dtype=torch.float64)
-    index = torch.tensor([[9, 0, 23]])
-    spoilt = torch.full_like(images, math.nan)
-    for n in index[0].tolist():
-        top, left = n // 6 * 3, n % 6 * 2
-        window = (..., slice(top, top + 3), slice(left, left + 2))
-        spoilt[window] = images[window]
-    assert torch.equal(model(spoilt, index), model(images, index))
+        # Some patches alone: timm's own blocks on their tokens.
+        tokens = reference.patch_embed(images) + reference.pos_embed
+        seen = tokens.take_along_dim(index[..., None], 1)
+        wanted = reference.norm(reference.blocks(seen))
+        torch.testing.assert_close(model(images, index), wanted, rtol=0, atol=1e-10)
 
 
 def test_gradients_reach_every_weight_and_the_given_pixels_only():
@@ -167,14 +91,6 @@ def test_gradients_reach_every_weight_and_the_given_pixels_only():
     assert torch.equal(images.grad[0].abs().sum(0) > 0, touched)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.04), (torch.float64, 1e-12)])
-def test_attention_of_either_form(dtype: torch.dtype, atol: float):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 4, 3, 20, 32).to(dtype)
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    torch.testing.assert_close(attend(q, k, v).double(), exact, rtol=0, atol=atol)
-
-
 def test_sincos_formula():
     rows, cols, dim = 3, 5, 24
     embedding = sincos_position_embedding((rows, cols), dim)
@@ -185,14 +101,6 @@ def test_sincos_formula():
             r, c = n // cols, n % cols
             wanted = [math.sin(c * w), math.cos(c * w), math.sin(r * w), math.cos(r * w)]
             assert embedding[n, i::6].tolist() == pytest.approx(wanted, abs=1e-6)
-
-
-def test_fixed_positions_are_saved_but_not_trained():
-    model = ViT(32, 4, 96, 2, 3, class_token=True)
-    assert not model.pos_embed.requires_grad
-    assert torch.equal(model.pos_embed[0, 0], torch.zeros(96))
-    saved = model.state_dict()["pos_embed"][0, 1:]
-    assert torch.equal(saved, sincos_position_embedding((8, 8), 96))
 
 
 def test_initial_weights_are_a_truncated_normal():
