@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from timing import Contender, interleave, ratios, script, show, spread
 
 from sparsejepa.environment import resolve_device
-from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
+from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe
 
 LAMBDA = 1e-4  # penalty of the fits at one value of C = 1 / (rows * lambda)
 VALUES = 20  # of C to choose from, between lambda = 1 and 1e-7
@@ -61,7 +61,6 @@ def main(settings: Settings) -> None:
     contenders: dict[str, Contender] = {
         OURS: fit(OURS, LogisticProbe(one, device=device), here),
         path: fit(path, LogisticProbe(many, device=device), here),
-        "ridge, ours": fit("ridge, ours", RidgeProbe(device=device), here),
         f"nearest neighbours of {n // 5:,}": lambda _: nearest.fit(here, y).predict(test_x),
         LEARN: fit(LEARN, LogisticRegression(C=one, max_iter=1000), z),
         "pause": lambda _: time.sleep(0.3),  # scikit-learn's BLAS threads go on spinning

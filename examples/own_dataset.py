@@ -61,6 +61,6 @@ if __name__ == "__main__":
         encoder = sj.load(str(run.path))
         train, test = (sj.embed(encoder, str(discs), split) for split in ("train", "test"))
         for name, target in train.targets.items():
-            probe = sj.RidgeProbe().fit(train.x, target.values)
+            probe = sj.LogisticProbe().fit(train.x, target.values)
             score = probe.score(test.x, test.targets[name].values)
             print(f"{name}: {score:.3f} of test images right, {len(target.names)} values")

@@ -173,7 +173,6 @@ SHARES = (
     accuracy("linear probe, all labels", "cifar100", "fine_label"),
     accuracy("linear probe, 10 % of the labels", "cifar100", "fine_label", "logistic:10%"),
     accuracy("linear probe, 1 % of the labels", "cifar100", "fine_label", "logistic:1%"),
-    accuracy("fine-tuning", "cifar100", "fine_label", "finetune"),
 )
 ALL, HALF = kept("all groups", "accuracy", 1), kept("half of the groups", "accuracy", 0.5)
 RANDOM = kept("as many random latents", "random_latents", 0.5)

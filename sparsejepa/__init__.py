@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparsejepa.encoders.encoder import Encoder
     from sparsejepa.encoders.load import load
     from sparsejepa.errors import UserError
-    from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
+    from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe
     from sparsejepa.evaluation.features import embed
     from sparsejepa.explain.posthoc import PostHocGroups
     from sparsejepa.explain.run import run_explain
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config", "Encoder", "GroupMap", "KNNProbe", "LogisticProbe", "MaskSampler", "PostHocGroups",
-    "RidgeProbe", "SparseJEPA", "UserError", "ViT", "__version__", "build_model", "embed", "load",
+    "SparseJEPA", "UserError", "ViT", "__version__", "build_model", "embed", "load",
     "load_dataset", "preset", "pretrain", "run_explain", "run_sweep",
 ]  # fmt: skip
 _HOMES = {
     "config": ("Config", "preset"), "errors": ("UserError",), "data.catalog": ("load_dataset",),
     "encoders.encoder": ("Encoder",), "encoders.load": ("load",), "study": ("pretrain",),
-    "evaluation.classifiers": ("KNNProbe", "LogisticProbe", "RidgeProbe"),
+    "evaluation.classifiers": ("KNNProbe", "LogisticProbe"),
     "evaluation.features": ("embed",), "explain.posthoc": ("PostHocGroups",),
     "explain.run": ("run_explain",), "model.groups": ("GroupMap",), "model.jepa": ("SparseJEPA",),
     "model.masks": ("MaskSampler",), "model.vit": ("ViT",), "study.sweep": ("run_sweep",),

@@ -306,8 +306,8 @@ class Probe(Verb):
     data: str = ""
     """Data sets with labels, separated by commas."""
     protocol: str = "logistic"
-    """logistic, ridge, knn or finetune, each also on a share of the labels (logistic:10%); several
-    separated by commas."""
+    """logistic or knn, each also on a share of the labels (logistic:10%); several separated by
+    commas."""
     targets: str = ""
     """Only these targets of the data, separated by commas; all of them if not given."""
     limit: int | None = None

@@ -342,13 +342,13 @@ def test_pretrain_then_look_at_the_run(photos: Path, capsys: pytest.CaptureFixtu
     assert status == 0 and about["finished"]
     assert about["config"]["groups"]["lam"] == 0.01 and about["last"]["step"] == 2
 
-    command = "probe a --data photos --protocol knn,ridge --limit 40"
+    command = "probe a --data photos --protocol knn,logistic --limit 40"
     status, out, err = call(capsys, f"{command} --json")
     rows = json.loads(out)["probes"]
     assert status == 0
     assert [(r["target"], r["protocol"], r["n_train"]) for r in rows] == [
         ("class", "knn", 40),
-        ("class", "ridge", 40),
+        ("class", "logistic", 40),
     ]
     assert all(r["untrained"] is not None and r["pixels"] is not None for r in rows)
     assert "untrained" in err and "pixels" in err
@@ -398,7 +398,7 @@ def test_probe_says_which_classes_only_one_split_has(
 ) -> None:
     assert call(capsys, f"pretrain photos {TINY} --out a")[0] == 0
     (photos / "photos" / "test" / "dark").rename(photos / "photos" / "test" / "dim")
-    status, out, err = call(capsys, "probe a --data photos --protocol ridge")
+    status, out, err = call(capsys, "probe a --data photos --protocol knn")
     assert status == 0, err
     assert "photos: class: only in train: dark (32 images); only in test: dim (8 images)" in out
 

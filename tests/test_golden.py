@@ -29,9 +29,8 @@ from torch import Tensor
 from sparsejepa.config import Config
 from sparsejepa.data.images import ImageSet, Target
 from sparsejepa.encoders.encoder import Encoder
-from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
+from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe
 from sparsejepa.evaluation.features import embed, pixel_features
-from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import labelled_share
 from sparsejepa.explain.posthoc import PostHocGroups
 from sparsejepa.model import jepa
@@ -226,8 +225,7 @@ def probes() -> dict[str, Any]:
     found: dict[str, Any] = {}
     kinds = {
         "logistic": LogisticProbe(), "logistic, fixed C": LogisticProbe(0.01),
-        "ridge": RidgeProbe(), "ridge, fixed alpha": RidgeProbe(10.0), "knn": KNNProbe(),
-        "knn, k = 5": KNNProbe(5),
+        "knn": KNNProbe(), "knn, k = 5": KNNProbe(5),
     }  # fmt: skip
     for name, probe in kinds.items():
         probe.fit(x[0], labels[0])
@@ -254,8 +252,6 @@ def probes() -> dict[str, Any]:
     for pool in ("mean", "concat4"):
         found[f"features, {pool}"] = projections(pool, embed(frozen, images, pool=pool).x)
     found["features, pixels"] = projections("pixels", pixel_features(images).x)
-    tuned = FineTune(frozen, random_state=5, recipe=Recipe(passes=2, least_steps=10, batch_size=32))
-    found["finetune"] = {"accuracy": tuned.fit(images, y).score(images, y), **tuned.settings_}
     return found
 
 

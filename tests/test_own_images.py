@@ -55,7 +55,7 @@ def test_what_pretrain_was_told_need_not_be_repeated(
     assert call(capsys, f"pretrain photos {tiny} --dry-run")[0] == 0
 
     (again,) = [line for line in out.splitlines() if line.startswith("next: sparsejepa ")]
-    status, out, err = call(capsys, f"{again.removeprefix('next: sparsejepa ')} --protocol ridge")
+    status, out, err = call(capsys, f"{again.removeprefix('next: sparsejepa ')} --protocol knn")
     assert status == 0 and again.endswith("probe a --data photos"), err
     assert "train images are left out, the first is" in out
     assert call(capsys, "explain a --data photos --quick")[0] == 0
@@ -83,7 +83,7 @@ def test_what_pretrain_was_told_need_not_be_repeated(
     # A size of one's own that the encoder enlarges is said.
     status, out, _ = call(capsys, "embed a --data others --img-size 16 --out j.npz")
     assert status == 0 and "images of 16x16 pixels are enlarged to the 32x32 of a" in out
-    status, out, _ = call(capsys, "probe a --data others --img-size 16 --protocol ridge")
+    status, out, _ = call(capsys, "probe a --data others --img-size 16 --protocol knn")
     assert status == 0 and "images of 16x16 pixels are enlarged to the 32x32 of a" in out
 
 

@@ -1,4 +1,4 @@
-"""Three classifiers on frozen features, for scikit-learn: pipelines, searches, cross-validation.
+"""Two classifiers on frozen features, for scikit-learn: pipelines, searches, cross-validation.
 
 All standardise features with the statistics of what they are fitted on, and all work in torch.
 Letters: n images, D features, r principal axes, K classes.
@@ -95,13 +95,6 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
         check_is_fitted(self)
         return self._rows(x, reset=False).to(self.mean_.dtype)
 
-    def _space(self, x: Any) -> Standardized:
-        """Return the training features x on their principal axes, if they are not so already."""
-        if not isinstance(x, Standardized):
-            return Standardized(self._rows(x, reset=True))
-        self.n_features_in_ = len(x.mean)
-        return x
-
     def _labels(self, y: Any, n: int) -> Tensor:
         """Set `classes_` and return the class numbers [n] of the labels y."""
         if y is None:
@@ -109,8 +102,7 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
                 f"{type(self).__name__} requires y to be passed, but the target y is None"
             )
         y = np.asarray(y)
-        if y.shape == (n, 1):
-            y = column_or_1d(y, warn=True)
+        y = column_or_1d(y, warn=True) if y.shape == (n, 1) else y
         if y.shape != (n,):
             raise UserError(f"labels must be one per row, got shape {y.shape} for {n} rows")
         if y.dtype.kind == "f" and not (np.isfinite(y) & (np.floor(y) == y)).all():
@@ -121,35 +113,7 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
         return torch.from_numpy(index.astype(np.int64)).to(self.device)
 
 
-class LinearProbe(Probe):
-    """A probe that is one affine map of the standardised features.
-
-    Attributes:
-        coef_: [K, D], intercept_: [K]: scores are coef_ @ ((x - mean_) / scale_) + intercept_.
-    """
-
-    coef_: Tensor
-    intercept_: Tensor
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Return the scores [n, K]; for two classes [n], the second's less the first's."""
-        scores = self._scores(self._new_rows(X)).cpu().numpy()
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-
-    def _scores(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.intercept_, (x - self.mean_) / self.scale_, self.coef_.T)
-
-    def _predict(self, x: Tensor) -> Tensor:
-        return self._scores(x).argmax(1)
-
-    def _keep(self, space: Standardized, weights: Tensor, intercept: Tensor) -> None:
-        """Turn weights [r, K] on the principal axes back to the features and keep them."""
-        self.mean_, self.scale_ = space.mean, space.scale
-        self.coef_ = (space.basis @ weights.double()).T.to(space.mean.dtype).contiguous()
-        self.intercept_ = intercept.to(space.mean.dtype)
-
-
-class LogisticProbe(LinearProbe):
+class LogisticProbe(Probe):
     """Multinomial logistic regression with an L2 penalty, the primary probe (METHOD section 6).
 
     Minimises 1/2 ||W||^2 + C * sum of cross entropies, the intercepts free: scikit-learn's
@@ -167,8 +131,12 @@ class LogisticProbe(LinearProbe):
         random_state: seed of the validation part.
 
     Attributes:
+        coef_: [K, D], intercept_: [K]: scores are coef_ @ ((x - mean_) / scale_) + intercept_.
         C_, validation_score_ (None if C was given), n_iter_ (of the last fit).
     """
+
+    coef_: Tensor
+    intercept_: Tensor
 
     def __init__(
         self,
@@ -188,10 +156,14 @@ class LogisticProbe(LinearProbe):
         Raises UserError for features that are not finite, a single class, or too few images to
         choose C on.
         """
-        space = self._space(X)
+        if isinstance(X, Standardized):
+            space, self.n_features_in_ = X, len(X.mean)
+        else:
+            space = Standardized(self._rows(X, reset=True))
         rows = space.rotated
         labels = self._labels(y, len(rows))
-        theta = self._start(rows, labels)
+        theta = rows.new_zeros(rows.shape[1] + 1, len(self.classes_))
+        theta[-1] = (labels.bincount() / len(labels)).log()  # the intercepts
         self.validation_score_: float | None = None
         if isinstance(self.C, int | float):
             self.C_ = float(self.C)
@@ -200,23 +172,27 @@ class LogisticProbe(LinearProbe):
         theta, self.n_iter_ = minimise_logistic(
             rows, labels, space.variance, theta, self.C_, tol=self.tol, max_iter=self.max_iter
         )
-        self._keep(space, theta[:-1], theta[-1])
+        # From the principal axes back to the features.
+        self.mean_, self.scale_ = space.mean, space.scale
+        self.coef_ = (space.basis @ theta[:-1].double()).T.to(space.mean.dtype).contiguous()
+        self.intercept_ = theta[-1].to(space.mean.dtype)
         self.settings_ = {"C": self.C_}
         return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return the scores [n, K]; for two classes [n], the second's less the first's."""
+        scores = self._scores(self._new_rows(X)).cpu().numpy()
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probabilities [n, K] of the classes."""
         return self._scores(self._new_rows(X)).softmax(1).cpu().numpy()
 
-    def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Return the logarithms [n, K] of the probabilities of the classes, float64."""
-        return self._scores(self._new_rows(X)).double().log_softmax(1).cpu().numpy()
+    def _scores(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.intercept_, (x - self.mean_) / self.scale_, self.coef_.T)
 
-    def _start(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Return weights [r + 1, K] of zero, the intercepts (last row) at the class frequencies."""
-        theta = rows.new_zeros(rows.shape[1] + 1, len(self.classes_))
-        theta[-1] = (labels.bincount() / len(labels)).log()
-        return theta
+    def _predict(self, x: Tensor) -> Tensor:
+        return self._scores(x).argmax(1)
 
     def _choose(self, space: Standardized, labels: Tensor, theta: Tensor) -> tuple[float, Tensor]:
         """Return the best C on the validation part, and the weights found there."""
@@ -243,59 +219,6 @@ class LogisticProbe(LinearProbe):
                 break
         self.validation_score_ = best_score
         return best
-
-
-class RidgeProbe(LinearProbe):
-    """Least squares on one-hot labels with an L2 penalty, in closed form, the intercepts free.
-
-    Args:
-        alpha: strength, as scikit-learn's `Ridge` on standardised features; several to choose from;
-            or, if None, n lambda for lambda = 1e-7, 1e-6, ..., 1e3. The choice is made by the exact
-            leave-one-out accuracy (a tie goes to the stronger penalty); only the standardisation is
-            not done again for each row left out.
-
-    Attributes:
-        alpha_, validation_score_ (leave-one-out accuracy at alpha_).
-    """
-
-    def __init__(
-        self,
-        alpha: float | Sequence[float] | None = None,
-        *,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(device)
-        self.alpha = alpha
-
-    def fit(self, X: Any, y: Any) -> Self:
-        """Fit features X [n, D], or a `Standardized` of them, to labels y [n].
-
-        Raises UserError for features that are not finite or a single class.
-        """
-        space = self._space(X)
-        rows = space.rotated
-        labels = self._labels(y, len(rows))
-        share = labels.bincount().to(rows.dtype) / len(rows)
-        # One-hot labels never exist as a matrix: z^T Y is the sum of each class's rows.
-        sums = torch.zeros(len(share), rows.shape[1], dtype=torch.float64, device=rows.device)
-        size = max(1, BLOCK // rows.shape[1])
-        for z, label in zip(rows.split(size), labels.split(size), strict=True):
-            sums.index_add_(0, label, z.double())
-        if isinstance(self.alpha, int | float):
-            grid = [float(self.alpha)]
-        else:
-            default = [10.0**power * len(rows) for power in range(-7, 4)]
-            grid = sorted(default if self.alpha is None else self.alpha, reverse=True)
-        self.validation_score_ = -1.0
-        for alpha in grid:
-            inverse = 1 / (space.variance * len(rows) + alpha)
-            weights = inverse.unsqueeze(1) * sums.T
-            score = leave_one_out(rows, labels, weights, share, inverse)
-            if score > self.validation_score_:
-                self.validation_score_, self.alpha_ = score, alpha
-                self._keep(space, weights, share)
-        self.settings_ = {"alpha": self.alpha_}
-        return self
 
 
 class KNNProbe(Probe):
@@ -370,8 +293,7 @@ class Standardized:
 
 def as_matrix(x: Any, device: torch.device | str = "cpu") -> Tensor:
     """Return x [n, D] as a float32 tensor (float64 stays); UserError unless it is finite."""
-    with warnings.catch_warnings():
-        # Of arrays that are read-only, and so is everything that is done with them here.
+    with warnings.catch_warnings():  # of a read-only array; nothing is written to it here
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         x = torch.as_tensor(x)
     x = x.detach().to(device, x.dtype if x.dtype == torch.float64 else torch.float32)
@@ -452,25 +374,6 @@ def minimise_logistic(
         if made == 0 or iterations >= max_iter:
             break
     return theta, iterations
-
-
-def leave_one_out(
-    rows: Tensor, labels: Tensor, weights: Tensor, share: Tensor, inverse: Tensor
-) -> float:
-    """Return the leave-one-out accuracy of ridge scores z W + share.
-
-    Without row i its score is (score_i - h_i * onehot_i) / (1 - h_i), with the leverage
-    h_i = 1/n + z_i^T (Z^T Z + alpha)^-1 z_i < 1; dividing by a positive number changes no argmax.
-    """
-    hits = 0
-    weights, inverse = weights.to(rows.dtype), inverse.to(rows.dtype)
-    size = max(1, BLOCK // max(weights.shape))
-    for z, label in zip(rows.split(size), labels.split(size), strict=True):
-        leverage = 1 / len(rows) + z.square() @ inverse
-        scores = torch.addmm(share, z, weights)
-        scores.scatter_add_(1, label.unsqueeze(1), -leverage.unsqueeze(1))
-        hits += int((scores.argmax(1) == label).sum())
-    return hits / len(rows)
 
 
 def validation_part(labels: np.ndarray, seed: int) -> np.ndarray:

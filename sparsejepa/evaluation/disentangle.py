@@ -1,4 +1,4 @@
-"""Measures of disentanglement: does each code unit stand for one factor, and each factor for one?
+"""Disentanglement: does each code unit stand for one factor, and each factor for one unit?
 
 Definitions as in Locatello et al. 2019 and its `disentanglement_lib` ("the reference"); where one
 differs, its docstring says how. Letters: n points, L code columns, F factors, U code units. Codes
@@ -7,13 +7,12 @@ are real [n, L], factors whole numbers [n, F]: classes, not measured quantities.
 Code units. By default each column is a unit. `units` [L] names the unit 0..U-1 of each column, for
 instance the group of each of the P outputs of a group map: redundant codes score near 0 column by
 column by construction, and the question about groups is whether *groups* are disentangled. A unit
-counts as its best column where the measure looks at single columns (MIG, SAP, modularity), as the
-sum of its importances in DCI, and as a vector, whatever its rotation, in IRS and FactorVAE.
+counts as its best column in MIG and SAP and as the sum of its importances in DCI.
 
 Intervals are those of a jackknife over points (`folds` parts, 0 for none); nothing is refitted. In
-a simulation they were as wide as the values scatter, or up to 1.7 times as wide (modularity).
-A factor with a single value says nothing and is left out, with a note. Codes that are all constant
-score 0, but for explicitness 0.5 (chance) and for informativeness the share of the largest class.
+a simulation they were 0.6 to 1.8 times as wide as the values scatter. A factor with a single value
+says nothing and is left out, with a note. Codes that are all constant score 0, but for
+informativeness the share of the largest class.
 """
 
 from __future__ import annotations
@@ -23,15 +22,10 @@ from typing import Any
 import numpy as np
 
 from sparsejepa.errors import UserError
-from sparsejepa.evaluation.classifiers import LogisticProbe, Standardized
 from sparsejepa.evaluation.stats import FOLDS, Estimate, jackknife, undefined
 
 BINS = 20
 """Bins of equal width per code column, from its least to its largest value."""
-VOTES = 10_000, 5_000
-"""Of the FactorVAE score: those that make the majority table, and those that are scored."""
-BATCH = 64
-"""Points of one such vote."""
 
 
 # --- codes and factors, checked -------------------------------------------------------------------
@@ -43,19 +37,12 @@ def check_factors(factors: Any, n: int) -> np.ndarray:
     Whole numbers >= 0 of any dtype are classes. NaN, fractions, and (from 100 points on) columns
     with more values than half the points are not.
     """
-    try:
-        values = np.asarray(factors, float)
-    except (TypeError, ValueError):
-        raise UserError("factors must be numbers; give each level of a factor a number") from None
-    if values.ndim != 2 or not values.shape[1]:
-        raise UserError(f"factors must be [points, factors], got shape {values.shape}")
-    if len(values) != n:
-        raise UserError(f"factors have {len(values)} rows for {n} codes; give one row per point")
+    values = np.asarray(factors, float)
+    if values.ndim != 2 or not values.shape[1] or len(values) != n:
+        raise UserError(f"factors must be [{n} points, factors], got shape {values.shape}")
     for j, column in enumerate(values.T):
-        if not np.isfinite(column).all():
-            raise UserError(f"factor {j} holds NaN or infinity; leave those points out")
-        if (column < 0).any():
-            raise UserError(f"factor {j} has negative values; number its levels from 0")
+        if not np.isfinite(column).all() or (column < 0).any():
+            raise UserError(f"factor {j} holds NaN or negative values; number its levels from 0")
         if (column % 1).any() or (n >= 100 and len(np.unique(column)) > n / 2):
             raise UserError(f"factor {j} is continuous; cut it into bins first")
     return values.astype(np.int64)
@@ -111,12 +98,10 @@ class Points:
         scale = np.where(self.dead, 1, self.codes.std(0))
         return ((codes - self.codes.mean(0)) / scale).astype(np.float32)
 
-    def lack(self, *, factors: int = 1, units: int = 1) -> str:
-        """Return why a measure that needs so many factors and units is not defined, or ''."""
+    def lack(self, *, units: int = 1) -> str:
+        """Return why a measure that needs so many units is not defined, or ''."""
         if not len(self.kept):
             return "every factor has one value only"
-        if len(self.kept) < factors:
-            return "needs two factors with several values"
         return "needs two code units" if self.units.max() + 1 < units else ""
 
 
@@ -141,16 +126,17 @@ def mig(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimat
     Per factor, mutual information with the best unit minus that with the second best, over the
     factor's entropy; averaged over factors. Not defined for a single unit.
     """
-    return _information_measures(points, folds, random_state)["mig"]
+    if lack := points.lack(units=2):
+        return undefined(lack)
+    cells = _binned(points.codes)
 
+    def score(rows: np.ndarray) -> float:
+        information, entropy = _mutual_informations(cells[rows], points.factors[rows], points.units)
+        known = np.full_like(entropy, np.nan)
+        np.divide(_gap(information.T), entropy, out=known, where=entropy > 1e-12)
+        return float(known.mean())
 
-def modularity(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
-    """Return the modularity (Ridgeway and Mozer 2018), 0 to 1: 1 is best.
-
-    Per unit with mutual informations m_f: 1 - (sum of m_f^2 but the largest) / (largest * (F - 1));
-    0 for a unit that knows nothing; averaged over units. Not defined for a single factor.
-    """
-    return _information_measures(points, folds, random_state)["modularity"]
+    return _unit_interval(score, len(cells), folds, random_state, points.note)[0]
 
 
 def sap(
@@ -180,125 +166,6 @@ def sap(
         return float(np.mean(gaps))
 
     return _unit_interval(score, len(codes), folds, random_state, train.note)[0]
-
-
-def explicitness(
-    train: Points, codes: Any, factors: Any, *, folds: int = FOLDS, random_state: int = 0
-) -> Estimate:
-    """Return the explicitness (Ridgeway and Mozer 2018): area under the ROC curve, 0.5 is chance.
-
-    Per factor one multinomial logistic regression (C = 1 on standardised codes, as the reference);
-    per class the area of its probability against the rest on test points; averaged over classes,
-    then factors. Classes that train or test points lack are left out. Units play no part.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    codes, factors = train.test(codes, factors)
-    if lack := train.lack():
-        return undefined(lack)
-    space, tested_on = Standardized(train.standardised(train.codes)), train.standardised(codes)
-    probed = []
-    for fitted, true in zip(train.factors.T, factors.T, strict=True):
-        # scikit-learn's C = 1: with two classes it keeps one row of weights, which is half of C.
-        C = 1.0 if len(np.unique(fitted)) > 2 else 0.5
-        # Ten times the default tolerance moves areas by less than 1e-4, in half the time.
-        probe = LogisticProbe(C=C, tol=1e-3).fit(space, fitted)
-        probed.append((probe.predict_log_proba(tested_on), true[:, None] == probe.classes_))
-
-    def score(rows: np.ndarray) -> float:
-        per_factor = []
-        for scores, member in probed:
-            there = member[rows].any(0) & ~member[rows].all(0)
-            if there.any():
-                areas = [
-                    roc_auc_score(member[rows, k], scores[rows, k]) for k in np.flatnonzero(there)
-                ]
-                per_factor.append(np.mean(areas))
-        return float(np.mean(per_factor)) if per_factor else np.nan
-
-    found = _unit_interval(score, len(codes), folds, random_state, train.note)[0]
-    if found.value is None:
-        return undefined("no factor has two classes among the test points")
-    return found
-
-
-def irs(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
-    """Return the interventional robustness score (Suter et al. 2019), 0 to 1: 1 is best.
-
-    Per unit and factor 1 - (mean over the factor's levels of the 0.99 quantile of the distance of
-    the code from its mean at that level) / (largest distance from its mean over all); the best
-    factor per unit; averaged over units with the largest distance as weight. Distances of a unit
-    are Euclidean. Factors with more than 20 levels are cut into bins, as in the reference.
-
-    The largest distance grows with n, and the score with it: compare at equal n. No part of the
-    points can tell how far a largest value might have been, so the interval is rather too narrow.
-    """
-    if lack := points.lack():
-        return undefined(lack)
-    levels = [
-        _binned(f[:, None].astype(float))[:, 0] if len(np.unique(f)) > BINS else f
-        for f in points.factors.T
-    ]
-
-    def score(rows: np.ndarray) -> float:
-        codes = points.codes[rows]
-        largest = _distances(codes, points.units).max(0)
-        if not largest.any():
-            return 0.0
-        best = np.full(len(largest), -np.inf)
-        for factor in (f[rows] for f in levels):
-            far = [
-                np.quantile(_distances(codes[factor == level], points.units), 0.99, axis=0)
-                for level in np.unique(factor)
-            ]
-            best = np.maximum(best, 1 - np.mean(far, 0) / np.where(largest > 0, largest, 1))
-        return float(np.average(best, weights=largest))
-
-    return _unit_interval(score, len(points.codes), folds, random_state, points.note)[0]
-
-
-def factor_vae_score(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
-    """Return the FactorVAE score (Kim and Mnih 2018): an accuracy, 1 / F is chance.
-
-    A vote: a random factor is fixed at the value of a random point, 64 points with that value are
-    drawn, and the unit whose variance there is least, relative to its variance over all, votes for
-    the factor. A majority table of units against factors from 10,000 votes is scored on 5,000
-    others. Points come from the data with replacement, where the reference renders new ones;
-    constant units do not vote, where the reference divides by zero. The variance of a unit is that
-    of its columns added up. The table stays for the interval, and each part of the points casts new
-    votes: rather too wide than too narrow.
-    """
-    if lack := points.lack(factors=2):
-        return undefined(lack)
-    centred = (points.codes - points.codes.mean(0)).astype(np.float32)
-    overall = _sum_per_unit(np.square(centred).mean(0), points.units)
-    if not overall.any():
-        return Estimate(0.0, note=points.note)
-    rng = np.random.default_rng(random_state)
-    number = points.factors.shape[1]
-
-    def vote(pool: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the factor fixed and the unit that votes, [count] each, on points of the pool."""
-        fixed = rng.integers(number, size=count)
-        batches = np.empty((count, BATCH), np.int64)
-        for f in range(number):
-            asked = fixed == f
-            batches[asked] = pool[_batches(points.factors[pool, f], asked.sum(), rng)]
-        variance = _sum_per_unit(_batch_variance(centred, batches), points.units)
-        relative = np.full_like(variance, np.inf)
-        np.divide(variance, overall, out=relative, where=overall > 0)
-        return fixed, relative.argmin(1)
-
-    table = np.zeros((len(overall), number))
-    fixed, unit = vote(np.arange(len(centred)), VOTES[0])
-    np.add.at(table, (unit, fixed), 1)
-    majority = table.argmax(1)
-
-    def score(rows: np.ndarray) -> float:
-        fixed, unit = vote(rows, VOTES[1])
-        return float(np.mean(majority[unit] == fixed))
-
-    return _unit_interval(score, len(centred), folds, random_state, points.note)[0]
 
 
 def dci(
@@ -386,20 +253,12 @@ def disentanglement(
 ) -> dict[str, Estimate]:
     """Return all measures by name; `quick` leaves out the three of DCI.
 
-    SAP, explicitness and DCI fit on the training points and score the test points. The others fit
-    nothing and use the training points, of which the reference has more (10,000 against 5,000).
+    SAP and DCI fit on the training points and score the test points. MIG fits nothing and uses the
+    training points, of which the reference has more (10,000 against 5,000).
     """
     options: dict[str, Any] = {"folds": folds, "random_state": random_state}
     train, test = Points(train_codes, train_factors, units), (test_codes, test_factors)
-    counted = _information_measures(train, folds, random_state)
-    scores = {
-        "mig": counted["mig"],
-        "sap": sap(train, *test, **options),
-        "modularity": counted["modularity"],
-        "explicitness": explicitness(train, *test, **options),
-        "irs": irs(train, **options),
-        "factor_vae": factor_vae_score(train, **options),
-    }
+    scores = {"mig": mig(train, **options), "sap": sap(train, *test, **options)}
     if not quick:
         found = dci(train, *test, **options)
         for name in ("disentanglement", "completeness", "informativeness"):
@@ -413,30 +272,6 @@ def disentanglement(
 def _unit_interval(score: Any, n: int, folds: int, random_state: int, note: str) -> list[Estimate]:
     """Return the jackknife of scores that lie in 0..1."""
     return jackknife(score, n, folds=folds, random_state=random_state, bounds=(0.0, 1.0), note=note)
-
-
-def _information_measures(points: Points, folds: int, random_state: int) -> dict[str, Estimate]:
-    """Return MIG and modularity, which count the same histograms."""
-    cells = _binned(points.codes)
-
-    def score(rows: np.ndarray) -> list[float]:
-        information, entropy = _mutual_informations(cells[rows], points.factors[rows], points.units)
-        gap = _gap(information.T) if len(information) > 1 else np.zeros(len(entropy))
-        squares = np.square(information)
-        top = squares.max(1)
-        others = max(1, squares.shape[1] - 1)
-        excess = (squares.sum(1) - top) / np.where(top > 0, top, 1) / others
-        known = np.divide(gap, entropy, out=np.full_like(gap, np.nan), where=entropy > 1e-12)
-        return [float(known.mean()), float(np.where(top > 0, 1 - excess, 0).mean())]
-
-    lacks = {"mig": points.lack(units=2), "modularity": points.lack(factors=2)}
-    if all(lacks.values()):
-        return {name: undefined(lack) for name, lack in lacks.items()}
-    found = _unit_interval(score, len(cells), folds, random_state, points.note)
-    return {
-        name: undefined(lack) if lack else estimate
-        for (name, lack), estimate in zip(lacks.items(), found, strict=True)
-    }
 
 
 def _binned(values: np.ndarray) -> np.ndarray:
@@ -507,30 +342,6 @@ def _nearest_mean(train: Points, fitted: np.ndarray, codes: np.ndarray) -> np.nd
         predicted[:, column] = order[nearest, column]
     predicted[:, train.dead] = counts.argmax()
     return labels[predicted]
-
-
-def _distances(codes: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Return the distance [n, U] of each point's units from their means over these points."""
-    return np.sqrt(_sum_per_unit(np.square(codes - codes.mean(0)), units))
-
-
-def _batches(levels: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Return `number` batches [number, 64] of points that share the level of a random point."""
-    order = np.argsort(levels, kind="stable")
-    _, index, counts = np.unique(levels, return_inverse=True, return_counts=True)
-    starts = np.cumsum(counts) - counts
-    level = index[rng.integers(len(levels), size=number)][:, None]
-    return order[starts[level] + rng.integers(counts[level], size=(number, BATCH))]
-
-
-def _batch_variance(codes: np.ndarray, batches: np.ndarray) -> np.ndarray:
-    """Return the variance [V, L] of codes [n, L] (centred) within each of batches [V, size]."""
-    from scipy.sparse import csr_matrix
-
-    number, size = batches.shape
-    entries = (np.full(batches.size, 1 / size), batches.ravel(), np.arange(number + 1) * size)
-    mean = csr_matrix(entries, shape=(number, len(codes)))
-    return np.maximum(mean @ np.square(codes) - np.square(mean @ codes), 0)
 
 
 def _concentration(shares: np.ndarray) -> float:

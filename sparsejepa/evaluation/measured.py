@@ -30,8 +30,6 @@ FACTORS = "scenes:single"
 """Images with known factors, seven of them."""
 FACTOR_IMAGES = 2_000, 1_000
 """Training and test images of those."""
-BYTES = 2
-"""Of a stored latent, in bf16."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Measured:
         }
 
     def kept(self) -> dict[str, Any]:
-        """Return `kept_curve` on the target; the encoder's FLOPs an image are beside it."""
+        """Return `kept_curve` on the target."""
         train = Labelled(embed(self.encoder, self.train).x, self.train.targets[self.target].values)
         test = Labelled(self.tested.x, self.test.targets[self.target].values)
         curve = kept_curve(
@@ -133,7 +131,6 @@ class Measured:
             "target": self.target,
             "scored_on": self.scored_on,
             **curve,
-            "encoder_flops": encoder_flops(self.encoder),  # whatever is kept
             "n_train": len(train.y),
             "n_test": len(test.y),
         }
@@ -196,14 +193,6 @@ def measure(
     return {name: MEASURES[name](about) for name in names}
 
 
-def encoder_flops(encoder: Encoder) -> int:
-    """Return the operations of an image's pass through a run's encoder, two per multiply-add."""
-    (rows, columns), (height, width), d = encoder.grid_size, encoder.img_size, encoder.embed_dim
-    patches = rows * columns
-    block = 12 * patches * d**2 + 2 * patches**2 * d  # linear layers, then attention
-    return 2 * (3 * height * width * d + encoder.depth * block)
-
-
 def _standardised(
     encoder: Encoder, train: ImageSet, test: ImageSet
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -232,7 +221,7 @@ def kept_curve(
     random_state: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Return the accuracy of the logistic probe on ever fewer latents, and what they cost.
+    """Return the accuracy of the logistic probe on ever fewer latents.
 
     With W [G, P, D] groups go from the least used on (by their share of ||W||^2), and a latent
     stays while a kept group reads it; without W (None) the latents of least variance go. Each row
@@ -241,12 +230,10 @@ def kept_curve(
     * ``groups`` (None without W) and ``latents`` kept, and the ``accuracy`` of a probe fitted on
       the latents; None if there is none left;
     * ``random_latents``, ``pca``: on as many latents drawn at random, and on as many principal
-      components of all standardised latents (scaled as they are: all of them are the latents);
-    * ``feature_bytes`` of an image's kept latents in bf16, and ``map_flops`` of the kept groups'
-      W z, two for each non-zero element (None without W).
+      components of all standardised latents (scaled as they are: all of them are the latents).
 
-    The encoder computes all latents whatever is kept. `random_state` is the seed of the random
-    latents (each row's lie within those of the row before) and of the probes.
+    `random_state` is the seed of the random latents (each row's lie within those of the row before)
+    and of the probes.
     """
     space = Standardized(train.x, device)
     width = train.x.shape[1]
@@ -269,7 +256,7 @@ def kept_curve(
         return probe.fit(leading(space, count), train.y).score(test.x, test.y)
 
     curve, components = [], {}
-    for groups, latents, operations in _selections(train.x, W):
+    for groups, latents in _selections(train.x, W):
         count = len(latents)
         if count not in components:
             components[count] = principal(count)
@@ -280,21 +267,16 @@ def kept_curve(
                 "accuracy": probed(latents),
                 "random_latents": probed(order[:count]),
                 "pca": components[count],
-                "feature_bytes": BYTES * count,
-                "map_flops": operations,
             }
         )
     return {"order": "variance" if W is None else "groups", "curve": curve}
 
 
-def kept_latents(W: Tensor, groups: int) -> tuple[np.ndarray, Tensor]:
-    """Return the latents, ascending, that the `groups` most used groups of W [G, P, D] read.
-
-    And those groups' part of W, [groups, P, D].
-    """
+def kept_latents(W: Tensor, groups: int) -> np.ndarray:
+    """Return the latents, ascending, that the `groups` most used groups of W [G, P, D] read."""
     energy = W.double().square().sum((1, 2))
     part = W[energy.argsort(descending=True, stable=True)[:groups]]
-    return np.flatnonzero((part != 0).any(0).any(0).numpy()), part
+    return np.flatnonzero((part != 0).any(0).any(0).numpy())
 
 
 def leading(space: Standardized, count: int) -> Standardized:
@@ -305,18 +287,15 @@ def leading(space: Standardized, count: int) -> Standardized:
     return part
 
 
-def _selections(
-    x: np.ndarray, W: Tensor | None
-) -> Iterator[tuple[int | None, np.ndarray, int | None]]:
-    """Yield groups, latents and operations of the map, from all to few."""
+def _selections(x: np.ndarray, W: Tensor | None) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yield groups and latents, from all to few."""
     if W is None:
         ranked = np.argsort(-x.var(0, dtype=np.float64), kind="stable")
         for count in _halving(len(ranked), least=max(1, len(ranked) // 32)):
-            yield None, ranked[:count], None
-        return
-    for count in _halving(len(W)):
-        latents, part = kept_latents(W, count)
-        yield count, latents, 2 * int((part != 0).sum())
+            yield None, ranked[:count]
+    else:
+        for count in _halving(len(W)):
+            yield count, kept_latents(W, count)
 
 
 def _halving(most: int, least: int = 1) -> list[int]:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,12 @@ import torch
 
 from sparsejepa import version
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.images import ImageSet, shown
+from sparsejepa.data.images import ImageSet, Target, shown
 from sparsejepa.distributed import current, first_here, on_main
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.evaluation.classifiers import (
-    KNNProbe,
-    LogisticProbe,
-    Probe,
-    RidgeProbe,
-    Standardized,
-)
+from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, Standardized
 from sparsejepa.evaluation.features import (
     Features,
     Pool,
@@ -38,12 +33,11 @@ from sparsejepa.evaluation.features import (
     say_enlarged,
     target,
 )
-from sparsejepa.evaluation.finetune import FineTune
 from sparsejepa.evaluation.stats import wilson_interval
 from sparsejepa.files import read_json, write_text
 
-PROTOCOLS = ("logistic", "ridge", "knn", "finetune")
-"""Ways to use an encoder; each also as NAME:PERCENT%, on a share of the labels."""
+PROTOCOLS = ("logistic", "knn")
+"""What reads the frozen features; each also as NAME:PERCENT%, on a share of the labels."""
 
 FEW_LABELS_PENALTY = 1.0
 """lambda in the logistic probe's C = 1 / (n lambda) where there are fewer than two labels per
@@ -59,8 +53,7 @@ class ProbeRow:
     `chance` is the largest class's share of the test images, `untrained` the same probe on the same
     architecture with random weights, `pixels` on the pixels themselves (at most 32 x 32). Intervals
     are 95 % Wilson intervals over the test images; they say nothing about other seeds. Floors that
-    were not asked for are None, and so are the pixels for fine-tuning, which needs an encoder.
-    With images held out, "test" is those of them.
+    were not asked for are None. With images held out, "test" is those of them.
     """
 
     encoder: str
@@ -117,9 +110,8 @@ def evaluate(
     Args:
         refs: encoders, or what `load` takes.
         data: names for `load_dataset`.
-        protocols: logistic, ridge, knn (on the frozen features) and finetune (see `FineTune`), each
-            also as NAME:PERCENT%, logistic:1% for instance: on that share of the training images
-            (`labelled_share`), the same ones for an encoder and its floors.
+        protocols: logistic or knn, each also as NAME:PERCENT%, logistic:1% for instance: on that
+            share of the training images (`labelled_share`), the same for an encoder and its floors.
         targets: by name; if None, all of a data set that have two classes or more.
         limit: at most so many training images, drawn by `seed`, each class in proportion.
         holdout: set so many training images aside (`ImageSet.split_off`) and score on them instead
@@ -140,19 +132,14 @@ def evaluate(
     say = progress or (lambda text: None)
     rows: list[ProbeRow] = []
     for name in [data] if isinstance(data, str) else data:
-        train, test = first_here(
-            current(),
-            partial(
-                read_fitting,
-                partial(_load_at, name, holdout, data_root),
-                name,
-                refs,
-                lambda: [encoder.img_size for encoder in encoders],
-                img_size=img_size,
-                upscale=upscale,
-                say=say,
-            ),
-        )
+
+        def read(size: tuple[int, int] | None, upscale: bool, name: str = name) -> _Splits:
+            return load_splits(name, holdout, data_root=data_root, img_size=size, upscale=upscale)
+
+        fitting: dict[str, Any] = {"img_size": img_size, "upscale": upscale, "say": say}
+        sizes = partial(list, {encoder.img_size for encoder in encoders})
+        reading = partial(read_fitting, read, name, refs, sizes, **fitting)
+        train, test = first_here(current(), reading)
         train = train.subset(limit, seed)
         chosen = choose_targets(train, test, targets)
         for line in _remarks(train, test, chosen):
@@ -166,13 +153,13 @@ def evaluate(
         for encoder in encoders:
             say(f"{name}: {encoder.name}")
             say_enlarged(encoder, train.img_size, name, say)
-            found = bench.scores(partial(embed, encoder, pool=pool), encoder)
+            found = bench.scores(partial(embed, encoder, pool=pool))
             fresh_seed = seed if untrained_seed is None else untrained_seed
             kind = json.dumps([encoder.architecture, encoder.precision, pool, fresh_seed])
             if floors and kind not in untrained:
                 say(f"{name}: untrained encoder")
                 fresh = encoder.untrained(fresh_seed)
-                untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool), fresh)
+                untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool))
             about = {
                 "pool": pool,
                 "seed": seed,
@@ -196,38 +183,7 @@ class _Score:
 
 Scores = dict[tuple[str, str], _Score]
 """By target and protocol."""
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """Features of train and test, on which probes are fitted and scored."""
-
-    train: Features
-    test: Features
-    seed: int
-    device: torch.device | str
-
-    @cached_property
-    def space(self) -> Standardized:
-        """All training features on their principal axes, once for all linear probes."""
-        return Standardized(self.train.x, self.device)
-
-    def score(
-        self, kind: str, part: np.ndarray, labels: np.ndarray, wanted: np.ndarray
-    ) -> tuple[float, dict[str, Any]]:
-        """Fit a probe on the rows `part` of train; return its accuracy on test and its choices."""
-        whole = len(part) == len(self.train.x)
-        probe: Probe
-        if kind == "knn":
-            probe = KNNProbe(device=self.device)
-        elif kind == "ridge":
-            probe = RidgeProbe(device=self.device)
-        else:
-            few = len(labels) < 2 * len(np.unique(labels))
-            C = 1 / (len(labels) * FEW_LABELS_PENALTY) if few else None
-            probe = LogisticProbe(C, random_state=self.seed, device=self.device)
-        probe.fit(self.space if whole and kind != "knn" else self.train.x[part], labels)
-        return probe.score(self.test.x, wanted), probe.settings_
+_Splits = tuple[ImageSet, ImageSet]
 
 
 @dataclass(frozen=True)
@@ -242,46 +198,43 @@ class _Bench:
     device: torch.device | str
     cache_dir: Path | None
 
-    def scores(
-        self, features: Callable[[ImageSet], Features], encoder: Encoder | None = None
-    ) -> Scores:
-        """Fit every probe on `features` of train and score it on those of test.
-
-        Only an `encoder` can be fine-tuned; without one that protocol is left out.
-        """
-        kinds = {protocol: split_protocol(protocol) for protocol in self.protocols}
-        frozen = None
-        if any(kind != "finetune" for kind, _ in kinds.values()):
-            frozen = _Frozen(features(self.train), features(self.test), self.seed, self.device)
+    def scores(self, features: Callable[[ImageSet], Features]) -> Scores:
+        """Fit every probe on `features` of train and score it on those of test."""
+        train, test = features(self.train), features(self.test)
+        space: Standardized | None = None  # all training features, once for all logistic probes
         found: Scores = {}
         for name in self.targets:
             labels = self.train.targets[name].values
-            wanted = self.test.targets[name].values
-            for protocol, (kind, share) in kinds.items():
-                start = time.perf_counter()
+            for protocol in self.protocols:
+                start = time.perf_counter() - train.seconds - test.seconds
+                kind, share = split_protocol(protocol)
                 part = labelled_share(labels, share, self.seed)
+                x: Any = train.x
+                if len(part) < len(x):
+                    x = x[part]
+                elif kind == "logistic":
+                    x = space = space or Standardized(x, self.device)
+                probe = self._probe(kind, labels[part])
                 try:
-                    if kind != "finetune" and frozen is not None:
-                        start -= frozen.train.seconds + frozen.test.seconds
-                        accuracy, chose = frozen.score(kind, part, labels[part], wanted)
-                    elif encoder is not None:
-                        tuned = FineTune(encoder, random_state=self.seed)
-                        tuned.fit(self.train, labels[part], part)
-                        accuracy, chose = tuned.score(self.test, wanted), tuned.settings_
-                    else:
-                        continue
+                    probe.fit(x, labels[part])
                 except UserError as error:
                     raise UserError(f"{self.train.name}, target '{name}': {error}") from None
+                accuracy = probe.score(test.x, self.test.targets[name].values)
                 spent = time.perf_counter() - start
-                found[name, protocol] = _Score(accuracy, len(part), chose, spent)
+                found[name, protocol] = _Score(accuracy, len(part), probe.settings_, spent)
         return found
 
-    def floor(
-        self, kind: str, features: Callable[[ImageSet], Features], encoder: Encoder | None = None
-    ) -> Scores:
+    def _probe(self, kind: str, labels: np.ndarray) -> KNNProbe | LogisticProbe:
+        if kind == "knn":
+            return KNNProbe(device=self.device)
+        few = len(labels) < 2 * len(np.unique(labels))
+        C = 1 / (len(labels) * FEW_LABELS_PENALTY) if few else None
+        return LogisticProbe(C, random_state=self.seed, device=self.device)
+
+    def floor(self, kind: str, features: Callable[[ImageSet], Features]) -> Scores:
         """Return `scores`, from the cache if they were computed before."""
         if self.cache_dir is None:
-            return self.scores(features, encoder)
+            return self.scores(features)
         images = [self.train.fingerprint, self.test.fingerprint, len(self.train)]
         versions = version.TRAIN_VERSION, version.EVAL_VERSION
         about = [versions, kind, images, self.targets, self.protocols, self.seed]
@@ -290,55 +243,41 @@ class _Bench:
         # Of several processes one reads and writes: all must agree on whether there is work to do.
         kept = on_main(current(), lambda: read_json(path) if path.exists() else None)
         if kept is None:
-            found = self.scores(features, encoder)
+            found = self.scores(features)
             kept = [[name, protocol, asdict(score)] for (name, protocol), score in found.items()]
-            on_main(current(), lambda: _write_beside(path, json.dumps(kept) + "\n"))
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            on_main(current(), lambda: write_text(path, json.dumps(kept) + "\n"))
         return {(name, protocol): _Score(**score) for name, protocol, score in kept}
 
     def rows(
         self, encoder: str, found: Scores, untrained: Scores, pixels: Scores, about: dict[str, Any]
     ) -> list[ProbeRow]:
         """Put an encoder's scores and their floors side by side."""
-        n = len(self.test)
-
-        def with_interval(
-            score: _Score | None,
-        ) -> tuple[float, tuple[float, float]] | tuple[None, None]:
-            if score is None:
-                return None, None
-            return score.accuracy, wilson_interval(score.accuracy, n)
-
-        rows = []
-        for (name, protocol), score in found.items():
-            below, below_interval = with_interval(untrained.get((name, protocol)))
-            pixel, pixel_interval = with_interval(pixels.get((name, protocol)))
-            labels = torch.from_numpy(self.test.targets[name].values)
+        n, rows = len(self.test), []
+        for key, score in found.items():
+            labels = self.test.targets[key[0]].values
+            floors: dict[str, Any] = {}
+            for name, scores in (("untrained", untrained), ("pixels", pixels)):
+                below = scores[key].accuracy if scores else None
+                floors[name] = below
+                floors[f"{name}_interval"] = None if below is None else wilson_interval(below, n)
             rows.append(
                 ProbeRow(
-                    encoder=encoder,
-                    data=self.train.name,
-                    target=name,
-                    protocol=protocol,
+                    encoder,
+                    self.train.name,
+                    *key,
                     accuracy=score.accuracy,
                     interval=wilson_interval(score.accuracy, n),
-                    chance=float(labels.bincount().max()) / n,
-                    untrained=below,
-                    untrained_interval=below_interval,
-                    pixels=pixel,
-                    pixels_interval=pixel_interval,
+                    chance=float(np.bincount(labels).max()) / n,
                     n_train=score.n_train,
                     n_test=n,
-                    n_classes=len(self.train.targets[name].names),
+                    n_classes=len(self.train.targets[key[0]].names),
                     settings={**about, "data_img_size": self.train.img_size, **score.settings},
                     seconds=score.seconds,
+                    **floors,
                 )
             )
         return rows
-
-
-def _write_beside(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
 
 
 def check_protocols(protocols: Sequence[str]) -> None:
@@ -394,16 +333,6 @@ def load_splits(name: str, holdout: int, **settings: Any) -> tuple[ImageSet, Ima
     return train.split_off(holdout) if holdout else (train, load_dataset(name, "test", **settings))
 
 
-def _load_at(
-    name: str,
-    holdout: int,
-    data_root: Path | None,
-    img_size: tuple[int, int] | None,
-    upscale: bool,
-) -> tuple[ImageSet, ImageSet]:
-    return load_splits(name, holdout, data_root=data_root, img_size=img_size, upscale=upscale)
-
-
 def _remarks(train: ImageSet, test: ImageSet, targets: Sequence[str]) -> list[str]:
     """Say which images are left out, and which classes only one split has."""
     lines = []
@@ -413,20 +342,22 @@ def _remarks(train: ImageSet, test: ImageSet, targets: Sequence[str]) -> list[st
             many = f"{len(images.skipped)} {images.split} images are left out, the first is {file}"
             lines.append(f"{many} ({reason})")
     for name in targets:
-        there = [images.targets[name] for images in (train, test)]
-        own = [{t.names[i] for i in np.unique(t.values).tolist()} for t in there]
+        first, second = (_labels(images.targets[name]) for images in (train, test))
         parts = []
-        for split, target_, extra in zip(
-            ("train", "test"), there, (own[0] - own[1], own[1] - own[0]), strict=True
-        ):
-            if extra:
-                count = sum(target_.names[i] in extra for i in target_.values.tolist())
+        for split, own, other in (("train", first, second), ("test", second, first)):
+            if extra := sorted(set(own) - set(other)):
                 more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
-                listed = ", ".join(shown(label) for label in sorted(extra)[:5])
+                listed = ", ".join(map(shown, extra[:5]))
+                count = sum(own[label] for label in extra)
                 parts.append(f"only in {split}: {listed}{more} ({count} images)")
         if parts:
             lines.append(f"{name}: {'; '.join(parts)}")
     return lines
+
+
+def _labels(target: Target) -> Counter[str]:
+    """Return how many images carry each label."""
+    return Counter(target.names[i] for i in target.values.tolist())
 
 
 def choose_targets(train: ImageSet, test: ImageSet, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
@@ -21,7 +21,6 @@ from sparsejepa.errors import UserError
 from sparsejepa.evaluation.classifiers import (
     KNNProbe,
     LogisticProbe,
-    RidgeProbe,
     Standardized,
     minimise_logistic,
     validation_part,
@@ -31,7 +30,6 @@ from sparsejepa.training.quality import knn_accuracy
 ALL = [
     lambda: LogisticProbe(),
     lambda: LogisticProbe(1.0),
-    lambda: RidgeProbe(),
     lambda: KNNProbe(),
 ]
 
@@ -184,39 +182,6 @@ def test_the_validation_part_is_a_stratified_fifth(counts: list[int], seed: int)
     assert validation_part(labels, -1 - seed).sum() == held.sum()
 
 
-@pytest.mark.parametrize(("n", "width"), [(200, 8), (40, 90)])
-def test_ridge_is_scikit_learns_on_one_hot_labels(n: int, width: int) -> None:
-    x, y = blobs(n, width, classes=4)
-    ours = RidgeProbe(3.0).fit(x, y)
-    theirs = Ridge(alpha=3.0).fit(standardised(x), np.eye(4)[y])
-    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-7)
-    np.testing.assert_allclose(
-        ours.decision_function(x), theirs.predict(standardised(x)), atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(("n", "width"), [(60, 6), (24, 40)])
-def test_ridge_leaves_every_row_out_exactly(n: int, width: int) -> None:
-    x, y = blobs(n, width, classes=3, spread=1.0)
-    z, onehot = standardised(x), np.eye(3)[y]
-    for alpha in (0.5, 20.0):
-        hits = 0
-        for i in range(n):
-            rest = np.arange(n) != i
-            fitted = Ridge(alpha=alpha).fit(z[rest], onehot[rest])
-            hits += fitted.predict(z[i : i + 1]).argmax() == y[i]
-        assert RidgeProbe(alpha).fit(x, y).validation_score_ == pytest.approx(hits / n)
-
-
-def test_ridge_takes_the_best_alpha_and_the_stronger_of_equals() -> None:
-    x, y = blobs(150, 20, classes=3, spread=1.0)
-    grid = [1.0, 10.0, 100.0, 1e8, 1e9]
-    scores = {a: RidgeProbe(a).fit(x, y).validation_score_ for a in grid}
-    probe = RidgeProbe(grid).fit(x, y)
-    assert probe.validation_score_ == max(scores.values())
-    assert probe.alpha_ == max(a for a in grid if scores[a] == probe.validation_score_)
-
-
 def test_knn_is_scikit_learns_with_the_same_weights() -> None:
     x, y = blobs(300, 10, classes=5, spread=1.0)
     new, new_y = blobs(150, 10, classes=5, seed=1, spread=1.0)
@@ -305,7 +270,7 @@ def test_principal_axes_keep_all_inner_products(n: int, width: int) -> None:
     np.testing.assert_allclose(covariance, torch.diag(space.variance), atol=1e-9 * width)
 
 
-@parametrize_with_checks([LogisticProbe(), LogisticProbe(C=1.0), RidgeProbe(), KNNProbe()])
+@parametrize_with_checks([LogisticProbe(), LogisticProbe(C=1.0), KNNProbe()])
 def test_probes_pass_scikit_learns_checks(estimator, check) -> None:
     check(estimator)
 
@@ -316,7 +281,6 @@ def test_searches_choose_what_is_told_and_leave_a_probe_that_predicts() -> None:
     x[np.arange(120), y] += 4
     for probe, grid in (
         (LogisticProbe(), {"probe__C": [1e-3, 1.0]}),
-        (RidgeProbe(), {"probe__alpha": [0.1, 10.0]}),
         (KNNProbe(), {"probe__k": [1, 5]}),
     ):
         model = Pipeline([("scale", StandardScaler()), ("probe", probe)])

@@ -17,9 +17,8 @@ from sparsejepa.data.images import ImageSet, Target
 from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation import probe as module
-from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe, RidgeProbe
+from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe
 from sparsejepa.evaluation.features import embed
-from sparsejepa.evaluation.finetune import FineTune, Recipe
 from sparsejepa.evaluation.probe import (
     check_protocols,
     evaluate,
@@ -81,12 +80,12 @@ def embedded(monkeypatch) -> list[str]:
 
 def test_evaluate_puts_both_floors_beside_every_number(embedded: list[str]) -> None:
     encoders = [make_encoder(0, "a"), make_encoder(1, "b"), make_encoder(0, "wide", width=24)]
-    rows = evaluate(encoders, ["colours"], protocols=("logistic", "ridge", "knn"))
+    rows = evaluate(encoders, ["colours"], protocols=("logistic", "knn"))
     assert [(r.encoder, r.target, r.protocol) for r in rows] == [
         (e, t, p)
         for e in ("a", "b", "wide")
         for t in ("hue", "noise")  # the constant target is no task
-        for p in ("logistic", "ridge", "knn")
+        for p in ("logistic", "knn")
     ]
     # One untrained floor per architecture, one pixel floor in all.
     assert embedded == [
@@ -188,25 +187,13 @@ def loaded(monkeypatch) -> list[str]:
     return calls
 
 
-@pytest.fixture
-def short(monkeypatch) -> None:
-    """Fine-tuning of a few steps."""
-    monkeypatch.setattr(module, "FineTune", QuickTune)
-
-
-class QuickTune(FineTune):
-    def __init__(self, encoder: Encoder, *, random_state: int = 0) -> None:
-        recipe = Recipe(passes=1, least_steps=12)
-        super().__init__(encoder, random_state=random_state, recipe=recipe)
-
-
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("logistic", ("logistic", 1.0)),
         ("logistic:1%", ("logistic", 0.01)),
         ("knn:12.5%", ("knn", 0.125)),
-        ("finetune:100%", ("finetune", 1.0)),
+        ("knn:100%", ("knn", 1.0)),
     ],
 )
 def test_a_protocol_is_a_name_and_maybe_a_share(text: str, wanted: tuple[str, float]) -> None:
@@ -220,8 +207,8 @@ def test_a_protocol_is_a_name_and_maybe_a_share(text: str, wanted: tuple[str, fl
         ("logistics:1%", "did you mean 'logistic'"),
         ("logistic:", "written logistic:10%"),
         ("logistic:1", "written logistic:10%"),
-        ("ridge:0%", "above 0 and at most 100"),
-        ("ridge:101%", "above 0 and at most 100"),
+        ("knn:0%", "above 0 and at most 100"),
+        ("knn:101%", "above 0 and at most 100"),
         ("knn:-1%", "above 0"),
         ("knn:nan%", "above 0"),
         ("knn:1%:2%", "above 0"),
@@ -259,19 +246,19 @@ def test_a_share_is_stratified_and_nested(
 
 def test_a_share_of_the_labels_is_a_probe_on_those_images(loaded: list[str]) -> None:
     encoder = make_encoder()
-    names = ("logistic:20%", "ridge:20%", "knn:20%", "logistic:2%", "logistic")
+    names = ("logistic:20%", "knn:20%", "logistic:2%", "logistic")
     rows = evaluate(encoder, "colours", protocols=names, targets=["hue"], limit=200)
     train, test = colours("train", 240, 0).subset(200), colours("test", 100, 1)
     y, wanted = train.targets["hue"].values, test.targets["hue"].values
     part = labelled_share(y, 0.2, 0)
     for source, floor in ((encoder, False), (encoder.untrained(0), True)):
         x, new = embed(source, train).x, embed(source, test).x
-        probes = (LogisticProbe(), RidgeProbe(), KNNProbe())
+        probes = (LogisticProbe(), KNNProbe())
         for row, probe in zip(rows, probes, strict=False):
             accuracy = probe.fit(x[part], y[part]).score(new, wanted)
             assert (row.untrained if floor else row.accuracy) == accuracy
             assert row.n_train == len(part) == 40
-    few, whole = rows[3], rows[4]
+    few, whole = rows[2:4]
     assert (few.n_train, whole.n_train) == (len(labelled_share(y, 0.02, 0)), 200)
     assert few.protocol == "logistic:2%" and few.pixels is not None
 
@@ -306,24 +293,3 @@ def test_held_out_images_are_scored_on_and_test_is_never_loaded(
     x, new = embed(make_encoder(), rest).x, embed(make_encoder(), aside).x
     probe = LogisticProbe().fit(x, rest.targets["hue"].values)
     assert held.accuracy == probe.score(new, aside.targets["hue"].values)
-
-
-def test_finetune_rows_have_an_untrained_floor_and_no_pixels(
-    loaded: list[str], short: None
-) -> None:
-    encoder = make_encoder()
-    before = encoder.fingerprint()
-    rows = evaluate(encoder, "colours", protocols=["finetune", "finetune:25%"], targets=["hue"])
-    train, test = colours("train", 240, 0), colours("test", 100, 1)
-    y, wanted = train.targets["hue"].values, test.targets["hue"].values
-    assert encoder.fingerprint() == before
-    for row, share in zip(rows, (1.0, 0.25), strict=True):
-        part = labelled_share(y, share, 0)
-        assert row.n_train == len(part)
-        assert row.pixels is None and row.pixels_interval is None
-        tuned, fresh = (
-            QuickTune(e).fit(train, y[part], part) for e in (encoder, encoder.untrained(0))
-        )
-        assert row.accuracy == tuned.score(test, wanted)
-        assert row.untrained == fresh.score(test, wanted)
-        assert row.settings["steps"] == 12

@@ -156,19 +156,19 @@ def test_measures_and_floors_are_of_the_runs_own_held_out_images_and_seed(
     probes = Probes(
         ("scenes", "scenes:single"), ("logistic:25%",),
         {"scenes": ("count",), "scenes:single": ("shape",)}, 200,
-        ("information", "factors", "kept"), ("ridge",),
+        ("information", "factors", "kept"), ("knn",),
     )  # fmt: skip
     task = Task(TINY.replace(**SETTINGS, groups=groups), tmp_path / groups, probes)
     row = run_and_probe(task)
     assert "scenes/test" not in splits and "scenes:single/test" in splits
     facts = [(p["data"], p["protocol"], p["settings"]["scored_on"]) for p in row["probes"]]
     assert facts == [
-        ("scenes", "logistic:25%", "holdout"), ("scenes", "ridge", "holdout"),
+        ("scenes", "logistic:25%", "holdout"), ("scenes", "knn", "holdout"),
         ("scenes:single", "logistic:25%", "test"),
     ]  # fmt: skip
     # The untrained floors are those of the run's own seed, probed as all runs are.
     again = evaluate(
-        load(task.run_dir).untrained(1), "scenes", protocols=("logistic:25%", "ridge"),
+        load(task.run_dir).untrained(1), "scenes", protocols=("logistic:25%", "knn"),
         targets=["count"], limit=200, holdout=130, img_size=(32, 32), floors=False,
     )  # fmt: skip
     assert [p["untrained"] for p in row["probes"][:2]] == [p.accuracy for p in again]
