@@ -31,7 +31,7 @@ from study import Row, check_entries, read_recipe
 from sparsejepa.config import load_toml
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import UserError
-from sparsejepa.study.results import ALWAYS, Task, read_results, read_rows, row_key
+from sparsejepa.study.results import Task, read_results, row_key
 from sparsejepa.study.runs import run_tasks, terminable
 from sparsejepa.study.sweep import arm_settings
 
@@ -81,7 +81,7 @@ def work(args: argparse.Namespace) -> int:
 def read_ledger(args: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]:
     """Return the lines of results in the files beside --results, and the last line of each key."""
     others = sorted(p for p in args.results.parent.glob("*.jsonl") if p.name != args.results.name)
-    elsewhere = [row for path in others for row in read_rows(path) if row.keys() >= ALWAYS]
+    elsewhere = [row for path in others for row in read_results(path)]
     return elsewhere, {row_key(row): row for row in [*elsewhere, *read_results(args.results)]}
 
 

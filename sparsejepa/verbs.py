@@ -235,8 +235,7 @@ class Sweep(Settings):
     """Folder of the sweep; runs/sweep-DATA if not given."""
     slurm: tuple[str, ...] = ()
     """Make each run a job of a SLURM cluster, --jobs at a time, with these KEY=VALUE of sbatch,
-    such as time=240 partition=gpu gpus-per-node=1. The jobs go on when this command ends, and the
-    same command again collects them."""
+    such as time=240 partition=gpu gpus-per-node=1."""
     groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
     """The group-sparse map; --lam and --density are lists here."""
 
@@ -619,37 +618,37 @@ class Masks(Verb):
     seed: int = 0
     """Seed of the masks."""
     out: Path | None = None
-    """Picture to write; masks-ACTION.png if not given."""
+    """Picture of the preview; masks-preview.png if not given."""
 
 
 def masks(args: Masks, console: Console) -> dict[str, Any]:
-    """Write the picture and print the numbers."""
+    """Draw some masks, or print how often each patch is used and how often it should be."""
     check_counts(args, "batch_size", "batches", "count")
+    if args.out and args.action == "audit":
+        raise UserError(f"--out {args.out}: an audit has no picture; leave it out")
     config = Config(masks=args.masks).replace(
         img_size=args.img_size, patch_size=args.patch_size, predictor_pass=args.predictor_pass
     )
     size = image_size(args.img_size) or (32, 32)
     config.check().check_image(size)
     from sparsejepa.model.audit import audit
-    from sparsejepa.study.figures import mask_audit_figure, mask_preview_figure, save_png
+    from sparsejepa.study.page import mask_preview_figure, save_png
     from sparsejepa.training.build import build_sampler
 
     grid = (size[0] // args.patch_size, size[1] // args.patch_size)
     sampler = build_sampler(config, grid)
-    out = args.out or Path(f"masks-{args.action}.png")
     found: dict[str, Any] = {
-        "out": out,
         "grid_size": list(grid),
         "target_shapes": [list(shape) for shape in sampler.target_shapes],
         "context_counts": list(sampler.context_counts),
     }
     if args.action == "audit":
         result = audit(sampler, batch_size=args.batch_size, batches=args.batches, seed=args.seed)
-        save_png(mask_audit_figure(result), out)
         found |= result.summary()
     else:
-        save_png(mask_preview_figure(sampler, args.count, args.seed), out)
-    show_facts(console, found, f"masks {args.action}: {out}")
+        found["out"] = args.out or Path("masks-preview.png")
+        save_png(mask_preview_figure(sampler, args.count, args.seed), found["out"])
+    show_facts(console, found, f"masks {args.action}")
     return found
 
 

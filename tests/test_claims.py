@@ -41,7 +41,7 @@ NOISE -= NOISE[:, :5].mean(1, keepdims=True)
 
 
 def interval(mean: float, half: float, n: int) -> Interval:
-    return Interval(mean, mean - half, mean + half, (0.0, 0.0), n)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 # --- the rules
@@ -79,7 +79,7 @@ def test_equality_needs_an_interval_inside_the_margin(
 
 
 def test_nothing_and_one_seed_are_not_tested() -> None:
-    for one in (None, Interval(0.5, None, None, None, 1)):
+    for one in (None, Interval(0.5, None, None, 1)):
         assert judged(one) == inside(one, -1, 1) == UNTESTED
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -27,7 +26,6 @@ from sparsejepa.encoders.encoder import save_encoder
 from sparsejepa.encoders.load import load
 from sparsejepa.errors import UserError
 from sparsejepa.model.vit import ViT
-from sparsejepa.study.figures import points
 from sparsejepa.study.results import read_results, read_rows, row_key
 
 DEADLINE = 10  # seconds for one case; the slowest takes a fraction of one
@@ -234,20 +232,6 @@ def test_an_encoder_is_loaded(name: str, count: int, run: Path) -> None:
         (run / name).write_text(json.dumps(json.loads((run / name).read_text())))  # as one line
     whole = (run / name).read_bytes()
     survive(count // 2, run / name, whole, lambda: load(run), json_too=name == "config.json")
-
-
-@pytest.mark.parametrize("count", CASES)
-def test_curves_are_drawn(count: int, run: Path) -> None:
-    path = run / "metrics.jsonl"
-    drawn: list[np.ndarray] = []
-
-    def read() -> None:
-        rows = read_rows(path)
-        drawn.extend(np.array(points(rows, key), float) for key in ("loss", "knn"))
-
-    # Lines that cannot be read are left out, so little is refused.
-    survive(count, path, path.read_bytes(), read, json_too=True, least=0.02)
-    assert len(drawn) > count and all(np.isfinite(curve).all() for curve in drawn)
 
 
 # Lines of results

@@ -33,9 +33,8 @@ from sparsejepa.explain.page import as_script
 from sparsejepa.explain.run import run_folder
 from sparsejepa.files import write_text
 from sparsejepa.model.vit import ViT
-from sparsejepa.study.figures import STYLE, inline_svg
-from sparsejepa.study.page import Page, Table, write_page
-from sparsejepa.study.template import resource
+from sparsejepa.study import resource
+from sparsejepa.study.page import STYLE, Page, Table, inline_svg, write_page
 from sparsejepa.training import checkpoint
 from sparsejepa.training.build import default_run_dir
 

@@ -17,7 +17,7 @@ from sparsejepa.explain.concepts import Gallery
 from sparsejepa.explain.measures import Row
 from sparsejepa.explain.readout import REFERENCES, RUN
 from sparsejepa.files import write_text
-from sparsejepa.study.template import render, resource
+from sparsejepa.study import render, resource
 
 PACKAGE = "sparsejepa.explain"
 

@@ -1,8 +1,7 @@
 """Runs as jobs of a SLURM cluster, by submitit.
 
-A job is one run. It writes how the run ended to a JSON file of its own; the one process that
-submitted collects these files. So the jobs go on without that process, and the same command again
-picks up what they found meanwhile. Nothing that a job pickled is read here.
+A job is one run. It writes how the run ended to a JSON file of its own, and the one process that
+submitted collects these files: nothing that a job pickled is read here.
 """
 
 from __future__ import annotations
@@ -88,7 +87,8 @@ class Job:
             asked.append(arguments)
             signal.raise_signal(signal.SIGINT)  # on which a run saves and ends
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stop in (signal.SIGINT, signal.SIGTERM):  # the second when it is cancelled
+            signal.signal(stop, signal.default_int_handler)
         signal.signal(number, leave)
         try:
             found: dict[str, Any] = {"row": self.step(self.task)}
@@ -111,72 +111,48 @@ def outcomes(
     cluster: Cluster,
     tasks: Mapping[str, T],
     step: Callable[[T], dict[str, Any]],
-    *,
     at_a_time: int | None,
-    say: Callable[[str], object],
 ) -> Generator[tuple[T, dict[str, Any] | UserError] | None, None, None]:
     """Do `step` of each task as a job; yield each with its line or its UserError, as they end.
 
-    None is yielded now and then while there is nothing new. What earlier jobs of the same names
-    found is taken, jobs that are still there are waited for, and the others are submitted as one
-    array, `at_a_time` of it at once. When this is left, the jobs go on, and `say` gets a line about
-    it. `tasks` are by a name that is also a file's; tasks of equal names are the same work.
+    `tasks` are by a name that is also a file's. All are submitted as one array, `at_a_time` of it
+    at once; None is yielded now and then. When this is left, jobs that are still there are
+    cancelled, on which their runs save.
     """
+    if not tasks:
+        return
     executor, folder = cluster.executor(at_a_time), cluster.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     jobs: dict[str, Any] = {}
-    for name in tasks:
-        note, found = folder / f"{name}.job", folder / f"{name}.json"
-        if note.exists() and re.fullmatch(r"\d+(_\d+)?", number := note.read_text()):
-            job = executor.job_class(executor.folder, number)
-            if found.exists() or not job.done():
-                jobs[name] = job
-    new = {n: Job(step, task, folder / f"{n}.json") for n, task in tasks.items() if n not in jobs}
-    if new:
-        jobs |= _submit(executor, new)
-    gone: dict[str, float] = {}
-    try:
-        while jobs:
-            for name, job in list(jobs.items()):
-                outcome = _outcome(folder / f"{name}.json", job, gone)
-                if outcome is not None:
-                    yield tasks[name], outcome
-                    del jobs[name]
-                    for end in (".json", ".job"):
-                        (folder / f"{name}{end}").unlink(missing_ok=True)
-            yield None
-            time.sleep(POLL_SECONDS if jobs else 0)
-    finally:
-        if jobs:
-            say(
-                f"{len(jobs)} jobs go on by themselves; the same command again collects them, and "
-                f"scancel {' '.join(job.job_id for job in jobs.values())} would stop them"
-            )
-
-
-def _submit(executor: Any, work: Mapping[str, Job]) -> dict[str, Any]:
-    """Submit jobs as one array; return them by name, and note their numbers beside the outcomes."""
     try:
         with executor.batch():
-            jobs = {name: executor.submit(job) for name, job in work.items()}
+            for name, task in tasks.items():
+                (folder / f"{name}.json").unlink(missing_ok=True)
+                jobs[name] = executor.submit(Job(step, task, folder / f"{name}.json"))
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         what = " ".join(str(getattr(error, "stderr", "") or error).split())
         raise UserError(f"--slurm: the jobs were not taken: {what}") from None
-    for name, job in jobs.items():
-        write_text(work[name].outcome.with_suffix(".job"), job.job_id)
-    return jobs
+    try:
+        while jobs:
+            for name in [name for name, job in jobs.items() if job.done()]:
+                yield tasks[name], _outcome(folder / f"{name}.json", jobs.pop(name).job_id)
+            yield None
+            time.sleep(POLL_SECONDS if jobs else 0)
+    finally:
+        for job in jobs.values():
+            job.cancel(check=False)
 
 
-def _outcome(path: Path, job: Any, gone: dict[str, float]) -> dict[str, Any] | UserError | None:
-    """Return how a job ended, None while it goes on; `gone` says since when jobs are no more."""
-    ended = job.done()
+def _outcome(path: Path, number: str) -> dict[str, Any] | UserError:
+    """Return how a job ended that is no more."""
+    until = time.monotonic() + GRACE_SECONDS
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
     if path.exists():
         found = read_json(path)
+        path.unlink()
         return found["row"] if "row" in found else UserError(str(found["error"]))
-    if not ended or time.monotonic() - gone.setdefault(path.stem, time.monotonic()) < GRACE_SECONDS:
-        return None
-    log = path.parent / "submitit" / f"{job.job_id}_0_log.err"
+    log = path.parent / "submitit" / f"{number}_0_log.err"
     return UserError(
-        f"job {job.job_id} of {path.stem} ended without a word (cancelled, killed, or out of "
-        f"memory?): see {log}; the same command again goes on from its checkpoint"
+        f"job {number} of {path.stem} ended without a word (cancelled, killed, or out of memory?): "
+        f"see {log}; the same command again goes on from its checkpoint"
     )

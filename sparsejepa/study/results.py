@@ -1,4 +1,15 @@
-"""Lines of results: one JSON object for each run, and the key that says which run a line is of."""
+"""Lines of results: one JSON object for each run, and the key that says which run a line is of.
+
+Every line has a `key` (see `Task.key`), `train_version` and `eval_version` (1 where it does not
+say), `recipe` (or search; empty for a sweep), `arm`, `seed`, `data`, `failed` (None, or the loss
+that was not finite or exploded and its step), `probes` (a `ProbeRow` for each data set, target and
+protocol), `jobs` (runs that shared the machine), `command`, `settings` (without data_root),
+`probed` (as `Probes`), `environment` (of the training), `finished` (UTC), in a search `trial`.
+Unless its run failed it has `measures`; the last `knn`, `rankme`, `density`, `groups_per_latent`
+and `dead_groups`; the `nonzero_elements` of the `elements` of W; `alarms`, `steps`, `seconds`,
+`probe_seconds`, `gpu_seconds` (both together over `jobs`; 0 on the CPU), `images_per_second` and
+`encoder`, the sha256 of its weights.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,47 +26,6 @@ from typing import Any
 from sparsejepa import version
 from sparsejepa.config import REMOVED, Config
 from sparsejepa.errors import UserError
-
-FIELDS = {
-    "key": "hash of settings, seed, probes and versions, see `Task.key`",
-    "train_version": "`TRAIN_VERSION` of the run; 1 where a line does not say",
-    "eval_version": "`EVAL_VERSION` of its probes and measures; 1 where a line does not say",
-    "recipe": "the recipe or search that it belongs to; empty for a sweep",
-    "arm": "its name among its twins: dense, lam=0.01, density=0.25+beta=0",
-    "seed": "of weights, order, masks and augmentation",
-    "data": "the images that it was trained on",
-    "failed": "None, or the loss that was not finite or exploded and its step; then no probes",
-    "probes": "a `ProbeRow` without its encoder for each data set, target and protocol",
-    "jobs": "runs that shared the machine",
-    "command": "what repeats it",
-    "settings": "as `Config.to_dict`, without data_root",
-    "probed": "as `Probes`",
-    "environment": "versions, hardware and commit of the training",
-    "finished": "when the line was written, UTC",
-}
-"""What a line of results holds, by field."""
-
-DONE = {
-    "measures": "by name, those of `evaluation.measured` that were asked for",
-    "knn": "last accuracy of the online k-NN, None without labels",
-    "rankme": "last effective rank of the pooled embedding",
-    "density": "share of non-zero (group, latent) columns of W, None for dense; so the next four",
-    "groups_per_latent": "mean number of groups that a latent feeds",
-    "dead_groups": "groups that no latent feeds",
-    "nonzero_elements": "of W",
-    "elements": "of W",
-    "alarms": "signs of collapse, in the order in which they were raised",
-    "steps": "optimiser steps",
-    "seconds": "wall time of the training",
-    "probe_seconds": "wall time of probes and measures",
-    "gpu_seconds": "the sum of both divided by `jobs`; 0 on the CPU",
-    "images_per_second": "of the training",
-    "encoder": "sha256 of encoder.safetensors, which recipes/run.py keeps in runs/encoders/",
-}
-"""What it holds as well unless its run failed. A line of a search also has its "trial"."""
-
-ALWAYS = {"key", "arm", "seed", "probes"}
-"""What the oldest lines have, too."""
 
 # Settings that change no number.
 _FREE = {
@@ -166,40 +136,10 @@ def is_current(row: Mapping[str, Any]) -> bool:
 def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
     """Return the JSON objects of a file that has one on each line; a missing file has none.
 
-    Other lines, such as one that a kill cut short, are left out; UserError names one if `strict`.
-    """
-    rows = list(_lines(path))
-    if strict and (broken := [number for number, row in rows if row is None]):
-        raise UserError(f"{path}, line {broken[0]}: no JSON object (cut short?); remove it")
-    return [row for _, row in rows if row is not None]
-
-
-def read_results(
-    path: Path, say: Callable[[str], object] = lambda line: None
-) -> list[dict[str, Any]]:
-    """Read a file of results; `say` gets a line about each one that a kill cut short.
-
-    Raises UserError for an object that is no line of results, by its number.
+    Other lines, such as one that a kill cut short, are left out. Raises UserError if the file is no
+    text, and with `strict` for such a line by its number.
     """
     rows = []
-    for number, row in _lines(path):
-        if row is None:
-            say(f"{path}, line {number}: cut short and passed over; its run is done again")
-        elif missing := ALWAYS - row.keys():
-            raise UserError(
-                f"{path}, line {number}: no line of results, it has no '{min(missing)}'; remove it "
-                "or name another file"
-            )
-        else:
-            rows.append(row)
-    return rows
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield the number and the object of each line, None where it is none.
-
-    Raises UserError if the file is no text.
-    """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError:
@@ -209,7 +149,16 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        yield number, row if isinstance(row, dict) else None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif strict:
+            raise UserError(f"{path}, line {number}: no JSON object (cut short?); remove it")
+    return rows
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of results in a file, which may hold others; see `read_rows`."""
+    return [row for row in read_rows(path) if row.keys() >= {"key", "arm", "seed", "probes"}]
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

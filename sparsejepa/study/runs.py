@@ -88,7 +88,7 @@ def run_tasks(
     console = console or Console(quiet=True)
     found: dict[str, list[dict[str, Any]]] = {}
     trained: dict[str, dict[str, Any]] = {}
-    for row in [*before, *read_results(results, console.print)]:
+    for row in [*before, *read_results(results)]:
         found.setdefault(row_key(row), []).append(row)
         if "encoder" in row:
             trained[row_key(row, run=True)] = row
@@ -103,7 +103,7 @@ def run_tasks(
     check_tasks(todo)
     if cluster:
         named = {f"{task.run_dir.name}.{task.key}": task for task in todo}
-        ways = outcomes(cluster, named, attempt, at_a_time=jobs, say=console.print)
+        ways = outcomes(cluster, named, attempt, jobs)
     else:
         ways = _outcomes(todo, jobs, console)
     failed, done, said = list[UserError](), 0, time.monotonic()
@@ -327,7 +327,7 @@ def attempt(task: Task, console: Console | None = None) -> dict[str, Any]:
 
 
 def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
-    """Train (or go on with, or read) one run, probe it and return its line, see `results.FIELDS`.
+    """Train (or go on with, or read) one run, probe it and return its line, see `results`.
 
     Where only probes have changed since `task.earlier`, its kept encoder is probed instead.
     """
@@ -347,7 +347,7 @@ def run_and_probe(task: Task, console: Console | None = None) -> dict[str, Any]:
 
 
 def _about(task: Task) -> dict[str, Any]:
-    """Return what every line of results says of its run, see `results.FIELDS`."""
+    """Return what every line of results says of its run, see `results`."""
     return {
         "key": task.key,
         "train_version": version.TRAIN_VERSION,

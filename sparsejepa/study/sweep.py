@@ -6,37 +6,22 @@ map without penalty) are always inside: a gain of a sparse arm counts against bo
 
 from __future__ import annotations
 
-import contextlib
-import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tomli_w
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from sparsejepa.config import Config, preset
-from sparsejepa.data.catalog import load_images
 from sparsejepa.errors import UserError, nearest
-from sparsejepa.study.figures import save_png
-from sparsejepa.study.page import (
-    Page,
-    Picture,
-    Table,
-    samples_picture,
-    sweep_pictures,
-    write_page,
-)
-from sparsejepa.study.results import Probes, Task, read_rows
-from sparsejepa.study.runs import load_w, run_tasks
+from sparsejepa.study.page import Page, Table, save_png, sweep_pictures, write_page
+from sparsejepa.study.results import Probes, Task
+from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.verdict import Summary, Verdict, summarise, table, verdict
-from sparsejepa.training.build import build_sampler, prepare
-from sparsejepa.training.checkpoint import read_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +30,6 @@ if TYPE_CHECKING:
 
 RESULTS = "results.jsonl"
 REPORT = "report.html"
-SAMPLES = 6  # images shown on the page
 
 
 @dataclass(frozen=True)
@@ -57,26 +41,18 @@ class SweepResult:
     summary: Summary
     verdict: Verdict
 
-    @property
-    def table(self) -> RichTable:
-        """The results as a rich table, the floors last."""
+    def show(self, console: Console) -> None:
+        """Print the table, the floors last, the verdict and where the page lies."""
         header, lines = table(self.summary)
-        rich = RichTable(
-            box=SIMPLE_HEAD, padding=(0, 1), caption=caption(self.summary), caption_justify="left"
-        )
+        rich = RichTable(box=SIMPLE_HEAD, padding=(0, 1), caption=caption(self.summary))
         for i, name in enumerate(header):
-            name = re.sub(r"(?<=:) | (?=\()|(?<=per) |(?<=non-zero) |(?<=dead) ", "\n", name)
             rich.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
         for line in lines:
             rich.add_row(*line, style="dim" if line[0].endswith("floor") else None)
-        return rich
-
-    def show(self, console: Console) -> None:
-        """Print table, verdict and where the page lies."""
-        console.print(self.table)
-        for text in (self.verdict.text, *self.verdict.remarks):
+        console.print(rich)
+        page = f"The page with figures: {self.out / REPORT}"
+        for text in (self.verdict.text, *self.verdict.remarks, page):
             console.print(text, highlight=False, markup=False)
-        console.print(f"The page with figures: {self.out / REPORT}", highlight=False, markup=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -138,15 +114,10 @@ def run_sweep(
     remarks = [f"{row['arm']}, seed {row['seed']}: failed, {row['failed']}." for row in failed]
     if not rows:
         raise UserError(f"{out}: all runs failed; {remarks[0]} Try a lower --lr in a new folder")
-    try:
-        summary = summarise(rows)
-        found = verdict(summary)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        raise UserError(
-            f"{out / RESULTS}: damaged; remove it and run the same command again, the runs are kept"
-        ) from None
+    summary = summarise(rows)
+    found = verdict(summary)
     result = SweepResult(out, rows, summary, replace(found, remarks=(*found.remarks, *remarks)))
-    _write_report(result, arms, config, title or f"Dense against sparse on {config.data}")
+    _write_report(result, arms, title or f"Dense against sparse on {config.data}")
     return result
 
 
@@ -157,8 +128,6 @@ DEMO_PROBES = Probes(
     targets={"scenes": ("count",), "scenes:single": ("size", "x")},
     limit=3000,
 )
-# Shows in seconds that everything works; learns nothing.
-QUICK = {"limit": 256, "steps": 4, "batch_size": 32, "patch_size": 8}
 
 
 def run_demo(
@@ -166,11 +135,12 @@ def run_demo(
 ) -> SweepResult:
     """Train dense, lam=0 and one sparse arm on the built-in scenes, probe count and factors.
 
-    Minutes on two CPU cores, no network; `quick` is a smoke run of seconds. Otherwise as
-    `run_sweep`.
+    Minutes on two CPU cores, no network; `quick` shows in seconds that everything works and learns
+    nothing. Otherwise as `run_sweep`.
     """
+    few = {"limit": 256, "steps": 4, "batch_size": 32} if quick else {}
     return run_sweep(
-        preset("demo").replace(**(QUICK if quick else {})),
+        preset("demo").replace(**few),
         lams=(DEMO_LAM,),
         seeds=1,
         out=out,
@@ -210,23 +180,23 @@ def arm_settings(arm: str) -> dict[str, Any]:
     may go on with +SETTING=VALUE; several values of a setting have commas between them. Raises
     UserError for a name that is no arm.
     """
-    first, _, more = arm.partition("+")
-    name, _, value = first.partition("=")
-    settings: dict[str, Any] = {}
-    if first == "dense":
-        settings = {"groups": "none", "lam": 0.0, "density": None, "pattern": "learned"}
-    with contextlib.suppress(ValueError):
-        if name == "lam":
-            settings = {"lam": float(value), "density": None, "pattern": "learned"}
-        elif name == "density":
-            settings = {"lam": 0.0, "density": float(value)}
-    if not settings:
+    first, *more = arm.split("+")
+    kind, _, level = first.partition("=")
+    settings: dict[str, Any] = {"lam": 0.0, "density": None, "pattern": "learned"}
+    try:
+        if first == "dense":
+            settings["groups"] = "none"
+        elif kind == "lam":
+            settings["lam"] = float(level)
+        else:
+            settings = {"lam": 0.0, {"density": "density"}[kind]: float(level)}
+    except (ValueError, KeyError):
         raise UserError(
             f"unknown arm '{arm}'; an arm is dense, lam=NUMBER or density=NUMBER, and may go on "
             "with +SETTING=VALUE"
-        )
+        ) from None
     defaults = Config().flat()
-    for item in more.split("+") if more else ():
+    for item in more:
         name, equals, text = item.partition("=")
         if name not in defaults or not (equals and text):
             raise UserError(f"arm '{arm}': '{item}' is no SETTING=VALUE{nearest(name, defaults)}")
@@ -257,65 +227,36 @@ def caption(summary: Summary) -> str:
     )
 
 
-def _write_report(result: SweepResult, arms: Sequence[str], config: Config, title: str) -> None:
+def _write_report(result: SweepResult, arms: Sequence[str], title: str) -> None:
     """Write the figures as PNG and the page."""
     first, summary = result.rows[0], result.summary
     settings, about = first["settings"], first["environment"]
-    folders = {arm: result.out / f"{arm}-s{config.run.seed}" for arm in arms}
-    gone = [folder.name for folder in folders.values() if not folder.is_dir()]
-    remarks = result.verdict.remarks
-    if gone:  # the numbers are in the results all the same
-        remarks = (*remarks, f"No curves, images and W: {', '.join(gone)} is gone from the folder.")
-    pictures = sweep_pictures(result.summary, {}, None) if gone else _pictures(result, folders)
+    pictures = sweep_pictures(summary)
     for picture in pictures:
         save_png(picture.figure, result.out / "figures" / f"{picture.name}.png")
     hardware = ", ".join(about["gpus"]) or f"{about['cpu']}, {about['cores']} cores"
     seeds = len({row["seed"] for row in result.rows})
     minutes = sum(row["seconds"] + row["probe_seconds"] for row in result.rows) / 60
-    header, lines = table(summary)
-    write_page(
-        result.out / REPORT,
-        Page(
-            title=title,
-            subtitle=f"{settings['model']['encoder']} encoder, {first['steps']:,} steps of "
-            f"{settings['optim']['batch_size']} images, {len(arms)} arms, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}, on {hardware}.",
-            verdict=result.verdict.text,
-            remarks=remarks,
-            tables=[Table("Results", header, lines, caption(summary))],
-            pictures=pictures,
-            command=first["command"],
-            environment={
-                "commit": about["commit"] or "not a source checkout",
-                "versions": ", ".join(
-                    f"{name} {about[name]}" for name in ("sparsejepa", "torch", "python")
-                ),
-                "hardware": hardware,
-                "work": f"{minutes:.1f} process minutes for {len(result.rows)} runs and probes",
-                "finished": max(row["finished"] for row in result.rows),
-            },
-            settings=tomli_w.dumps(settings),
-        ),
+    page = Page(
+        title=title,
+        subtitle=f"{settings['model']['encoder']} encoder, {first['steps']:,} steps of "
+        f"{settings['optim']['batch_size']} images, {len(arms)} arms, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, on {hardware}.",
+        verdict=result.verdict.text,
+        remarks=[
+            *result.verdict.remarks,
+            "Curves, W and images of a run: sparsejepa explain RUN.",
+        ],
+        tables=[Table("Results", *table(summary), caption(summary))],
+        pictures=pictures,
+        command=first["command"],
+        environment={
+            "commit": about["commit"] or "not a source checkout",
+            "versions": ", ".join(f"{x} {about[x]}" for x in ("sparsejepa", "torch", "python")),
+            "hardware": hardware,
+            "work": f"{minutes:.1f} process minutes for {len(result.rows)} runs and probes",
+            "finished": max(row["finished"] for row in result.rows),
+        },
+        settings=tomli_w.dumps(settings),
     )
-
-
-def _pictures(result: SweepResult, runs: Mapping[str, Path]) -> list[Picture]:
-    """Return the page's figures: of all runs, and of one seed's training and images.
-
-    `runs`: that seed's run directories by arm.
-    """
-    last = list(runs)[-1]
-    config = read_config(runs[last])  # with the patches of an encoder that runs began from
-    image_set = prepare(config, load_images, runs[last])[2]
-    patch = config.model.patch_size
-    grid = (image_set.img_size[0] // patch, image_set.img_size[1] // patch)
-    masks = build_sampler(config, grid).sample(SAMPLES, seed=config.run.seed, step=0)
-    opened = image_set.open("cpu", 0)  # a stream has no array of all
-    first = opened.take(torch.arange(SAMPLES)).numpy()
-    opened.close()
-    samples = samples_picture(first, masks, grid)
-    curves = {arm: read_rows(run / "metrics.jsonl") for arm, run in runs.items()}
-    shown = result.verdict.arm or last
-    w = load_w(runs[shown])
-    norms = None if w is None else (shown, np.linalg.norm(w, axis=1))
-    return [*sweep_pictures(result.summary, curves, norms), samples]
+    write_page(result.out / REPORT, page)

@@ -21,23 +21,18 @@ BySeed = Mapping[int, float]
 STRUCTURE = {
     "groups_per_latent": "groups per latent",
     "nonzero_elements": "non-zero elements",
-    "density": "density",
     "dead_groups": "dead groups",
 }
-"""Measures of structure in a row, and how tables and figures call them."""
+"""Measures of structure in a row, beside the density, and what the table calls them."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences with its t interval and, beside it, a bootstrap interval.
-
-    low, high and bootstrap are None for a single pair: one difference has no spread.
-    """
+    """Mean of n paired differences with its Student t interval; a single one has no spread."""
 
     mean: float
     low: float | None
     high: float | None
-    bootstrap: tuple[float, float] | None
     n: int
 
 
@@ -77,6 +72,11 @@ class Summary:
         """Return the arm of that name, or None."""
         return next((a for a in self.arms if a.name == name), None)
 
+    @property
+    def first(self) -> str | None:
+        """The first measure from which something follows: that of the verdict."""
+        return next((m for m in self.measures if m not in self.uninformative), None)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -89,38 +89,19 @@ class Verdict:
     remarks: tuple[str, ...]
 
 
-def paired_interval(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    *,
-    level: float = LEVEL,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Return the mean of a - b, paired by position, with its Student t interval.
-
-    The bootstrap is the percentile interval of the mean of resampled differences; it is too narrow
-    below about ten pairs, which is why the t interval is the one that decides.
-    """
-    difference = np.asarray(a, float) - np.asarray(b, float)
-    n, mean = len(difference), float(difference.mean())
-    if n < 2:
-        return Interval(mean, None, None, None, n)
+def compare(a: BySeed, b: BySeed, level: float = LEVEL) -> Interval | None:
+    """Return the interval of a - b over the seeds that both have, None if there is none."""
+    difference = np.array([a[seed] - b[seed] for seed in sorted(set(a) & set(b))], float)
+    n = len(difference)
+    if not n:
+        return None
+    mean = float(difference.mean())
+    if n == 1:
+        return Interval(mean, None, None, n)
     from scipy.stats import t
 
     half = float(t.ppf(0.5 + level / 2, n - 1) * difference.std(ddof=1) / math.sqrt(n))
-    draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    tails = [50 * (1 - level), 50 * (1 + level)]
-    low, high = np.percentile(difference[draws].mean(1), tails)
-    return Interval(mean, mean - half, mean + half, (float(low), float(high)), n)
-
-
-def compare(a: BySeed, b: BySeed, level: float = LEVEL) -> Interval | None:
-    """Return the paired interval of a - b over the seeds that both have, None if there is none."""
-    seeds = sorted(set(a) & set(b))
-    if not seeds:
-        return None
-    return paired_interval([a[s] for s in seeds], [b[s] for s in seeds], level=level)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def beats(values: BySeed, floor: BySeed, images: int) -> bool:
@@ -153,47 +134,49 @@ def measure_name(probe: Mapping[str, Any]) -> str:
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
     """Gather the rows of results.jsonl (one per run) by arm, measure and seed."""
-    accuracy: dict[str, dict[str, dict[int, float]]] = {}
-    structure: dict[str, dict[str, dict[int, float]]] = {}
-    levels: dict[str, tuple[float | None, float | None]] = {}
+    arms: dict[str, Arm] = {}
     untrained: dict[str, dict[int, float]] = {}
     pixels: dict[str, float] = {}
     images: dict[str, int] = {}
     for row in rows:
-        arm, seed = row["arm"], row["seed"]
-        groups = row["settings"]["groups"]
+        groups, seed = row["settings"]["groups"], row["seed"]
         dense, density = groups["groups"] == "none", groups.get("density")
-        levels[arm] = (
-            None if dense or density is not None else groups["lam"],
-            None if dense else density,
-        )
+        lam = None if dense or density is not None else groups["lam"]
+        new = Arm(row["arm"], lam, None if dense else density, {}, {})
+        arm = arms.setdefault(row["arm"], new)
         for probe in row["probes"]:
             name = measure_name(probe)
-            accuracy.setdefault(arm, {}).setdefault(name, {})[seed] = probe["accuracy"]
+            _note(arm.accuracy, name, seed, probe["accuracy"])
             images[name] = probe["n_test"]
             if probe.get("untrained") is not None:
-                untrained.setdefault(name, {})[seed] = probe["untrained"]
+                _note(untrained, name, seed, probe["untrained"])
             if probe.get("pixels") is not None:
                 pixels[name] = probe["pixels"]
-        for name in STRUCTURE:
+        for name in ("density", *STRUCTURE):
             if row.get(name) is not None:
-                structure.setdefault(arm, {}).setdefault(name, {})[seed] = row[name]
-    arms = tuple(
-        Arm(name, *levels[name], accuracy.get(name, {}), structure.get(name, {}))
-        for name in sorted(levels, key=lambda name: _order(levels[name]))
-    )
+                _note(arm.structure, name, seed, row[name])
+    ordered = sorted(arms.values(), key=lambda a: (a.density or -1, -1 if a.lam is None else a.lam))
 
     def above(arm: Arm, name: str, floor: BySeed) -> bool:
         return beats(arm.accuracy.get(name, {}), floor, images[name])
 
-    controls = [arm for arm in arms if not arm.sparse]
-    weak = [m for m in images if not all(above(a, m, untrained.get(m, {})) for a in controls)]
-    low = [
+    weak = {
+        name
+        for name in images
+        if not all(above(arm, name, untrained.get(name, {})) for arm in ordered if not arm.sparse)
+    }
+    low = {
         name
         for name, floor in pixels.items()
-        if not any(above(a, name, dict.fromkeys(a.accuracy.get(name, {}), floor)) for a in arms)
-    ]
-    return Summary(arms, tuple(images), untrained, pixels, frozenset(weak), frozenset(low))
+        if not any(above(a, name, dict.fromkeys(a.accuracy.get(name, {}), floor)) for a in ordered)
+    }
+    return Summary(
+        tuple(ordered), tuple(images), untrained, pixels, frozenset(weak), frozenset(low)
+    )
+
+
+def _note(where: Any, name: str, seed: int, value: float) -> None:
+    where.setdefault(name, {})[seed] = value
 
 
 def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -203,39 +186,23 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """
     control = summary.arm("lam=0")
     paired = any(len(values) > 1 for arm in summary.arms for values in arm.accuracy.values())
-    shown = [key for key in STRUCTURE if key != "density"]
-
-    def cells(name: str, values: dict[str, str], differences: dict[str, str]) -> list[str]:
-        line = [name]
-        for measure in summary.measures:
-            line.append(values.get(measure, "–"))
-            line += [differences.get(measure, "")] if paired else []
-        return line
-
-    header = cells(
-        "arm",
-        {measure: mark(summary, measure) for measure in summary.measures},
-        dict.fromkeys(summary.measures, "minus lam=0"),
-    )
-    lines = []
-    for arm in summary.arms:
-        values = {measure: percent(found) for measure, found in arm.accuracy.items()}
-        differences = {}
-        if control is not None and arm is not control:
-            for measure, found in arm.accuracy.items():
-                interval = compare(found, control.accuracy.get(measure, {}))
-                differences[measure] = difference(interval)
-        line = cells(arm.name, values, differences)
-        for key in shown:
-            found = arm.structure.get(key, {})
-            line.append(_number(mean_sd(found)[0]) if found else "–")
-        lines.append(line)
-    floors = {
-        "untrained floor": {m: percent(found) for m, found in summary.untrained.items()},
-        "raw-pixel floor": {m: percent({0: found}) for m, found in summary.pixels.items()},
-    }
-    lines += [cells(name, values, {}) + [""] * len(shown) for name, values in floors.items()]
-    return header + [STRUCTURE[key] for key in shown], lines
+    header, columns = ["arm"], [[arm.name for arm in summary.arms]]
+    columns[0] += ["untrained floor", "raw-pixel floor"]
+    for measure in summary.measures:
+        pixels = {0: summary.pixels[measure]} if measure in summary.pixels else {}
+        found = [arm.accuracy.get(measure, {}) for arm in summary.arms]
+        header.append(mark(summary, measure))
+        columns.append([percent(x) for x in (*found, summary.untrained.get(measure, {}), pixels)])
+        if paired:
+            base = control.accuracy.get(measure, {}) if control else {}
+            header.append("minus lam=0")
+            columns.append(["" if x is base else difference(compare(x, base)) for x in found])
+    for name, title in STRUCTURE.items():
+        header.append(title)
+        columns.append([_number(arm.structure.get(name, {})) for arm in summary.arms])
+    lines = len(columns[0])
+    whole = [column + [""] * (lines - len(column)) for column in columns]
+    return header, [list(line) for line in zip(*whole, strict=True)]
 
 
 def verdict(summary: Summary) -> Verdict:
@@ -245,8 +212,7 @@ def verdict(summary: Summary) -> Verdict:
     one that `choose` takes, and because it was chosen among k its interval is widened to level
     1 - 0.05/k (Bonferroni).
     """
-    remarks = _floor_remarks(summary)
-    measure = next((m for m in summary.measures if m not in summary.uninformative), None)
+    remarks, measure = _floor_remarks(summary), summary.first
     sparse = [arm for arm in summary.arms if arm.sparse and arm.accuracy]
 
     def none(reason: str) -> Verdict:
@@ -260,8 +226,6 @@ def verdict(summary: Summary) -> Verdict:
             "more than the interval. Train longer, or probe another target."
         )
     probed = {arm.name: arm.accuracy[measure] for arm in sparse if arm.accuracy.get(measure)}
-    if not probed:
-        return none(f"no arm with a penalty was probed on {measure}.")
     chosen, rivals = choose(probed)
     seeds, count = len(probed[rivals[0]]), len(rivals)
     if left_out := [f"{name} ({len(probed[name])})" for name in probed if name not in rivals]:
@@ -309,34 +273,31 @@ def _against_controls(
     """Return the outcome of an arm, chosen among `count`, against each control, and in words."""
     best = next(arm for arm in summary.arms if arm.name == chosen)
     outcomes, clauses = dict[str, str](), list[str]()
-    for control in (c for c in (summary.arm("lam=0"), summary.arm("dense")) if c is not None):
-        values = control.accuracy.get(measure, {})
+    for name in ("lam=0", "dense"):
+        control = summary.arm(name)
+        values = control.accuracy.get(measure, {}) if control else {}
         interval = compare(best.accuracy[measure], values, 1 - (1 - LEVEL) / count)
-        if interval is None:
-            continue
-        found = outcomes[control.name] = outcome(interval)
-        detail = f"{percent(values)} %, {difference(interval)} points"
-        said = f"{found} against" if interval.n > 1 else "against"
-        clauses.append(f"{said} {control.name} ({detail})")
+        if interval is not None:
+            outcomes[name] = outcome(interval)
+            said = f"{outcomes[name]} against" if interval.n > 1 else "against"
+            clauses.append(f"{said} {name} ({percent(values)} %, {difference(interval)} points)")
     subject = f"the best of {count} sparse arms, {best.name}," if count > 1 else best.name
-    reached = percent(best.accuracy[measure])
-    text = f"On {measure}, {subject} reaches {reached} %: {' and '.join(clauses)}."
+    text = f"On {measure}, {subject} reaches {percent(best.accuracy[measure])} %: "
+    text += " and ".join(clauses) or "there is no control of these seeds to compare it with"
     kept, groups = best.structure.get("density"), best.structure.get("groups_per_latent")
     if kept and groups:
         text += (
-            f" It keeps {100 * mean_sd(kept)[0]:.0f} % of the connections between latents and "
-            f"groups, {mean_sd(groups)[0]:.1f} groups per latent."
+            f". It keeps {100 * mean_sd(kept)[0]:.0f} % of the connections between latents and "
+            f"groups, {mean_sd(groups)[0]:.1f} groups per latent"
         )
-    return outcomes, text
+    return outcomes, f"{text}."
 
 
 def choose(values: Mapping[str, BySeed]) -> tuple[str, list[str]]:
     """Return the arm with the highest mean and the arms that it was chosen among.
 
     Only arms with the most seeds compete, on the seeds that they share: a mean of fewer seeds wins
-    by luck. The first is "" if they share none.
-
-    Raises ValueError if there is no arm.
+    by luck. The first is "" if they share none. Raises ValueError if there is no arm.
     """
     most = max(map(len, values.values()))
     rivals = [arm for arm, found in values.items() if len(found) == most]
@@ -378,12 +339,8 @@ def mark(summary: Summary, measure: str) -> str:
     return f"{measure} (uninformative)" if measure in summary.uninformative else measure
 
 
-def _order(level: tuple[float | None, float | None]) -> tuple[int, float]:
-    lam, density = level
-    if lam is not None:
-        return 1, lam
-    return (2, density) if density is not None else (0, 0.0)
-
-
-def _number(value: float) -> str:
+def _number(values: BySeed) -> str:
+    if not values:
+        return "–"
+    value = mean_sd(values)[0]
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"

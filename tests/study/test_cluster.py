@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,12 +107,14 @@ def work(task: str) -> dict[str, Any]:
         raise UserError(f"{task}: is no good")
     if task == "dies":
         os._exit(1)
+    if task == "waits":
+        time.sleep(60)
     return {"task": task}
 
 
 def collect(folder: Path, *tasks: str) -> dict[str, Any]:
     named = {task: task for task in tasks}
-    found = cluster.outcomes(Cluster(folder), named, work, at_a_time=None, say=print)
+    found = cluster.outcomes(Cluster(folder), named, work, None)
     return dict(end for end in found if end is not None)
 
 
@@ -121,25 +124,22 @@ def test_jobs_that_fail_or_vanish_are_named_and_others_collected(
     monkeypatch.setattr(cluster, "GRACE_SECONDS", 0.5)
     folder = tmp_path / "jobs"
     folder.mkdir()
-    (folder / "found.json").write_text('{"row": {"task": "of yesterday"}}')
-    (folder / "found.job").write_text("999_0")
-    (folder / "works.job").write_text("1; rm -rf x")
-    found = collect(folder, "fails", "dies", "works", "found")
+    (folder / "works.json").write_text('{"row": {"task": "of yesterday"}}')
+    found = collect(folder, "fails", "dies", "works")
     assert str(found["fails"]) == "fails: is no good"
     assert "of dies ended without a word" in str(found["dies"])
-    assert found["works"] == {"task": "works"} and found["found"] == {"task": "of yesterday"}
+    assert found["works"] == {"task": "works"}
     assert [path.name for path in folder.iterdir()] == ["submitit"]
 
 
-def test_jobs_that_are_left_alone_are_picked_up(
-    tmp_path: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    left = cluster.outcomes(Cluster(tmp_path), {"a": "a"}, work, at_a_time=None, say=print)
+def test_jobs_end_with_the_command_that_submitted_them(tmp_path: Path, slurm: Path) -> None:
+    left = cluster.outcomes(Cluster(tmp_path), {"waits": "waits"}, work, None)
     assert next(left) is None
     left.close()
-    assert "1 jobs go on by themselves" in capsys.readouterr().out
-    assert collect(tmp_path, "a") == {"a": {"task": "a"}}
-    assert len(list(slurm.glob("*.script"))) == 1
+    state = slurm / "1000" / "state"  # alone it is no array
+    while not state.exists() or state.read_text() in ("", "RUNNING"):
+        time.sleep(0.1)
+    assert state.read_text() == "FAILED"
 
 
 @pytest.mark.parametrize("item", ["account", "=a", "x\nrm=1", "x=1\nrm -rf y", "Setup=x"])
@@ -164,7 +164,8 @@ def test_missing_parts_are_named(
     assert cli.main(words) == 2
     assert "pip install 'sparsejepa[slurm]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="the jobs were not taken: no such partition"):
-        cluster._submit(Refusing(), {"a": cluster.Job(work, "a", tmp_path / "a.json")})
+        monkeypatch.setattr(Cluster, "executor", lambda *_: Refusing())
+        collect(tmp_path, "a")
 
 
 class Refusing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsejepa.model.audit import audit
 from sparsejepa.model.masks import MaskSampler
-from sparsejepa.study.figures import (
+from sparsejepa.study.page import (
     INK,
+    Page,
+    Table,
     accuracy_figure,
-    group_map_figure,
     inline_svg,
-    mask_audit_figure,
     mask_preview_figure,
-    samples_figure,
     save_png,
+    sweep_pictures,
+    write_page,
 )
-from sparsejepa.study.page import Page, Picture, Table, sweep_pictures, write_page
 from sparsejepa.study.verdict import Summary, summarise, table, verdict
 
 HOSTILE = '</title><script>alert(1)</script>" onload="x & {{ 7 * 7 }}'
@@ -62,46 +60,28 @@ class Reader(HTMLParser):
 def make_summary(arm: str = "lam=0.01", data: str = "cifar100") -> Summary:
     rows = []
     for name in ("dense", "lam=0", arm):
+        dense = name == "dense"
+        groups = {"groups": "none" if dense else "region", "lam": 0.0 if dense else float(name[4:])}
+        structure = {"groups_per_latent": 8.0, "density": 0.5, "nonzero_elements": 4608}
         for seed in range(3):
-            groups = {"groups": "none" if name == "dense" else "region", "lam": 0.0}
-            if name != "dense":
-                groups["lam"] = float(name.partition("=")[2])
             accuracies = {"fine": 0.4 + 0.01 * seed, "coarse": 0.2}
-            rows.append(
-                {
-                    "arm": name,
-                    "seed": seed,
-                    "settings": {"groups": groups},
-                    "groups_per_latent": None if name == "dense" else 8.0,
-                    "density": None if name == "dense" else 0.5,
-                    "nonzero_elements": None if name == "dense" else 4608,
-                    "dead_groups": None if name == "dense" else 0,
-                    "probes": [
-                        {"data": data, "target": target, "protocol": "logistic", "n_test": 1000,
-                         "accuracy": accuracy, "untrained": 0.2, "pixels": 0.12}
-                        for target, accuracy in accuracies.items()
-                    ],
-                }
-            )  # fmt: skip
+            probes = [
+                {"data": data, "target": target, "protocol": "logistic", "n_test": 1000,
+                 "accuracy": accuracy, "untrained": 0.2, "pixels": 0.12}
+                for target, accuracy in accuracies.items()
+            ]  # fmt: skip
+            about = {"arm": name, "seed": seed, "settings": {"groups": groups}, "probes": probes}
+            rows.append(about | (structure if not dense else {}))
     return summarise(rows)
 
 
-def make_page(summary: Summary, title: str = "A sweep") -> Page:
-    curves = {"dense": [{"step": i, "knn": 0.1 + 0.01 * i, "rankme": 20.0 + i} for i in range(5)]}
-    norms = np.random.default_rng(0).random((16, 96)) * (np.arange(96) % 3 == 0)
+def make_page(summary: Summary, title: str) -> Page:
     found = verdict(summary)
-    header, lines = table(summary)
     return Page(
-        title=title,
-        subtitle=title,
-        verdict=found.text,
-        remarks=[*found.remarks, title],
-        tables=[Table(title, header, lines, title)],
-        pictures=sweep_pictures(summary, curves, (title, norms)),
-        command=title,
-        environment={"commit": title},
-        settings=title,
-    )
+        title=title, subtitle=title, verdict=found.text, remarks=[*found.remarks, title],
+        tables=[Table(title, *table(summary), title)], pictures=sweep_pictures(summary),
+        command=title, environment={"commit": title}, settings=title,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -176,39 +156,16 @@ def test_uninformative_is_written_on_the_picture() -> None:
     assert written == [set(), {"uninformative"}]
 
 
-def test_accuracy_figure_draws_the_numbers() -> None:
-    ax = accuracy_figure(make_summary(), "cifar100: fine").axes[0]
-    points, *levels = (np.asarray(line.get_xydata()) for line in ax.lines if line.get_visible())
-    assert points[:, 0].tolist() == [0.0, 0.01]
-    assert points[:, 1].tolist() == pytest.approx([41, 41])
-    flat = {round(float(xy[0, 1]), 6) for xy in levels if np.ptp(xy[:, 1]) == 0}
-    assert {41, 20, 12} <= flat
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.01"]
-
-
-def test_group_map_shows_exact_zeros_as_missing() -> None:
-    norms = np.zeros((4, 6))
-    norms[[0, 1, 2, 3, 0, 1], range(6)] = [1, 2, 3, 4, 5, 1e-9]
-    shown = group_map_figure(norms).axes[0].images[0].get_array()
-    assert shown is not None and (~np.ma.getmaskarray(shown)).sum() == 6
-    strongest = np.ma.filled(shown, 0).argmax(0)
-    assert list(strongest) == sorted(strongest)
-
-
-def test_samples_grey_out_hidden_patches(tmp_path: Path) -> None:
-    images = np.full((1, 8, 8, 3), 30, np.uint8)
-    figure = samples_figure(images, [np.array([0, 3])], [np.array([[1]])], (2, 2))
-    seen = figure.axes[1].images[0].get_array()
-    assert seen is not None
-    seen = np.asarray(seen)[..., 0]
-    assert (seen[:4, :4] == 30).all() and (seen[4:, 4:] == 30).all()
-    assert (seen[:4, 4:] == 150).all() and (seen[4:, :4] == 150).all()
-    block = figure.axes[1].patches[0].get_extents().bounds  # type: ignore[attr-defined]
-    cell = figure.axes[1].transData.transform([[3.5, -0.5], [7.5, 3.5]])
-    assert block[2] == pytest.approx(abs(cell[1, 0] - cell[0, 0]))
+def test_accuracy_figure_draws_the_numbers(tmp_path: Path) -> None:
+    figure = accuracy_figure(make_summary(), "cifar100: fine")
+    ax = figure.axes[0]
+    dots = [np.asarray(line.get_xydata())[0] for line in ax.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dots, [(0, 41), (1, 41), (2, 41)])
+    levels = [np.asarray(line.get_xydata())[0, 1] for line in ax.lines]
+    assert {41, 20, 12} <= {round(float(y), 6) for y in levels}
+    names = [tick.get_text() for tick in ax.get_xticklabels()]
+    assert names == ["dense", "lam=0\n50 % of W", "lam=0.01\n50 % of W"]
     assert save_png(figure, tmp_path / "a" / "b.png").read_bytes()[:4] == b"\x89PNG"
-    apart = samples_figure(images, [np.array([0])], [np.array([[1, 2, 3]])], (2, 2))
-    assert len(apart.axes[1].patches) == 3  # a union that is no block
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -222,21 +179,10 @@ def test_mask_pictures_show_context_and_targets(merge: bool) -> None:
     assert len(shown.patches) == (targets.shape[1] if merge else 2)
 
 
-def test_the_audit_says_what_failed() -> None:
-    found = audit(MaskSampler((8, 8)), batch_size=16, batches=4)
-    figure = mask_audit_figure(found)
-    assert figure.get_suptitle() == "Mask audit passed: 8x8 patches, 64 images"
-    shares = np.asarray(figure.axes[0].images[0].get_array())
-    np.testing.assert_array_equal(shares.ravel(), found.context.share)
-    broken = dataclasses.replace(found, disjoint=False)
-    assert "FAILED" in mask_audit_figure(broken).get_suptitle()
-
-
 def test_a_figure_of_one_seed_and_no_floor() -> None:
     groups = {"groups": "region", "lam": 0.1}
     probe = {"data": "d", "target": "t", "protocol": "knn", "accuracy": 0.5, "n_test": 10}
     rows = [{"arm": "lam=0.1", "seed": 0, "settings": {"groups": groups}, "probes": [probe]}]
     summary = summarise(rows)
-    pictures = sweep_pictures(summary, {"lam=0.1": []}, None)
-    assert [p.name for p in pictures] == ["accuracy-d-t-knn"]
-    assert isinstance(pictures[0], Picture)
+    (picture,) = sweep_pictures(summary)
+    assert picture.name == "accuracy-d-t-knn" and "lam=0.1 50.0." in picture.alt

@@ -17,7 +17,6 @@ from sparsejepa.study.verdict import (
     choose,
     compare,
     outcome,
-    paired_interval,
     summarise,
     table,
     verdict,
@@ -50,10 +49,12 @@ shares = st.floats(0, 1, allow_subnormal=False)
 
 
 @given(st.lists(st.tuples(shares, shares), min_size=2, max_size=12), st.sampled_from([0.9, 0.95]))
-def test_paired_interval_is_scipys(pairs: list[tuple[float, float]], level: float) -> None:
+def test_compare_is_scipys_paired_t_interval(
+    pairs: list[tuple[float, float]], level: float
+) -> None:
     a, b = np.array(pairs).T
-    got = paired_interval(a, b, level=level, resamples=50)
-    assert got.low is not None and got.high is not None
+    got = compare(dict(enumerate(a)), dict(enumerate(b)), level)
+    assert got is not None and got.low is not None and got.high is not None
     if np.ptp(a - b) < 1e-9:  # scipy gives NaN without spread
         assert got.low == pytest.approx(got.mean, abs=1e-8)
         return
@@ -62,34 +63,9 @@ def test_paired_interval_is_scipys(pairs: list[tuple[float, float]], level: floa
     assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-9)
 
 
-def test_bootstrap_is_scipys_percentile() -> None:
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(0.5, 0.1, 20), rng.normal(0.4, 0.1, 20)
-    got = paired_interval(a, b, resamples=40_000).bootstrap
-    want = stats.bootstrap(
-        (a - b,), np.mean, n_resamples=40_000, method="percentile", rng=np.random.default_rng(2)
-    ).confidence_interval
-    assert got == pytest.approx((want.low, want.high), abs=2e-3)
-    assert got == paired_interval(a, b, resamples=40_000).bootstrap  # and it is reproducible
-
-
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    shared = rng.normal(0, 1, (2000, 5))  # the seed's own luck, in both arms
-    a = 0.3 + shared + rng.normal(0, 0.1, (2000, 5))
-    b = shared + rng.normal(0, 0.1, (2000, 5))
-    inside = 0
-    for x, y in zip(a, b, strict=True):
-        got = paired_interval(x, y, resamples=1)
-        assert got.low is not None and got.high is not None
-        inside += got.low < 0.3 < got.high
-    assert abs(inside / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
-
-
 def test_one_seed_has_no_interval() -> None:
-    got = paired_interval([0.4], [0.3])
-    assert got == Interval(got.mean, None, None, None, 1) and got.mean == pytest.approx(0.1)
-    assert outcome(got) == "one seed"
+    got = compare({3: 0.4}, {3: 0.3})
+    assert got == Interval(pytest.approx(0.1), None, None, 1) and outcome(got) == "one seed"
 
 
 def test_compare_uses_only_common_seeds() -> None:
@@ -239,6 +215,9 @@ def test_arms_that_do_not_beat_the_pixels_are_said() -> None:
     assert below == {"cifar100: fine"} and "raw pixels" in remarks[0]
 
 
-def test_no_verdict_without_a_sparse_arm() -> None:
+def test_without_controls_or_penalty_there_is_little_to_say() -> None:
     found = verdict(summarise(rows_of({"dense": GOOD, "lam=0": GOOD})))
     assert found.arm is None and "no arm with a penalty" in found.text
+    # Both controls failed.
+    found = verdict(summarise(rows_of({"lam=0.01": GOOD})))
+    assert found.outcomes == {} and "no control of these seeds" in found.text
