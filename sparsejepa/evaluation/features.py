@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from sparsejepa.config import Config, load_toml
 from sparsejepa.data.catalog import load_dataset
@@ -42,8 +41,8 @@ PIXEL_SIDE = 32
 """Height and width that pixel features are area-averaged down to, where images are larger."""
 ENDINGS = (".parquet", ".npz")
 """Of the files that `embed_to` writes."""
-ROWS = 1024
-"""Images whose features are written at once."""
+BATCH, ROWS = 512, 1024
+"""Images that an encoder takes at once, at most, and about as many whose features are written."""
 
 Size = tuple[int, int]
 T = TypeVar("T")
@@ -79,27 +78,14 @@ def target(targets: dict[str, Target], name: str | None, source: str) -> Target:
     return targets[name]
 
 
-def batch_rows(encoder: Encoder, most: int = 512) -> int:
-    """Return how many images an encoder takes at once."""
-    tokens = MAX_TOKENS.get(encoder.device.type, MAX_TOKENS["cuda"])
-    return max(1, min(most, tokens // math.prod(encoder.grid_size)))
-
-
-def pooled(encoder: Encoder, images: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Return the pooled vectors [B, D'] of uint8 images [B, H, W, 3], and tokens [B, N, D]."""
-    layers = [encoder.tokens(images)] if pool == "mean" else encoder.layers(images, 4)
-    return torch.cat([x.mean(1) for x in layers], dim=1), layers[-1]
-
-
 def embed(
     encoder: Encoder,
     images: ImageSet | str,
     split: Literal["train", "test"] = "train",
     *,
     pool: Pool = "mean",
-    batch_size: int = 512,
     data_root: Path | None = None,
-    img_size: tuple[int, int] | None = None,
+    img_size: Size | None = None,
     upscale: bool = False,
 ) -> Features:
     """Return the pooled patch tokens of every image.
@@ -111,7 +97,6 @@ def embed(
         images: a loaded image set, or a data set's name, of which `split` is loaded.
         pool: mean, the average of the last layer's tokens (D' = D), or concat4, those averages of
             the last four layers side by side (D' = 4 D), in the order of depth.
-        batch_size: at most; smaller for encoders with many patches.
         data_root: as for `load_dataset`.
         img_size: height and width that named images are read at; by default their own, or the
             encoder's if they have several.
@@ -124,21 +109,14 @@ def embed(
     if isinstance(images, str):
         name = images
 
-        def read(size: tuple[int, int] | None, upscale: bool) -> ImageSet:
+        def read(size: Size | None, upscale: bool) -> ImageSet:
             return load_dataset(name, split, img_size=size, upscale=upscale, data_root=data_root)
 
         sizes = partial(list, [encoder.img_size])
         images = read_fitting(read, name, [encoder], sizes, img_size=img_size, upscale=upscale)
     start = time.perf_counter()
-
-    source = DeviceImages(images, encoder.device)
-    index = torch.from_numpy(own_rows(np.arange(len(images)), current()))
-    parts = index.split(batch_rows(encoder, batch_size))
-    own = torch.cat([pooled(encoder, source.take(part), pool)[0].cpu() for part in parts])
-    x = gather_rows(own, len(images))
-    if not x.isfinite().all():
-        raise UserError(f"{encoder.name}: gives NaN or infinity on {images.name}; train it again")
-    return Features(x.numpy(), images.targets, images.name, time.perf_counter() - start)
+    x = np.concatenate([arrays["x"] for _, arrays in _blocks(encoder, images, pool)])
+    return Features(x, images.targets, images.name, time.perf_counter() - start)
 
 
 def pixel_features(images: ImageSet) -> Features:
@@ -187,12 +165,11 @@ def read_fitting(
     """
     if img_size is not None:
         return read(img_size, upscale)
-    runs = [config for ref in refs if (config := _settings(ref)) is not None]
-    upscale = upscale or any(config.images.upscale for config in runs)
-    trained = {config.images.img_size for config in runs if _same(config.data, data)}
-    known = len(runs) == len(refs) and all(_same(config.data, data) for config in runs)
-    if known and len(trained) == 1 and (given := trained.pop()):
-        return read((given[0], given[-1]), upscale)
+    runs = [_trained(ref, data) for ref in refs]
+    upscale = upscale or any(enlarged for _, enlarged in runs)
+    trained = {size for size, _ in runs}
+    if len(trained) == 1 and (size := trained.pop()) is not None:
+        return read(size, upscale)
     try:
         return read(None, upscale)
     except SizesDiffer:
@@ -214,20 +191,19 @@ def say_enlarged(encoder: Encoder, images: Size, data: str, say: Callable[[str],
         )
 
 
-def _settings(ref: Encoder | str | Path) -> Config | None:
-    """Return what a run was trained with; None if that is not known or cannot be read."""
+def _trained(ref: Encoder | str | Path, data: str) -> tuple[Size | None, bool]:
+    """Return the size (h, w) that a run read these images at, None for others, and its upscale."""
     folder = None if isinstance(ref, Encoder) else folder_of(ref)
     path = None if folder is None else folder / "config.toml"
-    if path is None or not path.exists():
-        return None
     try:
-        return Config.from_dict(load_toml(path), str(path)).check()
+        config = Config.from_dict(load_toml(path), str(path)).check() if path else None
     except UserError:  # it is not needed for reading the encoder
-        return None
-
-
-def _same(one: str, other: str) -> bool:
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+        config = None
+    if config is None:
+        return None, False
+    same = len({Path(name).expanduser().resolve() for name in (config.data, data)}) == 1
+    size = config.images.img_size if same else ()
+    return (size[0], size[-1]) if size else None, config.images.upscale
 
 
 def _text(size: Size) -> str:
@@ -292,14 +268,12 @@ def embed_to(
     that cannot be read has no row. Of several processes each computes its share and the main one
     writes.
 
-    Returns numbers of images, features, groups and skipped images, and the first of these.
-
-    Raises UserError if the encoder gives NaN or infinity.
+    Returns numbers of images, features, groups and skipped images, and the first of these. Raises
+    UserError if the encoder gives NaN or infinity.
     """
     blocks = _blocks(encoder, images, pool, groups)
     if not current().main:
-        written = sum(len(rows) for rows, _ in blocks)
-        return {"images": written}
+        return {"images": sum(len(rows) for rows, _ in blocks)}
     names: Sequence[str] = images.files  # type: ignore[attr-defined]  # both kinds have them
     index: list[np.ndarray] = []
 
@@ -326,32 +300,36 @@ def embed_to(
 
 
 def _blocks(
-    encoder: Encoder, images: Images, pool: Pool, groups: GroupActivations | None
+    encoder: Encoder, images: Images, pool: Pool, groups: GroupActivations | None = None
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yield the rows [m] of the images of a block and their arrays, `x` and perhaps `groups`."""
-    world, source, size = current(), images.open(encoder.device), batch_rows(encoder)
-    whole = np.arange(len(images))
-    parts = [whole[start : start + ROWS] for start in range(0, len(whole), ROWS)]
+    world, source = current(), images.open(encoder.device)
+    tokens = MAX_TOKENS.get(encoder.device.type, MAX_TOKENS["cuda"])
+    size = max(1, min(BATCH, tokens // math.prod(encoder.grid_size)))
+    whole, step = np.arange(len(images)), size * max(1, ROWS // size)
+    parts = [whole[start : start + step] for start in range(0, len(whole), step)]
     own = [torch.from_numpy(own_rows(part, world)).split(size) for part in parts]
     batches = source.batches(index for split in own for index in split)
     try:
         for part, split in zip(parts, own, strict=True):
             found = []
             for index in split:
-                x, tokens = pooled(encoder, next(batches), pool)
-                bad = getattr(source, "unreadable", ())  # a stream puts another image there
-                readable = x.new_tensor([row not in bad for row in index.tolist()])
-                columns = [x, readable[:, None]]
+                batch = next(batches)
+                layers = [encoder.tokens(batch)] if pool == "mean" else encoder.layers(batch, 4)
+                columns = [torch.cat([x.mean(1) for x in layers], 1)]
                 if groups is not None:
-                    columns.insert(1, groups(tokens)[0])
+                    columns.append(groups(layers[-1])[0])
+                # A stream puts another image in the place of one that cannot be read.
+                readable = [[row not in source.unreadable] for row in index.tolist()]
+                columns.append(columns[0].new_tensor(readable).reshape(-1, 1))
                 found.append(torch.cat(columns, 1).cpu())
             table = gather_rows(torch.cat(found), len(part)).numpy()
-            rows = part[table[:, -1] > 0]
-            table, width = table[table[:, -1] > 0, :-1], x.shape[1]
+            rows, table = part[table[:, -1] > 0], table[table[:, -1] > 0, :-1]
             if not np.isfinite(table).all():
                 raise UserError(
                     f"{encoder.name}: gives NaN or infinity on {images.name}; train it again"
                 )
+            width = encoder.embed_dim * (1 if pool == "mean" else 4)
             if len(rows):
                 own_groups = {} if groups is None else {"groups": table[:, width:]}
                 yield rows, {"x": table[:, :width], **own_groups}

@@ -53,7 +53,7 @@ def make_encoder(seed: int = 0, depth: int = 5) -> Encoder:
 def test_mean_and_concat4_are_averages_of_the_last_layers() -> None:
     encoder, images = make_encoder(), image_set()
     batch = torch.from_numpy(images.images)
-    mean = embed(encoder, images, batch_size=7)
+    mean = embed(encoder, images)
     np.testing.assert_allclose(mean.x, encoder.tokens(batch).mean(1), atol=1e-5)
     assert mean.x.dtype == np.float32 and mean.name == "made"
     np.testing.assert_array_equal(mean.y, images.targets["letter"].values)
