@@ -1,10 +1,5 @@
 """The built-in images: single objects on a factor grid, and scenes of 3 to 10 objects.
 
-`SingleObjects` is a grid of seven factors in the manner of dSprites (Matthey et al. 2017) and
-3D Shapes (Burgess and Kim 2018): every combination has an index. `Scenes` holds 3 to 10
-overlapping objects, with the count as label (the convention of CLEVR/Count in VTAB, Zhai et al.
-2019), an object table and instance masks.
-
 Lengths are shares of the image's side; x and y are measured from its top left corner, so an index
 means the same picture at every resolution. Every random number is a hash of (seed, field, index,
 object, attempt): a picture never depends on which others are rendered with it. An object touches
@@ -17,10 +12,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -29,7 +24,6 @@ from sparsejepa.errors import UserError
 
 SHAPES = ("ellipse", "square", "triangle", "star", "heart", "cross")
 TURN = 2048  # angles at which an outline is tabulated; a power of two
-
 
 # Object and background have the same mean colour. Otherwise a linear probe of the pixels would see
 # how often each place is covered, and so whether objects are few and large or many and small.
@@ -189,40 +183,30 @@ def occlude(pixels: Pixels, layer: np.ndarray, total: int) -> tuple[np.ndarray, 
 
 
 def paint(
-    pixels: Pixels,
-    layer: np.ndarray,
-    colours: np.ndarray,
-    rim: np.ndarray,
-    background: np.ndarray,
-) -> np.ndarray:
-    """Return images uint8 [n, S, S, 3]: objects of `colours` [O, 3] on `background` [n, S, S, 3].
+    shapes: Shapes, layer: np.ndarray, colours: np.ndarray, rim: np.ndarray, background: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [n, S, S, 3] of the objects on `background` [n, S, S, 3], and masks.
 
-    Colours are in units of 1/255; `layer` [O] is that of `occlude`. The sign of `rim` [O] says
-    whether an object is lighter or darker towards its edge, which parts it from neighbours of the
-    same colour; the object's mean light, 0.82 of its colour, does not depend on it.
+    Colours, [O, 3] and of the background, are in units of 1/255; `layer` [O] is that of `occlude`.
+    The sign of `rim` [O] says whether an object is lighter or darker towards its edge, which parts
+    it from neighbours of the same colour; the object's mean light, 0.82 of its colour, does not
+    depend on it. A mask uint8 [n, S, S] has 1 + the layer of the foremost object that covers at
+    least half of the pixel, else 0.
     """
-    total = background.size // 3
+    n, side = background.shape[:2]
+    total, pixels = n * side**2, rasterise(shapes, side)
     shown, through = occlude(pixels, layer, total)
     shown *= 0.82 + rim.astype(np.float32)[pixels.owner] * (pixels.depth**4 - np.float32(1 / 3))
     ground = background.reshape(total, 3)
-    images = np.empty((total, 3), np.uint8)
+    images, masks = np.empty((total, 3), np.uint8), np.zeros(total, np.uint8)
     for channel in range(3):
         colour = colours[:, channel].astype(np.float32)[pixels.owner]
         light = ground[:, channel] * through + np.bincount(pixels.at, shown * colour, total)
         images[:, channel] = np.clip(light + 0.5, 0, 255)
-    return images.reshape(background.shape)
-
-
-def instances(pixels: Pixels, layer: np.ndarray, n: int, side: int) -> np.ndarray:
-    """Return masks uint8 [n, S, S]: 0, or 1 + the layer of the object that the pixel shows.
-
-    That is the foremost one that covers at least half of the pixel.
-    """
-    masks = np.zeros(n * side**2, np.uint8)
     inside = np.flatnonzero(pixels.cover >= 0.5)
     # Layers ascend, and of several writes to one pixel the last one stays.
     masks[pixels.at[inside]] = layer[pixels.owner[inside]] + 1
-    return masks.reshape(n, side, side)
+    return images.reshape(background.shape), masks.reshape(n, side, side)
 
 
 # --- Numbers and indices --------------------------------------------------------------------------
@@ -257,36 +241,36 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, max(n, 1), size))
 
 
-def _render_chunks(n: int, side: int) -> Iterator[slice]:
-    """Split n images so that the working arrays stay in the processor's cache."""
-    return _chunks(n, max(1, 2**16 // side**2))
-
-
-def _check_index(index: np.ndarray, limit: int) -> np.ndarray:
-    index = np.asarray(index)
-    if index.ndim != 1 or not (np.issubdtype(index.dtype, np.integer) or not index.size):
-        raise UserError("an image index must be a one-dimensional array of whole numbers")
-    if index.size and not 0 <= index.min() <= index.max() < limit:
-        raise UserError(f"image index {index.min()} to {index.max()}: not within 0 to {limit - 1}")
-    return index.astype(np.int64)
-
-
-def _check_side(img_size: int) -> int:
-    if img_size < 16:
-        raise UserError(f"--img-size {img_size} is too small for the built-in scenes: 16 or more")
-    return img_size
+def _in_chunks(n: int, side: int, draw: Callable[[slice], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return images and masks of n images, drawn so few at a time that a processor's cache holds
+    the working arrays."""
+    images, masks = zip(*map(draw, _chunks(n, max(1, 2**16 // side**2))), strict=True)
+    return np.concatenate(images), np.concatenate(masks)
 
 
 # --- The two kinds of images ----------------------------------------------------------------------
 
 
-class SingleObjects:
-    """One object per image on a grid of seven factors; every combination has an index.
+class Pictures(NamedTuple):
+    """Rendered images and what is in them."""
 
-    The index counts with the last factor fastest, as np.ravel_multi_index does. An image follows
-    from its factors alone, nothing is random. Every combination lies whole inside the frame.
-    Orientations stay below 60 degrees since a star repeats after 72 and a square after 90: all
-    values can be told apart on all shapes.
+    images: np.ndarray  # uint8 [n, S, S, 3]
+    masks: np.ndarray  # uint8 [n, S, S]: 0 background, k + 1 the object in column k of the table
+    factors: np.ndarray  # int64 [n, factors], in the order of FACTORS
+    objects: SceneObjects | None = None
+
+    @property
+    def count(self) -> np.ndarray:
+        """The number of objects of scenes, int64 [n], 3 to 10."""
+        return self.factors[:, 0] + MIN_COUNT
+
+
+class SingleObjects:
+    """One object per image on a grid of seven factors, in the manner of dSprites and 3D Shapes.
+
+    Every combination has an index, which counts with the last factor fastest, and lies whole inside
+    the frame; nothing is random. Orientations stay below 60 degrees since a star repeats after 72
+    and a square after 90: all values can be told apart on all shapes.
     """
 
     SIZES: ClassVar = (0.10, 0.13, 0.16, 0.19)  # radius of the disc of the same area
@@ -301,52 +285,30 @@ class SingleObjects:
         "y": tuple(f"{value:g}" for value in PLACES),
         "background": tuple(BACKGROUNDS),
     }
-    _LEVELS: ClassVar = tuple(len(names) for names in FACTORS.values())
+    LEVELS: ClassVar = tuple(len(names) for names in FACTORS.values())
 
     def __len__(self) -> int:
-        return math.prod(self._LEVELS)
+        return math.prod(self.LEVELS)
 
     def factors(self, index: np.ndarray) -> np.ndarray:
         """Return the factor values int64 [n, 7] of images [n], in the order of FACTORS."""
-        index = _check_index(index, len(self))
-        return np.stack(np.unravel_index(index, self._LEVELS), 1).astype(np.int64)
+        return np.stack(np.unravel_index(index, self.LEVELS), 1).astype(np.int64)
 
-    def index(self, factors: np.ndarray) -> np.ndarray:
-        """Return the images int64 [n] with the factor values [n, 7]: the inverse of `factors`."""
-        factors = np.asarray(factors)
-        if factors.ndim != 2 or factors.shape[1] != len(self._LEVELS):
-            raise UserError("factor values must be [n, 7], one column per factor")
-        if ((factors < 0) | (factors >= self._LEVELS)).any():
-            raise UserError(f"factor values must be from 0 to below {self._LEVELS}")
-        return np.asarray(np.ravel_multi_index(tuple(factors.T), self._LEVELS), np.int64)
+    def render(self, index: np.ndarray, side: int = 32) -> Pictures:
+        """Return the images of the indices [n] at S = `side` pixels."""
+        factors, places = self.factors(index), np.array(self.PLACES)
 
-    def render(self, index: np.ndarray, img_size: int = 32) -> np.ndarray:
-        """Return images uint8 [n, S, S, 3] of the indices [n] at S = `img_size` pixels."""
-        factors, side = self.factors(index), _check_side(img_size)
-        images = np.empty((len(factors), side, side, 3), np.uint8)
-        for part in _render_chunks(len(factors), side):
-            shapes, layer = self._shapes(factors[part])
-            ground = _palette(BACKGROUNDS, factors[part, 6])[:, None, None]
-            ground = np.broadcast_to(ground, images[part].shape)
-            colours = _palette(COLOURS, factors[part, 1])
-            rim = np.full(len(layer), -RIM)
-            images[part] = paint(rasterise(shapes, side), layer, colours, rim, ground)
-        return images
+        def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            shape, colour, size, angle, x, y, ground = factors[part].T
+            rows = np.arange(len(shape))
+            sizes, angles = np.array(self.SIZES)[size], np.radians(self.ANGLES)[angle]
+            shapes = Shapes(rows, places[x], places[y], sizes, angles, shape)
+            flat = _palette(BACKGROUNDS, ground)[:, None, None]
+            flat = np.broadcast_to(flat, (len(rows), side, side, 3))
+            rim = np.full(len(rows), -RIM)
+            return paint(shapes, np.zeros(len(rows), int), _palette(COLOURS, colour), rim, flat)
 
-    def masks(self, index: np.ndarray, img_size: int = 32) -> np.ndarray:
-        """Return uint8 [n, S, S]: 1 on the object, 0 on the background."""
-        factors, side = self.factors(index), _check_side(img_size)
-        masks = np.empty((len(factors), side, side), np.uint8)
-        for part in _render_chunks(len(factors), side):
-            shapes, layer = self._shapes(factors[part])
-            masks[part] = instances(rasterise(shapes, side), layer, len(layer), side)
-        return masks
-
-    def _shapes(self, factors: np.ndarray) -> tuple[Shapes, np.ndarray]:
-        shape, _, size, angle, x, y, _ = factors.T
-        places, n = np.array(self.PLACES), len(factors)
-        sizes, angles = np.array(self.SIZES)[size], np.radians(self.ANGLES)[angle]
-        return Shapes(np.arange(n), places[x], places[y], sizes, angles, shape), np.zeros(n, int)
+        return Pictures(*_in_chunks(len(factors), side, draw), factors)
 
 
 @dataclass(frozen=True)
@@ -366,19 +328,8 @@ class SceneObjects:
     visible: np.ndarray  # share of the object's area that the objects in front leave to be seen
 
 
-@dataclass(frozen=True)
-class SceneBatch:
-    """Rendered scenes: pictures, labels, objects."""
-
-    images: np.ndarray  # uint8 [n, S, S, 3]
-    masks: np.ndarray  # uint8 [n, S, S]: 0 background, k + 1 the object in column k of the table
-    count: np.ndarray  # int64 [n], 3 to 10
-    factors: np.ndarray  # int64 [n, 4], in the order of Scenes.FACTORS
-    objects: SceneObjects
-
-
 class Scenes:
-    """Scenes of 3 to 10 overlapping objects; the count is the label.
+    """Scenes of 3 to 10 overlapping objects; the count is the label, as in CLEVR/Count of VTAB.
 
     Every aligned run of eight indices has every count once. The other labels are the background
     and the shape and the colour of most objects: a scene has two shapes and two colours, and
@@ -403,7 +354,6 @@ class Scenes:
 
     def factors(self, index: np.ndarray) -> np.ndarray:
         """Return the labels int64 [n, 4] of scenes [n], in the order of FACTORS."""
-        index = _check_index(index, 2**62)
         run = self._uniform("count", (index // 8)[:, None], np.arange(8)).argsort(1)
         count = run[np.arange(len(index)), index % 8]
         levels = [len(names) for names in self.FACTORS.values()][1:]
@@ -412,30 +362,27 @@ class Scenes:
 
     def objects(self, index: np.ndarray) -> SceneObjects:
         """Return the objects of scenes [n]; they are the same at every resolution."""
-        index = _check_index(index, 2**62)
         tables = [vars(self._arrange(index[part])) for part in _chunks(len(index), 512)]
         return SceneObjects(**{k: np.concatenate([t[k] for t in tables]) for k in tables[0]})
 
-    def render(self, index: np.ndarray, img_size: int = 32) -> SceneBatch:
-        """Return the scenes of the indices [n] at S = `img_size` pixels."""
-        index, side = _check_index(index, 2**62), _check_side(img_size)
+    def render(self, index: np.ndarray, side: int = 32) -> Pictures:
+        """Return the scenes of the indices [n] at S = `side` pixels."""
         factors, objects = self.factors(index), self.objects(index)
         tone = 0.85 + 0.3 * self._uniform("tone", index[:, None], np.arange(MAX_COUNT))
         # Dark rims alone would tell: at the frame's edge mostly rims are seen, broad ones of few.
         rim = np.where(self._uniform("rim", index) < 0.5, -RIM, RIM)
-        images = np.empty((len(index), side, side, 3), np.uint8)
-        masks = np.empty((len(index), side, side), np.uint8)
-        for part in _render_chunks(len(index), side):
+        fields = (objects.x, objects.y, objects.size, objects.angle, objects.shape)
+
+        def draw(part: slice) -> tuple[np.ndarray, np.ndarray]:
             layer, image = np.nonzero(objects.present[part].T)
             listed = part.start + image, layer
-            fields = (objects.x, objects.y, objects.size, objects.angle, objects.shape)
-            pixels = rasterise(Shapes(image, *(values[listed] for values in fields)), side)
             light, ground = self._background(index[part], factors[part, 3], side)
             colours = _palette(COLOURS, objects.colour[listed])
             colours *= (light[image] * tone[listed])[:, None]
-            images[part] = paint(pixels, layer, colours, rim[listed[0]], ground)
-            masks[part] = instances(pixels, layer, len(ground), side)
-        return SceneBatch(images, masks, factors[:, 0] + MIN_COUNT, factors, objects)
+            shapes = Shapes(image, *(values[listed] for values in fields))
+            return paint(shapes, layer, colours, rim[listed[0]], ground)
+
+        return Pictures(*_in_chunks(len(index), side, draw), factors, objects)
 
     def _uniform(self, field: str, *counters: np.ndarray) -> np.ndarray:
         return uniform(self.seed, f"scenes/{field}", *counters)
@@ -563,30 +510,27 @@ class Drawn(Source):
 
     def read(self, img_size: tuple[int, int] | None, upscale: bool) -> Iterator[Decoded]:
         """Yield the images."""
-        for part in _chunks(len(self.index), 500):
-            drawn = self.kind.render(self.index[part], self.side)
-            images = drawn.images if isinstance(drawn, SceneBatch) else drawn
-            yield from (("", image) for image in images)
+        yield from (("", image) for part in self._pictures() for image in part.images)
 
     def masks(self, images: ImageSet) -> np.ndarray:
         """Return object masks uint8 [N, S, S]."""
-        masks = np.empty((len(self.index), self.side, self.side), np.uint8)
-        for part in _chunks(len(self.index), 500):
-            if isinstance(self.kind, Scenes):
-                masks[part] = self.kind.render(self.index[part], self.side).masks
-            else:
-                masks[part] = self.kind.masks(self.index[part], self.side)
-        return masks
+        return np.concatenate([part.masks for part in self._pictures()])
+
+    def _pictures(self) -> Iterator[Pictures]:
+        parts = _chunks(len(self.index), 500)
+        return (self.kind.render(self.index[part], self.side) for part in parts)
 
 
 def scene_sources(name: str, img_size: tuple[int, int] | None) -> dict[str, Source]:
     """Return the train and test images of one of `SCENES`, to be rendered into the cache.
 
-    Raises UserError for sizes that are not square.
+    Raises UserError for sizes that are not square, or smaller than 16 pixels.
     """
     side = (img_size or (REFERENCE, REFERENCE))[0]
     if img_size is not None and img_size[1] != side:
         raise UserError(f"--img-size {side} {img_size[1]}: the built-in scenes are square")
+    if side < 16:
+        raise UserError(f"--img-size {side} is too small for the built-in scenes: 16 or more")
     kind = Scenes() if name == "scenes" else SingleObjects()
     start, sources = 0, {}
     for split, count in SCENE_COUNTS.items():

@@ -31,11 +31,12 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch):
 
 def test_scenes_are_the_generators(tmp_path: Path):
     train = load_dataset("scenes", "train", cache_dir=tmp_path)
-    test = load_dataset("scenes", "test", cache_dir=tmp_path)
+    test = load_dataset("scenes", "test", cache_dir=tmp_path, truth=True)
     assert train.img_size == (32, 32) and (len(train), len(test)) == (80, 40)
     assert next(iter(train.targets)) == "count" and train.primary is train.targets["count"]
     want = scenes.Scenes().render(np.arange(80, 120), 32)
-    assert (test.images == want.images).all()
+    assert (test.images == want.images).all() and (test.masks == want.masks).all()
+    assert train.masks is None
     counts = [int(test.targets["count"].names[v]) for v in test.targets["count"].values]
     assert counts == want.count.tolist()
     assert list(test.targets) == list(scenes.Scenes.FACTORS)
@@ -49,30 +50,17 @@ def test_single_objects_have_every_factor_and_disjoint_splits(tmp_path: Path):
     assert list(train.targets) == list(grid.FACTORS)
     chosen = []
     for images in (train, test):
-        factors = np.stack([target.values for target in images.targets.values()], 1)
-        chosen.append(grid.index(factors))
-        assert (grid.render(chosen[-1], 32) == images.images).all()
+        factors = tuple(target.values for target in images.targets.values())
+        chosen.append(np.ravel_multi_index(factors, grid.LEVELS))
+        assert (grid.render(chosen[-1], 32).images == images.images).all()
     assert len(set(np.concatenate(chosen).tolist())) == 120
-
-
-@pytest.mark.parametrize("name", ["scenes", "scenes:single"])
-def test_built_in_masks_are_the_generators(tmp_path: Path, name: str):
-    for split, first in (("train", 0), ("test", 80)):
-        images = load_dataset(name, split, img_size=(16, 16), cache_dir=tmp_path, truth=True)
-        if name == "scenes":
-            want = scenes.Scenes().render(np.arange(first, first + len(images)), 16).masks
-        else:
-            grid = scenes.SingleObjects()
-            factors = np.stack([target.values for target in images.targets.values()], 1)
-            want = grid.masks(grid.index(factors), 16)
-        assert images.masks is not None and (images.masks == want).all()
-    assert load_dataset("scenes", "test", img_size=(16, 16), cache_dir=tmp_path).masks is None
 
 
 def test_scenes_in_other_sizes(tmp_path: Path):
     assert load_dataset("scenes", img_size=(64, 64), cache_dir=tmp_path).img_size == (64, 64)
-    with pytest.raises(UserError, match="square"):
-        load_dataset("scenes", img_size=(32, 64), cache_dir=tmp_path)
+    for size, message in (((32, 64), "square"), (15, "--img-size 15 is too small")):
+        with pytest.raises(UserError, match=message):
+            load_dataset("scenes", img_size=size, cache_dir=tmp_path)
 
 
 def test_a_folder_by_path_and_by_name_in_the_data_root(
