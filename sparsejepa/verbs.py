@@ -745,10 +745,7 @@ def _installation(console: Console) -> dict[str, Any]:
     """Show versions, hardware and presets."""
     from sparsejepa.environment import environment
 
-    presets = {
-        name: {key: value for key, value in vars(one).items() if key != "settings"}
-        for name, one in PRESETS.items()
-    }
+    presets = {name: {"about": one.about, "command": one.command} for name, one in PRESETS.items()}
     found: dict[str, Any] = {"environment": environment(), "presets": presets}
     show_facts(console, found["environment"], "environment")
     show_facts(console, {n: about["about"] for n, about in presets.items()}, "presets")

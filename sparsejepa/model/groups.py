@@ -380,6 +380,7 @@ class GroupMap(nn.Module):
             W, t = W * keep[:, None], 0.0
         self.W.copy_(prox_sphere(W, t) if self.sphere else prox_group_lasso(W, t))
 
+    @torch.no_grad()
     def steered_step(
         self,
         rate: float,
@@ -399,16 +400,12 @@ class GroupMap(nn.Module):
         if phase == "frozen":
             keep = self.block_norms() > 0
         elif controller is not None and phase == "freeze":
-            keep = self.strongest(density, rate)
+            # Zero blocks count as they are after a step: those first that the data want most.
+            keep = largest(torch.linalg.vector_norm(self.W + rate * self.pull(), dim=1), density)
         elif controller is not None:
             controller.step((self.block_norms() > 0).float().mean(), density)
             penalty = controller.lam
         self.proximal_step(rate, penalty, momentum=momentum, keep=keep)
-
-    def strongest(self, density: float, rate: float) -> Tensor:
-        """Return the share `density` of the blocks to keep, bool [G, D], at least one per latent:
-        those that are largest after a step of `rate` along the pull."""
-        return largest(torch.linalg.vector_norm(self.W + rate * self.pull(), dim=1), density)
 
     def group_activations(self, z: Tensor) -> Tensor:
         """Return ||W^(g) z||, [B, C, G], for tokens z [B, C, D] under the running normalisation."""
@@ -464,7 +461,7 @@ class DensityController(nn.Module):
     Proportional-integral control of log lam with a limit on its speed: density answers late, as a
     block takes a tenth of a run or so to shrink to zero. All state is in buffers: a checkpoint
     restores it and no step reads a value on the host. Gains and limit are per run of `total_steps`;
-    `lam` is where it starts, low enough to remove nothing by itself.
+    it starts at `lam`, low enough to remove nothing by itself.
     """
 
     proportional = 24.0  # log lam per unit of density

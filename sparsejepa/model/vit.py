@@ -168,7 +168,12 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, index: Tensor | None) -> Tensor:
         """Embed the patches `index` [B, C] (all if None) of images [B, 3, H, W] to [B, C, D]."""
         height, width = self.proj.kernel_size
-        patches = select_patches(images, (height, width), index)
+        patches = patchify(images, (height, width))  # [B, rows, cols, 3, h, w]
+        if index is None:
+            patches = patches.flatten(1, 2)
+        else:
+            image, cols = torch.arange(len(images), device=index.device)[:, None], patches.shape[2]
+            patches = patches[image, index // cols, index % cols]
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -177,16 +182,6 @@ def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     height, width = patch_size
     patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
     return patches.permute(0, 2, 4, 1, 3, 5)
-
-
-def select_patches(images: Tensor, patch_size: tuple[int, int], index: Tensor | None) -> Tensor:
-    """Return the patches `index` [B, C] (all if None) of images [B, 3, H, W]: [B, C, 3, h, w]."""
-    patches = patchify(images, patch_size)
-    if index is None:
-        return patches.flatten(1, 2)
-    image = torch.arange(len(images), device=index.device).unsqueeze(1)
-    cols = patches.shape[2]
-    return patches[image, index // cols, index % cols]
 
 
 class ViT(nn.Module):

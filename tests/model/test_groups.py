@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +13,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsejepa.config import preset
+from sparsejepa.encoders.encoder import save_groups
 from sparsejepa.errors import UserError
 from sparsejepa.model.groups import (
     LAM_UNIT,
     TRAVEL,
     DensityController,
     GroupMap,
+    largest,
     partition_cells,
     prox_group_lasso,
     prox_sphere,
     ramp,
+    random_pattern,
 )
+from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.vit import sincos_position_embedding
+from sparsejepa.study import pretrain
+from sparsejepa.study.results import Probes, Task
+from sparsejepa.study.runs import run_tasks
+from sparsejepa.training.build import build_model
+from sparsejepa.training.loop import plan
 
 KINDS = ("region", "concept", "feature")
 GRID, D, G, P, B, C = (4, 4), 24, 4, 3, 5, 6
@@ -224,7 +236,8 @@ def test_the_strongest_blocks_count_what_the_data_want():
     with torch.no_grad():
         model.W[1:] = 0
     model.mean_gradient[2, 0, 5] = -1.0  # a zero block that the data pull at, and no other
-    kept = model.strongest((D + 1) / (G * D), 0.1)
+    model.steered_step(0.1, 0.0, 0.0, "freeze", DensityController(1), (D + 1) / (G * D))
+    kept = model.block_norms() > 0
     assert kept[0].all() and kept[2, 5] and kept.sum() == D + 1
 
 
@@ -236,7 +249,7 @@ def test_the_step_reads_nothing_on_the_host():
         model.W.grad = torch.zeros_like(model.W)
         controller.step((model.block_norms() > 0).float().mean(), 0.5)
         model.proximal_step(0.1, controller.lam, momentum=0.9)
-        model.proximal_step(0.1, controller.lam, keep=model.strongest(0.5, 0.1))
+        model.steered_step(0.1, 0.0, 0.9, "freeze", controller, 0.5)
 
 
 # ---------------------------------------------------------------- density controller
@@ -287,3 +300,189 @@ def test_lambda_stays_in_its_limits_and_moves_the_right_way():
             controller.step(density, wanted)
         assert float(controller.lam) == pytest.approx(limit, rel=1e-4)
         assert math.isfinite(float(controller.integral))
+
+
+# ---------------------------------------------------------------- prox
+
+
+def objective(X: torch.Tensor, W: torch.Tensor, t: float) -> torch.Tensor:
+    """1/2 ||X - W||^2 + t sum_g ||X_g||, for [..., G, P]."""
+    return 0.5 * (X - W).square().sum((-2, -1)) + t * X.norm(dim=-1).sum(-1)
+
+
+@settings(max_examples=60)
+@given(
+    groups=st.integers(1, 6),
+    width=st.integers(1, 4),
+    t=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0, 3.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_no_point_on_the_sphere_beats_prox_sphere(groups: int, width: int, t: float, seed: int):
+    W = normal(groups, width, seed=seed, dtype=torch.float64)
+    best = prox_sphere(W[..., None], t)[..., 0]
+    assert best.norm().item() == pytest.approx(1, abs=1e-12)
+    anywhere = normal(1000, groups, width, seed=seed + 1, dtype=torch.float64)
+    sparse = anywhere * (normal(1000, groups, 1, seed=seed + 2) > 0)
+    sparse = sparse[sparse.flatten(1).norm(dim=1) > 0]
+    one_hot = torch.eye(groups, dtype=torch.float64)[:, :, None] * W
+    near = best + torch.logspace(-6, -0.5, 500, dtype=torch.float64)[:, None, None] * anywhere[:500]
+    directed = W * anywhere[:, :, :1].abs()  # the right directions, any block norms
+    rivals = torch.cat([anywhere, sparse, one_hot, near, directed])
+    rivals = rivals / rivals.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
+    rivals = rivals[rivals.flatten(1).norm(dim=1) > 0.5]
+    assert (objective(rivals, W, t) >= objective(best, W, t) - 1e-12).all()
+
+
+def test_prox_sphere_at_the_threshold():
+    def norms(v: list[float], t: float) -> list[float]:
+        W = torch.tensor(v, dtype=torch.float64)[:, None, None]
+        return prox_sphere(W, t).norm(dim=1)[:, 0].tolist()
+
+    assert norms([0.5, 0.25, 0.125], 0.125) == pytest.approx([0.375, 0.125, 0] / np.sqrt(0.15625))
+    assert norms([0.5, 0.25, 0.25], 0.25) == [1, 0, 0]
+    assert norms([0.5, 0.5], 0.5) == [1, 0]  # nothing exceeds t: the first of the largest
+    assert norms([0.25, 0.5, 0.5], 0.75) == [0, 1, 0]
+    assert norms([0.5, 0.5, 0.5, 0.5], 0.25) == [0.5] * 4  # equal blocks are a fixed point
+    assert norms([0.5 + 1e-15, 0.5, 0.1], 0.5) == [1, 0, 0]  # just above: no underflow
+    assert norms([1e-20, 3e-20], 0.0) == pytest.approx([10**-0.5, 3 * 10**-0.5])
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), t=st.floats(0, 2), dead=st.integers(0, 63))
+def test_prox_sphere_keeps_directions_order_and_zero_blocks(seed: int, t: float, dead: int):
+    W = normal(6, 3, 20, seed=seed)
+    gone = torch.tensor([bool(dead >> g & 1) for g in range(6)])
+    W[gone] = 0
+    X = prox_sphere(W, torch.tensor(t))
+    r, v = X.norm(dim=1), W.norm(dim=1)
+    torch.testing.assert_close(r.square().sum(0), torch.ones(20))
+    if gone.all():  # no direction is given: any unit vector in one group is a minimiser
+        assert ((r > 0).sum(0) == 1).all()
+        return
+    assert (r[gone] == 0).all()
+    torch.testing.assert_close(X * v[:, None], W * r[:, None], rtol=1e-5, atol=1e-6)
+    assert (r[v <= t].max() if (v <= t).any() and (v > t).any(0).all() else 0) == 0
+    order = v.argsort(0)
+    assert (r.gather(0, order).diff(dim=0) >= -1e-6).all()
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), t=st.floats(0, 3))
+def test_plain_prox_satisfies_the_optimality_condition(seed: int, t: float):
+    W = normal(5, 3, 8, seed=seed, dtype=torch.float64)
+    W[0, :, 0] = 0
+    X = prox_group_lasso(W, t)
+    v, r = W.norm(dim=1), X.norm(dim=1)
+    torch.testing.assert_close(r, (v - t).clamp_min(0))  # the closed form
+    # 0 is in X - W + t * subdifferential of ||X||: the residual is t X/||X||, or no longer than t.
+    residual = W - X
+    alive = r > 0
+    unit = X / torch.where(alive, r, 1.0)[:, None]
+    torch.testing.assert_close(torch.where(alive[:, None], residual, 0.0), t * unit)
+    assert (residual.norm(dim=1)[~alive] <= t + 1e-12).all()
+    assert X.isfinite().all() and (X[0, :, 0] == 0).all()
+
+
+# ---------------------------------------------------------------- controls with random zeros
+
+
+def model_of(**settings: object) -> SparseJEPA:
+    config = preset("nano").replace(
+        **{"patch_size": 8, "num_groups": 8, "density": 0.3, "pattern": "random", **settings}
+    )
+    return build_model(config, (32, 32), 20)
+
+
+def kept(model: SparseJEPA) -> torch.Tensor:
+    assert model.groups is not None
+    return model.groups.block_norms() > 0
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 9))
+def test_counts_are_exact_and_as_equal_as_can_be(
+    groups: int, latents: int, density: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    pattern = random_pattern(groups, latents, density)
+    per_latent, per_group = pattern.sum(0), pattern.sum(1)
+    assert int(pattern.sum()) == max(latents, round(density * groups * latents))
+    assert per_latent.min() >= 1 and per_latent.max() - per_latent.min() <= 1
+    assert per_group.max() - per_group.min() <= 1
+    other = random_pattern(groups, latents, 1.0, like=pattern)
+    assert torch.equal(other.sum(0), per_latent) and torch.equal(other.sum(1), per_group)
+
+
+def test_with_given_counts_all_patterns_are_equally_likely() -> None:
+    like = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    torch.manual_seed(0)
+    found = [tuple(random_pattern(3, 3, 1.0, like).int().argmax(0).tolist()) for _ in range(1200)]
+    counts = [found.count(one) for one in set(found)]
+    assert len(counts) == 6 and max(abs(c - 200) for c in counts) < 4 * 200**0.5
+
+
+@pytest.mark.parametrize("w_form", ["sphere", "plain"])
+def test_the_zeros_come_along_the_path_of_the_density_and_stay(w_form: str) -> None:
+    model = model_of(w_form=w_form)
+    assert model.controller is None and model.groups is not None
+    images, before = torch.randn(6, 3, 32, 32), kept(model)
+    for step in range(20):
+        model(images, step=step).total.backward()
+        model.after_step(step)
+        now, wanted = kept(model), model.rates.wanted_density(step)
+        assert model.rates.lam(step) == 0
+        assert int(now.sum()) == round(wanted * now.numel()) and not (now & ~before).any()
+        before = now
+    assert int(before.sum()) == round(0.3 * 8 * 96)
+    assert before.sum(1).max() - before.sum(1).min() <= 1
+
+
+def test_a_runs_counts_can_be_taken_over(tmp_path) -> None:
+    source = model_of(seed=3).groups
+    assert source is not None
+    uneven = torch.rand(8, 96) * torch.linspace(0.3, 1, 8)[:, None]
+    source.proximal_step(0.0, 0.0, keep=largest(uneven, 0.5))
+    save_groups(tmp_path, source)
+    model = model_of(pattern=str(tmp_path), density=0.5)
+    assert model.order is not None
+    final, wanted = largest(model.order, 0.5), source.block_norms() > 0
+    assert torch.equal(final.sum(0), wanted.sum(0)) and torch.equal(final.sum(1), wanted.sum(1))
+    with pytest.raises(UserError, match=r"that run kept 0\.5; use --density 0\.5"):
+        model_of(pattern=str(tmp_path), density=0.25)
+    with pytest.raises(UserError, match="its map is 8 groups by 96 latents, this run's 4 by 96"):
+        model_of(pattern=str(tmp_path), num_groups=4)
+
+
+def test_a_pattern_that_there_is_not_is_refused_before_any_data_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> Any:
+        raise AssertionError("images are loaded")
+
+    monkeypatch.setattr("sparsejepa.data.catalog.load_images", loaded)
+    run = tmp_path / "run"
+
+    def check(message: str, pattern: str = str(run)) -> None:
+        config = preset("nano").replace(density=0.5, pattern=pattern, device="cpu")
+        task = Task(config, tmp_path / "new", Probes(("scenes",)))
+        for work in (lambda: pretrain(config, out=tmp_path / "new"), lambda: plan(config, loaded),
+                     lambda: run_tasks([task], tmp_path / "rows.jsonl")):  # fmt: skip
+            with pytest.raises(UserError, match=f"^--pattern {pattern}: {message}"):
+                work()
+
+    unknown = "not learned, random or a finished run with groups"
+    check(rf"{unknown} \(did you mean 'learned'\?\)$", "leanred")
+    check(rf"{unknown} \(did you mean 'random'\?\)$", "randon")
+    check(f"{unknown}$")
+    run.mkdir()
+    check(f"{unknown}$")
+
+
+@given(st.floats(0.2, 1.0), st.integers(0, 10**6))
+def test_the_largest_blocks_are_kept_and_one_of_every_latent(density: float, seed: int) -> None:
+    norms = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed))
+    kept = largest(norms, density)
+    first = torch.zeros(5, 7, dtype=torch.bool).scatter(0, norms.argmax(0, keepdim=True), True)
+    assert kept[first].all() and kept.sum() == max(7, round(density * 35))
+    gone, others = norms[~kept], norms[kept & ~first]
+    if len(gone) and len(others):
+        assert others.min() >= gone.max()

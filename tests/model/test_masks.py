@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from itertools import combinations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,21 +134,6 @@ def test_places_of_target_blocks_are_uniform() -> None:
         for slot in range(targets):
             single = masks.targets[:, slot, 0].bincount(minlength=20)[corners]
             assert stats.chisquare(single.numpy()).pvalue > 1e-4
-
-
-@pytest.mark.parametrize(
-    "settings", [{"context_counts": (28,)}, {"context_counts": (10,), "context_scale": (0.6, 0.6)}]
-)
-def test_last_resort_is_as_good_an_image(settings: dict) -> None:
-    """One drawn candidate and a demanding setting: a part of images needs the last resort."""
-    sampler = MaskSampler((8, 8), candidates=2, **settings)
-    resort = []
-    for step in range(40):
-        masks = sampler.sample(64, seed=0, step=step)
-        check(masks, sampler, sampler.plan(seed=0, step=step), 64)
-        first = masks.targets[:, :, 0]
-        resort.append((first == first[:, :1]).all(1).double().mean().item())
-    assert 0.05 < np.mean(resort) < 0.5
 
 
 @pytest.mark.parametrize(
