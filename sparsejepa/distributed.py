@@ -1,23 +1,20 @@
 """The processes of one job: who this one is, how they meet, and what they tell each other.
 
-Started by torchrun or SLURM, several processes train one model: each step's images, masks and
-draws are those of the global batch, of which every process takes its rows. Imports torch only when
-it is used: the command line reads this module before anything heavy.
+Started by torchrun, several processes train one model: each step's images, masks and draws are
+those of the global batch, of which every process takes its rows. Imports torch only when it is
+used: the command line reads this module before anything heavy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import os
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsejepa.errors import UserError
 
@@ -25,12 +22,12 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+T = TypeVar("T")
 # The first process of a machine may decode a whole data set while the others wait for it. With gloo
-# a process that dies is noticed at once, by its closed connections. NCCL's peers wait for it inside
-# a kernel until their launcher ends them: torchrun does so, srun with --kill-on-bad-exit=1.
+# a process that dies is noticed at once; NCCL's peers wait until torchrun ends them.
 _TIMEOUT = timedelta(hours=12)
-_PATIENCE = 3.0
-"""Seconds in which an error that all processes have comes up in all of them."""
+_PATIENCE = timedelta(seconds=3)
+"""Within which an error that all processes have comes up in all of them."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +49,21 @@ class World:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> World:
-        """Return what torchrun, or else a SLURM step of several tasks, says of this process.
+        """Return what torchrun says of this process.
 
         Raises UserError for a variable that is not a number.
         """
-
-        def number(name: str, default: int) -> int:
-            value = variables.get(name, str(default))
+        if "RANK" not in variables or "WORLD_SIZE" not in variables:
+            return cls()
+        numbers = []
+        for name in (
+            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"
+        ):  # fmt: skip
+            value = variables.get(name, "1" if name.endswith("SIZE") else "0")
             if not value.isdecimal():
                 raise UserError(f"{name} is '{value}' and not a number; unset it or use torchrun")
-            return int(value)
-
-        if "RANK" in variables and "WORLD_SIZE" in variables:
-            return cls(
-                number("RANK", 0),
-                number("WORLD_SIZE", 1),
-                number("LOCAL_RANK", 0),
-                number("LOCAL_WORLD_SIZE", 1),
-                number("TORCHELASTIC_RESTART_COUNT", 0),
-            )
-        tasks = number("SLURM_STEP_NUM_TASKS", 1)
-        if "SLURM_STEP_ID" in variables and tasks > 1:
-            # "4(x2),3": the largest number of tasks on one machine.
-            per_node = re.findall(r"(?:^|,)(\d+)", variables.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-            local_size = max(map(int, per_node), default=1)
-            return cls(number("SLURM_PROCID", 0), tasks, number("SLURM_LOCALID", 0), local_size)
-        return cls()
+            numbers.append(int(value))
+        return cls(*numbers)
 
     def place(self, device: str) -> str:
         """Return the device of this process: on GPUs each process of a machine has its own.
@@ -93,14 +79,13 @@ class World:
         count = torch.cuda.device_count()
         if count == 0:
             raise UserError(f"--device {device}: no GPU on this machine; use --device cpu")
-        if count == 1:  # the launcher shows each process its own
-            return "cuda:0"
-        if self.local_rank >= count:
+        if count > 1 and self.local_rank >= count:
             raise UserError(
                 f"{self.local_size} processes on a machine with {count} GPUs; start at most "
                 f"{count} (--nproc-per-node {count})"
             )
-        return f"cuda:{self.local_rank}"
+        # A launcher may show each process a single GPU, its own.
+        return f"cuda:{self.local_rank if count > 1 else 0}"
 
 
 @dataclass(frozen=True)
@@ -136,13 +121,23 @@ class Share:
         return slice(index * each, (index + 1) * each)
 
 
-def current() -> World:
-    """Return this process among those that are `joined` now."""
+def _engine() -> Any:
+    """Return torch.distributed, of which type checkers do not see all public names."""
+    import torch.distributed
+
+    return torch.distributed
+
+
+def alone() -> bool:
+    """Return whether this process is the only one that is `joined` now."""
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
-        return World()
-    return World.from_environment()
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
+def current() -> World:
+    """Return this process among those that are `joined` now."""
+    return World() if alone() else World.from_environment()
 
 
 @contextlib.contextmanager
@@ -163,8 +158,7 @@ def joined(world: World, device: str = "cpu") -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(device)
     # What an attempt before this one left in torchrun's store must not be met again.
-    name = f"attempt-{world.restarts}/job-{next(_joins)}"
-    store = dist.PrefixStore(name, _meeting_place(world))
+    store = dist.PrefixStore(f"attempt-{world.restarts}/job-{next(_joins)}", _meeting_place(world))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),
@@ -172,110 +166,58 @@ def joined(world: World, device: str = "cpu") -> Iterator[None]:
         world_size=world.size,
         timeout=_TIMEOUT,
     )
-    leave = _abort if on_gpu else dist.destroy_process_group
+    leave = dist.destroy_process_group
     try:
         yield
-        leave = dist.destroy_process_group
     except Exception as error:
+        if on_gpu:  # NCCL's polite end would wait for exchanges that nobody takes part in
+            leave = getattr(dist.distributed_c10d, "_abort_process_group", lambda: None)
         raise _settled(error, world, store) from None
     finally:
         leave()
 
 
-def _abort() -> None:
-    """Drop the connections: NCCL's polite end would wait for exchanges that nobody takes part in.
-
-    Of torch's experimental interface; without it the group is left as it is, for the process's end.
-    """
-    getattr(_engine().distributed_c10d, "_abort_process_group", lambda: None)()
-
-
 _joins = itertools.count()
-
-
-def _engine() -> Any:
-    """Return torch.distributed, of which type checkers do not see all public names."""
-    import torch.distributed
-
-    return torch.distributed
 
 
 @functools.cache
 def _meeting_place(world: World) -> Any:
     """Return the store at which the processes find each other; the same for every job of theirs."""
-    dist = _engine()
-    if "RANK" in os.environ:
-        return next(dist.rendezvous("env://", world.rank, world.size))[0]
-    host, port = slurm_address(os.environ)
-    return dist.TCPStore(host, port, world.size, world.main, timedelta(minutes=5))
+    return next(_engine().rendezvous("env://", world.rank, world.size))[0]
 
 
-def slurm_address(variables: Mapping[str, str]) -> tuple[str, int]:
-    """Return host and port where the tasks of a SLURM step meet: its first machine.
-
-    MASTER_ADDR and MASTER_PORT go first. Otherwise the port is a hash of job and step, below those
-    that the system gives to outgoing connections.
-    """
-    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
-    # "gpu[03-05,9],other": the prefix and the first number of the first entry.
-    first = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,]*)", nodes)
-    host = "".join(part or "" for part in first.groups()) if first else ""
-    host = host or variables.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    step = f"{variables.get('SLURM_JOB_ID')}.{variables.get('SLURM_STEP_ID')}"
-    digest = hashlib.blake2b(step.encode(), digest_size=8).digest()
-    port = 10_000 + int.from_bytes(digest) % 20_000
-    return variables.get("MASTER_ADDR", host), int(variables.get("MASTER_PORT", port))
-
-
-def launch_name(variables: Mapping[str, str] = os.environ) -> str:
-    """Return what torchrun calls this job in all its attempts and no other; "" without torchrun.
-
-    That is its run id. Where nobody gave one it is "none" for every job, and the folder of this
-    job's logs, which has a random name, is taken instead.
-    """
-    name = variables.get("TORCHELASTIC_RUN_ID", "")
-    if name != "none":
-        return name
-    folder, attempt, _ = variables.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
-    return folder.rpartition("/")[2] if attempt else ""
-
-
-def on_main(world: World, work: Callable[[], Any]) -> Any:
-    """Return on every process what `work` returns on the main one, or raise its UserError."""
+def everywhere(world: World, work: Callable[[], T]) -> list[T]:
+    """Return what `work` returns in each process; if it fails in one, all raise that error."""
     if world.size == 1:
-        return work()
-    message: dict[str, Any] = {}
-    if world.main:
-        try:
-            message = {"value": work()}
-        except UserError as error:
-            message = {"error": str(error)}
-    told = [message]
-    _engine().broadcast_object_list(told, 0)
-    message = told[0]
-    if "error" in message:
-        raise UserError(message["error"])
-    return message["value"]
+        return [work()]
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    outcomes: list[Any] = [None] * world.size
+    _engine().all_gather_object(outcomes, (result, failure))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
 
 
-def first_here(world: World, work: Callable[[], Any]) -> Any:
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Return on every process what `work` returns on the main one, or raise its error."""
+    return everywhere(world, work if world.main else lambda: None)[0]  # type: ignore[return-value]
+
+
+def first_here(world: World, work: Callable[[], T]) -> T:
     """Return what `work` returns, on each machine after its first process has done it.
 
-    So that one process fills a cache and the others find it filled. Raises on every process the
-    UserError of the first one that has one.
+    So that one process fills a cache and the others find it filled. If it fails in one, all raise
+    that error.
     """
-    if world.size == 1:
-        return work()
-    value, said = None, ""
+    held: list[T] = []
     for turn in (world.local_rank == 0, world.local_rank != 0):
-        try:
-            value = work() if turn else value
-        except UserError as error:
-            said = str(error)
-        found = [text for text in gather_texts(said) if text]
-        if found:
-            raise UserError(found[0])
-    return value
+        everywhere(world, lambda turn=turn: held.append(work()) if turn else None)
+    return held[0]
 
 
 def own_rows(rows: np.ndarray, world: World) -> np.ndarray:
@@ -293,42 +235,26 @@ def gather_rows(x: Tensor, total: int) -> Tensor:
 
     x: [n, ...], equal n on all processes. Without gradients.
     """
-    import torch
-    import torch.distributed as dist
-
-    x = x.detach().cpu().contiguous()
-    world = current()
-    if world.size > 1:
-        rows = [torch.empty_like(x) for _ in range(world.size)]
-        dist.all_gather(rows, x)
-        x = torch.cat(rows)
-    return x[:total]
+    return gather(x.detach().cpu())[:total]
 
 
 def mean_of(x: Tensor) -> Tensor:
     """Return the mean of x over the processes, in place. Without gradients."""
-    import torch.distributed as dist
-
-    if current().size > 1:
-        dist.all_reduce(x)
-        x /= current().size
+    if not alone():
+        _engine().all_reduce(x)
+        x /= _engine().get_world_size()
     return x
 
 
-def gather_texts(text: str) -> list[str]:
-    """Return the texts of all processes in the order of ranks."""
-    world = current()
-    texts = [text] * world.size
-    if world.size > 1:
-        _engine().all_gather_object(texts, text)
-    return texts
+def largest_of(number: int) -> int:
+    """Return the largest number that any process tells, such as a signal's; over the CPU."""
+    if alone():
+        return number
+    import torch
 
-
-def alone() -> bool:
-    """Return whether this process is the only one that is connected."""
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    told = torch.tensor(number)
+    _engine().all_reduce(told, op=_engine().ReduceOp.MAX)
+    return int(told)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -341,16 +267,12 @@ def gather(x: Tensor) -> Tensor:
     return x if alone() else _gathering()(x)
 
 
-def local(x: Tensor) -> Tensor:
-    """Return this process's part of a parameter that is shared out, any other as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[attr-defined]
-
-
 @functools.cache
 def _gathering() -> Callable[[Tensor], Tensor]:
     """Return `gather` for several processes, which compilers leave alone."""
     import torch
-    import torch.distributed as dist
+
+    dist = _engine()
 
     class Gather(torch.autograd.Function):
         @staticmethod
@@ -370,44 +292,9 @@ def _gathering() -> Callable[[Tensor], Tensor]:
     return gathered
 
 
-class Agreement:
-    """The largest number that any process tells, such as a signal's, known to all at the same step.
-
-    What is asked at one step is answered at the next: the exchange goes on beside the step, over
-    the CPU, so that nothing waits for it or for a device. A single process knows at once.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._group: Any = None
-        self._work: Any = None
-        self._flag: Tensor | None = None
-        if world.size > 1:
-            import torch.distributed as dist
-
-            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-
-    def __call__(self, wish: int) -> int:
-        """Tell the others this process's number; return the largest of the step before."""
-        if self._world.size == 1:
-            return wish
-        import torch
-        import torch.distributed as dist
-
-        before = self.close()
-        self._flag = torch.tensor([wish])
-        self._work = dist.all_reduce(
-            self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True
-        )
-        return before
-
-    def close(self) -> int:
-        """Wait for the last exchange and return its answer, 0 if there was none."""
-        if self._work is None or self._flag is None:
-            return 0
-        self._work.wait()
-        self._work = None
-        return int(self._flag.item())
+def local(x: Tensor) -> Tensor:
+    """Return this process's part of a parameter that is shared out, any other as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[attr-defined]
 
 
 def speaks_for(world: World, error: BaseException) -> str | None:
@@ -420,31 +307,24 @@ def speaks_for(world: World, error: BaseException) -> str | None:
 
 def _settled(error: Exception, world: World, store: Any) -> Exception:
     """Return `error`, marked with the `process` that tells of it unless all have the same."""
-    said = "" if _is_lost_connection(error) else f"{type(error).__name__}: {error}"
-    found: dict[int, str] = {world.rank: said}
-    until = time.monotonic() + _PATIENCE
-    with contextlib.suppress(Exception):  # the store may be gone together with its process
-        store.set(f"failed-{world.rank}", said)
-        while len(found) < world.size and time.monotonic() < until:
-            for rank in set(range(world.size)) - found.keys():
-                if store.check([f"failed-{rank}"]):
-                    found[rank] = store.get(f"failed-{rank}").decode()
-            time.sleep(0.05)
-    causes = [rank for rank in sorted(found) if found[rank]]
-    if said:
-        if len(found) < world.size or set(found.values()) != {said}:
-            error.process = world.rank  # type: ignore[attr-defined]
-        return error
-    if not causes:
-        return UserError("another process of this job ended without a word (was it killed?)")
-    lost = UserError(f"process {causes[0]} of {world.size}: {found[causes[0]]}")
-    lost.process = causes[0]  # type: ignore[attr-defined]
-    return lost
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    import torch.distributed as dist
-
+    dist = _engine()
     words = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
     network = isinstance(error, dist.DistError) or type(error) is RuntimeError
-    return network and any(word in str(error) for word in words)
+    lost = network and any(word in str(error) for word in words)
+    found = {world.rank: "" if lost else f"{type(error).__name__}: {error}"}
+    names = {rank: f"failed-{rank}" for rank in range(world.size)}
+    with contextlib.suppress(Exception):  # the store may be gone together with its process
+        store.set(names[world.rank], found[world.rank])
+        with contextlib.suppress(dist.DistError):  # some process has none to tell
+            store.wait(list(names.values()), _PATIENCE)
+        for rank, name in names.items():
+            if store.check([name]):
+                found[rank] = store.get(name).decode()
+    causes = [rank for rank in sorted(found) if found[rank]]
+    if not causes:
+        return UserError("another process of this job ended without a word (was it killed?)")
+    if lost:
+        error = UserError(f"process {causes[0]} of {world.size}: {found[causes[0]]}")
+    if lost or len(causes) < world.size or len(set(found.values())) > 1:
+        error.process = causes[0] if lost else world.rank  # type: ignore[attr-defined]
+    return error

@@ -316,7 +316,7 @@ def test_dry_run_says_what_a_run_would_be_and_writes_nothing(photos: Path) -> No
     plan = json.loads(done.stdout.splitlines()[-1])
     assert (plan["data"], plan["steps"], plan["train_images"]) == ("photos", 3, 64)
     assert plan["patches"] == 64 and plan["context_counts"] == [16, 20, 24]
-    assert plan["minutes"] > 0 and plan["peak_memory_mb"] >= 0
+    assert plan["minutes"] > 0
     assert plan["would_write"] == "runs/photos-lam=0.01-s0"
     assert "context counts" in done.stderr and "16, 20, 24" in done.stderr
     assert {path.name for path in photos.iterdir()} == {"photos", "cache"}

@@ -135,8 +135,6 @@ def test_a_pickle_as_a_checkpoint_is_not_unpickled(tmp_path: Path, mark: Path) -
             "size": (saved / name).stat().st_size,
             "blake2b": checkpoint._digest(saved / name),
         }
-    about.pop("blake2b")
-    about["blake2b"] = checkpoint._own_digest(about)
     (saved / "manifest.json").write_text(json.dumps(about))
     (saved / ".metadata").write_bytes(pickle.dumps(Bomb(mark)))  # torch's own pickled index
     with pytest.raises(UserError, match=r"step-0+3"):
@@ -434,8 +432,4 @@ def test_control_characters_do_not_reach_the_terminal(
 def test_cluster_variables_are_numbers_or_refused(value: str, mark: Path) -> None:
     with pytest.raises(UserError, match="RANK"):
         World.from_environment({"RANK": value, "WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match="SLURM_PROCID"):
-        World.from_environment(
-            {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": value}
-        )
     assert not mark.exists()

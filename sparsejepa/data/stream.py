@@ -151,7 +151,7 @@ def open_stream(
 def _cores() -> int:
     """Return the CPU cores for this process; those of a machine are divided among its processes.
 
-    Not once more where each was given its own: by SLURM, or by torchrun's --numa-binding.
+    Not once more where each was given its own by torchrun's --numa-binding.
     """
     count, local = os.cpu_count() or 1, World.from_environment().local_size
     if not hasattr(os, "sched_getaffinity"):
@@ -159,11 +159,8 @@ def _cores() -> int:
     own = len(os.sched_getaffinity(0))
     if local == 1:
         return own
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun: the parent has the cores of all
-        count = min(count, max(own, len(os.sched_getaffinity(os.getppid()))))
-    else:
-        granted = os.environ.get("SLURM_CPUS_ON_NODE", "")
-        count = int(granted) if granted.isdecimal() else count
+    # The parent, torchrun, has the cores of all.
+    count = min(count, max(own, len(os.sched_getaffinity(os.getppid()))))
     return max(1, min(own, count // local))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsejepa.data.images import stratified
 from sparsejepa.errors import UserError
-from sparsejepa.training.quality import TEMPERATURE, moments, unit_rows, vote
+from sparsejepa.training.monitor import TEMPERATURE, moments, unit_rows, vote
 
 VALIDATION_SHARE = 0.2
 BLOCK = 2**23

@@ -24,7 +24,7 @@ from sparsejepa.evaluation.features import Features, embed
 from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.probe import choose_targets, load_splits
 from sparsejepa.evaluation.stats import Estimate
-from sparsejepa.training.quality import moments, rankme
+from sparsejepa.training.monitor import moments, rankme
 
 FACTORS = "scenes:single"
 """Images with known factors, seven of them."""

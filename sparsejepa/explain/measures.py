@@ -48,7 +48,7 @@ from sparsejepa.explain.readout import (
 )
 from sparsejepa.model.jepa import make_targets
 from sparsejepa.training.build import build_sampler
-from sparsejepa.training.quality import rankme
+from sparsejepa.training.monitor import rankme
 
 PREDICTED_IMAGES = 1_000
 """Images whose hidden patches are predicted, at most."""

@@ -154,7 +154,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
         check_measures(task.probes.measures)
         images = (task.config.data, task.config.images)
         if images not in known:
-            _, config, loaded = prepare(task.config, load_images, task.run_dir)
+            _, config, loaded = prepare(task.config, load_images)
             total_steps(config, len(loaded))
         for name in set(task.probes.data) - known:
             train = load_dataset(name, "train", **_opening(task, name))

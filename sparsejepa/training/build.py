@@ -9,7 +9,6 @@ weights; predictor and group map are new.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +25,13 @@ from sparsejepa.distributed import World, first_here, local
 from sparsejepa.encoders.encoder import GROUPS, RGB, vit_arguments
 from sparsejepa.encoders.load import load, plain
 from sparsejepa.errors import TooFewImages, UserError
-from sparsejepa.files import load_tensors, read_json, write_text
+from sparsejepa.files import load_tensors
 from sparsejepa.model.groups import GroupMap, random_pattern
 from sparsejepa.model.jepa import SparseJEPA
 from sparsejepa.model.masks import MaskSampler
 from sparsejepa.model.predictor import MLPPredictor, TransformerPredictor
 from sparsejepa.model.vit import ViT
 from sparsejepa.rng import derive_seed
-from sparsejepa.training.checkpoint import START, has_checkpoint
 from sparsejepa.training.schedule import Schedule
 
 ADAM_BETA2 = 0.98
@@ -42,30 +40,28 @@ ADAM_BETA2 = 0.98
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from.
+    """The encoder that a run starts from.
 
     Attributes:
         ref: its name, as `load` takes it.
-        arch: arguments of `ViT`, without drop path.
+        vit: the encoder itself.
         mean, std: of the pixels, in units of [0, 1].
         license, fingerprint: of the encoder.
-        vit: the encoder; None in a run that goes on from a checkpoint.
     """
 
     ref: str
-    arch: dict[str, Any]
+    vit: ViT
     mean: RGB
     std: RGB
     license: str | None
     fingerprint: str
-    vit: ViT | None
 
     def settings(self, config: Config) -> Config:
         """Return the settings with the encoder's sizes in them, checked.
 
         Raises UserError if they say otherwise, or cannot work with an encoder of this size.
         """
-        arch, wanted = self.arch, config.model.encoder
+        arch, wanted = vit_arguments(self.vit), config.model.encoder
         sizes = f"{arch['embed_dim']},{arch['depth']},{arch['num_heads']}"
         if wanted not in (sizes, *ENCODER_SIZES):
             raise UserError(
@@ -80,13 +76,12 @@ class Start:
         return config.replace(encoder=sizes, patch_size=height).check()
 
     def encoder(self, img_size: tuple[int, int], drop_path: float) -> ViT:
-        """Return the encoder for images of `img_size` (h, w); random weights without `vit`.
+        """Return the encoder for images of `img_size` (h, w).
 
         On another grid of patches learned positions are interpolated, fixed ones computed anew.
         """
-        vit = ViT(**{**self.arch, "img_size": img_size, "drop_path": drop_path})
-        if self.vit is None:
-            return vit
+        changes = {"img_size": img_size, "drop_path": drop_path}
+        vit = ViT(**{**vit_arguments(self.vit), **changes})
         state = dict(self.vit.state_dict())
         if vit.grid_size != self.vit.grid_size:
             state["pos_embed"] = vit.state_dict()["pos_embed"]
@@ -102,50 +97,21 @@ class Start:
         vit.load_state_dict(state)
         return vit
 
-    def scaled(self, images: Images) -> Images:
-        """Return the images with the encoder's mean and standard deviation."""
-        return dataclasses.replace(images, mean=self.mean, std=self.std)  # type: ignore[type-var]
 
-    def write(self, run_dir: Path) -> None:
-        """Write all but the weights, so that the run can go on without the encoder."""
-        about = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "vit"}
-        write_text(run_dir / START, json.dumps(about, indent=1))
-
-
-def find_start(config: Config, run_dir: Path | None = None) -> Start | None:
+def find_start(config: Config) -> Start | None:
     """Return what a run starts from, None for random weights.
 
-    A run in `run_dir` that has a checkpoint or is finished needs the encoder no more. Raises
-    UserError if there is no encoder of that name, or none that can be trained here.
+    Raises UserError if there is no encoder of that name, or none that can be trained here.
     """
     ref = config.model.init
     if ref is None:
         return None
-    if run_dir is not None and (start := read_start(run_dir)) is not None:
-        return start
     try:
         encoder = load(ref)
         fingerprint, vit = encoder.fingerprint(), plain(encoder).model
     except UserError as error:
         raise UserError(f"--init {error}") from None
-    arch, license = vit_arguments(vit), encoder.license
-    return Start(ref, arch, encoder.mean, encoder.std, license, fingerprint, vit)
-
-
-def license_of(run_dir: Path, config: Config) -> str | None:
-    """Return the licence of the encoder that a run in `run_dir` began with, if there is one."""
-    return read_json(run_dir / START)["license"] if config.model.init else None
-
-
-def read_start(run_dir: Path) -> Start | None:
-    """Return what a run began from, without weights; None if it has not begun or had none."""
-    begun = has_checkpoint(run_dir) or (run_dir / "summary.json").exists()
-    if not begun or not (run_dir / START).exists():
-        return None
-    found = read_json(run_dir / START)
-    arch = {k: tuple(v) if isinstance(v, list) else v for k, v in found["arch"].items()}
-    mean, std = tuple(found["mean"]), tuple(found["std"])
-    return Start(**{**found, "arch": arch, "mean": mean, "std": std, "vit": None})
+    return Start(ref, vit, encoder.mean, encoder.std, encoder.license, fingerprint)
 
 
 def arm_name(config: Config) -> str:
@@ -172,7 +138,6 @@ def default_run_dir(config: Config) -> Path:
 def prepare(
     config: Config,
     images: Images | Callable[[Config], Images],
-    run_dir: Path | None = None,
     world: World = World(),  # noqa: B008  (it is frozen)
 ) -> tuple[Start | None, Config, Images]:
     """Return what a run starts from, its settings and its images.
@@ -181,11 +146,13 @@ def prepare(
     deviation. `images` are loaded, or a function that loads them. Raises UserError for an encoder
     or images that do not fit the settings.
     """
-    start = first_here(world, lambda: find_start(config, run_dir))
+    start = first_here(world, lambda: find_start(config))
     config = start.settings(config) if start else config
     image_set = images if isinstance(images, Images) else first_here(world, partial(images, config))
     config.check_image(image_set.img_size)
-    return start, config, start.scaled(image_set) if start else image_set
+    if start is not None:
+        image_set = dataclasses.replace(image_set, mean=start.mean, std=start.std)  # type: ignore[type-var]
+    return start, config, image_set
 
 
 def total_steps(config: Config, num_images: int) -> int:
@@ -224,32 +191,29 @@ def build_model(
     """
     config.check().check_image(img_size)
     seed, (width, depth, heads) = config.run.seed, config.encoder_shape
-    patch = config.model.patch_size
+    patch, drop = config.model.patch_size, config.model.drop_path
     grid = (img_size[0] // patch, img_size[1] // patch)
     out_dim = 3 * patch**2 if config.loss.predict == "pixels" else width
     sampler = build_sampler(config, grid)
+    predictor = groups = zeros = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, 0, "init-encoder"))
         if start is not None:
-            encoder = start.encoder(img_size, config.model.drop_path)
+            encoder = start.encoder(img_size, drop)
         else:
-            drop = config.model.drop_path
             encoder = ViT(
                 img_size, patch, embed_dim=width, depth=depth, num_heads=heads, drop_path=drop
             )
         torch.manual_seed(derive_seed(seed, 0, "init-predictor"))
-        dim, layers = config.model.predictor_dim, config.model.predictor_depth
-        predictor = None
+        sizes = {"dim": config.model.predictor_dim, "depth": config.model.predictor_depth}
         if config.model.predictor == "mlp":
-            predictor = MLPPredictor(width, grid, dim=dim, depth=layers, out_dim=out_dim)
+            predictor = MLPPredictor(width, grid, out_dim=out_dim, **sizes)
         elif config.model.predictor == "transformer":
-            predictor = TransformerPredictor(width, grid, dim=dim, depth=layers, out_dim=out_dim)
+            predictor = TransformerPredictor(width, grid, out_dim=out_dim, **sizes)
         torch.manual_seed(derive_seed(seed, 0, "init-groups"))
-        kind = config.groups.groups
-        groups = zeros = None
-        if kind != "none":
+        if config.groups.groups != "none":
             groups = GroupMap(
-                kind,
+                config.groups.groups,
                 width,
                 grid,
                 num_groups=config.groups.num_groups,
@@ -324,9 +288,6 @@ def build_augment(config: Config, image_set: Images) -> Augment:
 
 def describe_parameters(model: SparseJEPA) -> dict[str, Any]:
     """Return the number of parameters of each part."""
-    parts = {
-        "encoder": model.context_encoder,
-        "predictor": model.predictor,
-        "groups": model.groups,
-    }
+    names = {"encoder": "context_encoder", "predictor": "predictor", "groups": "groups"}
+    parts = {name: getattr(model, attribute) for name, attribute in names.items()}
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part}

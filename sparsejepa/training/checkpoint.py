@@ -21,25 +21,22 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sparsejepa import __version__, version
 from sparsejepa.config import Config, load_toml
-from sparsejepa.distributed import World
+from sparsejepa.distributed import World, everywhere, on_main
 from sparsejepa.errors import UserError, flag
 from sparsejepa.files import LOCK, partial_files, read_json, sync, sync_folder, write_text
 
 FORMAT = 2
 """Of a checkpoint's folder."""
-START = "init.json"
-"""In a run directory: what the run knows of the encoder that it started from, see `Start`."""
-FROM_START = {"encoder", "patch_size"}
-"""Settings that this encoder decides, whatever the flags say."""
+_FROM_START = {"encoder", "patch_size"}
+"""Settings that the encoder of ``--init`` decides, whatever the flags say."""
 
 # Settings that may differ between a run and its resumption: they change no weight, rounding aside.
 _FREE_ON_RESUME = {
@@ -47,7 +44,6 @@ _FREE_ON_RESUME = {
     "workers", "parallel", "checkpoint_activations", "log",
 }  # fmt: skip
 _MANIFEST = "manifest.json"
-T = TypeVar("T")
 
 
 def read_config(run_dir: Path) -> Config:
@@ -64,7 +60,7 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--out {run_dir} is a file; name a folder")
     if not (run_dir / "config.toml").exists():
-        own = {run_dir / LOCK, run_dir / START, *partial_files(run_dir)}
+        own = {run_dir / LOCK, *partial_files(run_dir)}
         if run_dir.is_dir() and set(run_dir.iterdir()) - own:
             raise UserError(f"--out {run_dir} holds other files and no run; name a new folder")
         return None
@@ -80,7 +76,7 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
             "that began it"
         )
     stored = read_config(run_dir).flat()
-    free = _FREE_ON_RESUME | (FROM_START if config.model.init else set())
+    free = _FREE_ON_RESUME | (_FROM_START if config.model.init else set())
     for name, value in config.flat().items():
         if name not in free and stored[name] != value:
             raise UserError(
@@ -103,11 +99,6 @@ def train_version(run_dir: Path) -> int | None:
             about = json.loads(path.read_bytes())
             return about.get("progress", about).get("train_version", 1)
     return None
-
-
-def has_checkpoint(run_dir: Path) -> bool:
-    """Return whether there is anything to resume from, whole or not."""
-    return bool(_steps(run_dir / "checkpoints"))
 
 
 class _Broken(Exception):
@@ -146,22 +137,22 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        final = self.folder / f"step-{progress['step']:09d}"
+        world, final = self._world, self.folder / f"step-{progress['step']:09d}"
         beside = _hidden(final)
         tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
         for name, parameter in _optimized(model, optimizer).items():
             state = optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
-        earlier = self._on_main(lambda: _steps(self.folder))
+        earlier = on_main(world, lambda: _steps(self.folder))
         try:
-            self._on_main(lambda: self._make(beside))
+            on_main(world, lambda: self._make(beside))
             writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            self._engine(save, tensors, storage_writer=writer)
-            written = self._everywhere(lambda: self._written(beside))
+            self._call(save, tensors, storage_writer=writer)
+            written = everywhere(world, lambda: self._written(beside))
             files = {name: entry for part in written for name, entry in part.items()}
-            self._on_main(lambda: self._publish(beside, final, files, progress))
+            on_main(world, lambda: self._publish(beside, final, files, progress))
         except BaseException as error:
-            if self._world.main:
+            if world.main:
                 shutil.rmtree(beside, ignore_errors=True)
             if not isinstance(error, OSError | SafetensorError):
                 raise
@@ -178,16 +169,17 @@ class Checkpoints:
         What killed saves left is removed. Raises UserError if there are checkpoints but none that
         is whole, of this version's format and of this model.
         """
-        steps = self._on_main(lambda: _remove_leftovers(self.folder) or _steps(self.folder))
+        world = self._world
+        steps = on_main(world, lambda: _remove_leftovers(self.folder) or _steps(self.folder))
         reason = ""
         for path in reversed(steps):
             try:
-                progress = self._on_main(lambda path=path: _examine(path))
+                progress = on_main(world, lambda path=path: _examine(path))
                 self._load(path, model, optimizer)
                 return progress
             except (_Broken, OSError, SafetensorError) as error:
                 reason = f"{path} cannot be resumed from ({_one_line(error)})"
-                if self._world.main:
+                if world.main:
                     self._say(f"{reason}; trying the one before it")
         if reason:
             raise UserError(f"{reason}; bring back a copy or name a new folder with --out")
@@ -222,7 +214,7 @@ class Checkpoints:
             "progress": progress,
             "files": files,
         }
-        write_text(beside / _MANIFEST, json.dumps(about | {"blake2b": _own_digest(about)}))
+        write_text(beside / _MANIFEST, json.dumps(about))
         if final.exists():  # a broken one that this run went past
             final.rename(_hidden(final, "old"))
         beside.rename(final)
@@ -240,14 +232,12 @@ class Checkpoints:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         reader = HuggingFaceStorageReader(str(path))
-        room: list[tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]] = []
-        self._everywhere(lambda: room.append(_room(reader, model, optimizer)))
-        tensors, state = room[0]
-        self._engine(load, tensors, storage_reader=reader)
+        tensors, state = _room(reader, model, optimizer)
+        self._call(load, tensors, storage_reader=reader)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def _engine(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def _call(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Call torch.distributed.checkpoint; what went wrong is raised itself, not wrapped."""
         from torch.distributed.checkpoint.api import CheckpointException
 
@@ -258,27 +248,6 @@ class Checkpoints:
             except CheckpointException as error:
                 raise next(iter(error.failures.values()))[0] from None
 
-    def _everywhere(self, work: Callable[[], T]) -> list[T]:
-        """Return what `work` returns in each process; if one fails, all raise its error."""
-        result: Any = None
-        failure: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-        outcomes = [(result, failure)]
-        if self._world.size > 1:
-            outcomes *= self._world.size
-            dist.all_gather_object(outcomes, (result, failure))
-        for _, failure in outcomes:
-            if failure is not None:
-                raise failure
-        return [result for result, _ in outcomes]
-
-    def _on_main(self, work: Callable[[], T]) -> T:
-        """Do `work` in the main process alone; all get its result or raise its error."""
-        return self._everywhere(work if self._world.main else lambda: None)[0]  # type: ignore[return-value]
-
 
 def _examine(path: Path) -> dict[str, Any]:
     """Return the progress of a checkpoint.
@@ -287,14 +256,14 @@ def _examine(path: Path) -> dict[str, Any]:
     """
     try:
         about = json.loads((path / _MANIFEST).read_bytes())
-        whole = about.pop("blake2b") == _own_digest(about) and about["format"] == FORMAT
-        files = about["files"].items() if whole else ()
+        files, progress = about["files"].items(), about["progress"]
+        whole = about["format"] == FORMAT
         whole = whole and all(_digest(path / name) == entry["blake2b"] for name, entry in files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        whole = False
+        whole, progress = False, {}
     if not whole:
         raise _Broken("it is damaged, incomplete or of another format")
-    return about["progress"]
+    return progress
 
 
 def _room(
@@ -353,11 +322,6 @@ def _remove_leftovers(folder: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _own_digest(about: dict[str, Any]) -> str:
-    text = json.dumps(about, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,9 +7,9 @@ decide alike. The main one prints and writes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,53 +19,54 @@ from typing import Any
 import tomli_w
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from sparsejepa import version
 from sparsejepa.config import Config, check_pattern
 from sparsejepa.data.images import Batches, Images
-from sparsejepa.distributed import (
-    Agreement,
-    World,
-    joined,
-    launch_name,
-    mean_of,
-    on_main,
-)
+from sparsejepa.distributed import World, everywhere, joined, largest_of, mean_of, on_main
 from sparsejepa.encoders.encoder import (
     Encoder,
+    group_rms,
+    measure_seen,
+    save_encoder,
+    save_groups,
 )
 from sparsejepa.encoders.load import load
 from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import Interrupted, UserError
-from sparsejepa.files import partial_files, read_json, run_lock, write_text
+from sparsejepa.files import partial_files, run_lock, write_text
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
+from sparsejepa.model.vit import ViT
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
+    Start,
     arm_name,
     build_augment,
     build_model,
+    build_sampler,
     default_run_dir,
     describe_parameters,
     prepare,
     total_steps,
 )
-from sparsejepa.training.checkpoint import START, Checkpoints, open_run, read_config
-from sparsejepa.training.finish import SKIPPED, finish, list_skipped, summary_of
+from sparsejepa.training.checkpoint import Checkpoints, open_run, read_config
 from sparsejepa.training.monitor import (
-    METRICS,
     MetricsLog,
     OnlineEvaluation,
     ProgressLine,
     Watch,
     check_trackers,
+    choose_images,
     group_state,
     trackers,
 )
 from sparsejepa.training.parallel import whole_encoder
 from sparsejepa.training.schedule import Schedule
 from sparsejepa.training.step import TERMS, TrainStep
+
+MEASURED = 2048
+"""Training images over which what the groups see and their units are measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def train(
     The run is written to `out`; with `resume` it goes on from the newest checkpoint there, if there
     is one. Ctrl-C and SIGTERM write a checkpoint and raise Interrupted, a KeyboardInterrupt.
 
-    Called by every process that torchrun or SLURM started, the processes train one model together;
-    when torchrun starts them anew, they go on where they were.
+    Called by every process that torchrun started, the processes train one model together; when
+    torchrun starts them anew, they go on with the run that is there.
 
     Raises UserError for settings or data that cannot work and when a loss is not finite or
     explodes.
@@ -107,37 +108,34 @@ def train(
     device = world.place(resolve_device(config.run.device))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with joined(world, device):
+    resume = resume or world.restarts > 0
+    with joined(world, device), contextlib.ExitStack() as held:
+        summary = on_main(world, lambda: open_run(run_dir, config, resume))
+        if summary is not None:
+            return Run(run_dir, read_config(run_dir), summary)
+        check_pattern(config)
+        start, own, image_set = prepare(config, images, world)
+        model = build_model(own, image_set.img_size, total_steps(own, len(image_set)), start)
+        stop = held.enter_context(_stop_on_signal())
 
-        def look() -> dict[str, Any] | None:
-            # What an attempt before this one began is gone on with, an older run is not.
-            about = run_dir / "environment.json"
-            anew = world.restarts > 0 and about.exists()
-            anew = anew and read_json(about).get("launch") == launch_name()
-            return open_run(run_dir, config, resume or anew)
+        def take() -> dict[str, Any] | None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run_lock(run_dir))
+            # Another job may have begun or finished here while the images were loaded.
+            return open_run(run_dir, config, resume)
 
-        summary = on_main(world, look)
+        summary = on_main(world, take)
         if summary is None:
-            check_pattern(config)
-            start, own, image_set = prepare(config, images, run_dir, world)
-            model = build_model(own, image_set.img_size, total_steps(own, len(image_set)), start)
-            on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
-            with contextlib.ExitStack() as held, _stop_on_signal() as stop:
-                on_main(world, lambda: held.enter_context(run_lock(run_dir)))
-                # Another job may have begun or finished here while the images were loaded.
-                summary = on_main(world, look)
-                if summary is None:
-                    if start is not None:
-                        on_main(world, lambda: start.write(run_dir))
-                    place = torch.device(device)
-                    summary = _train(run_dir, own, world, image_set, model, place, stop, console)
-    return Run(run_dir, read_config(run_dir), summary)
+            place = torch.device(device)
+            summary = _train(run_dir, own, world, start, image_set, model, place, stop, console)
+        return Run(run_dir, read_config(run_dir), summary)
 
 
 def _train(
     run_dir: Path,
     config: Config,
     world: World,
+    start: Start | None,
     image_set: Images,
     model: SparseJEPA,
     device: torch.device,
@@ -151,75 +149,88 @@ def _train(
     report = ProgressLine(console if world.main else None, arm_name(config))
     augment = build_augment(config, image_set)
     train_step = TrainStep(config, model, augment, total, report.say, world, device)
-    images = image_set.open(device, config.run.workers)
-    order = epoch_order(config, image_set, images)
-    evaluate = OnlineEvaluation(image_set, images, world=world)
     checkpoints = Checkpoints(run_dir, world=world, say=report.say)
-    state = {"step": 0, "seconds": 0.0, "images": image_set.fingerprint}
-    state |= checkpoints.restore(model, train_step.optimizer) or {}
-    if state["images"] != image_set.fingerprint:
-        raise UserError(
-            f"{config.data}: the images or labels are not those that {run_dir} began with; "
-            "bring them back or name a new folder with --out"
-        )
+    state = _restore(run_dir, config, image_set, start, train_step, checkpoints)
+    images = image_set.open(device, config.run.workers)
+    evaluate = OnlineEvaluation(image_set, images, world=world)
+    order = epoch_order(config, image_set, images)
+    first = state["step"]
     if world.main:
         _begin(run_dir, config)
-    start = state["step"]
-    if start == 0 and model.groups is not None:
-        weak = train_step.schedule.too_weak(float(model.groups.block_norms().detach().min()))
-        if weak:
-            report.say(weak)
-    pending = torch.zeros(every, len(TERMS), device=device)
-    own_rows = (train_step.rows(order(step)) for step in range(start, total))
+    if first == 0 and model.groups is not None:
+        report.say(train_step.schedule.too_weak(float(model.groups.block_norms().detach().min())))
     model.train()
-
+    pending = torch.zeros(every, len(TERMS), device=device)
+    own_rows = (train_step.rows(order(step)) for step in range(first, total))
     with (
-        trackers(config.run.log if world.main else (), run_dir, config, start) as shows,
-        MetricsLog(run_dir, start, write=world.main, show=shows) as log,
-        report.between(start, total, batch),
+        trackers(config.run.log if world.main else (), run_dir, config, first) as shows,
+        MetricsLog(run_dir, first, write=world.main, show=shows) as log,
+        report.between(first, total, batch),
         contextlib.closing(images),
-        contextlib.closing(Agreement(world)) as agreed,
     ):
         watch = Watch(["loss", *TERMS[1:]], config.penalised, log.rows)
-        since, counted = time.perf_counter(), start
-        for step, pixels in zip(range(start, total), images.batches(own_rows), strict=True):
+        since, counted = time.perf_counter(), first
+        for step, pixels in zip(range(first, total), images.batches(own_rows), strict=True):
             row, done = step % every, step + 1
             pending[row] = train_step(pixels, step)
-            # Read once: a signal from here on waits for a next step.
-            stopping = agreed(stop[0] if stop else 0)
-            saving = done == total or done % save_every == 0 or stopping > 0
+            saving = done == total or done % save_every == 0 or (world.size == 1 and bool(stop))
             if not saving and row < every - 1:
                 continue
+            # Read once: a signal from here on waits for a next time.
+            stopping = largest_of(stop[0] if stop else 0)
             values = mean_of(pending[: row + 1]).tolist()  # the only wait for the device
             _check_losses(run_dir, watch, model.groups, step - row, values, state["step"])
             elapsed = time.perf_counter() - since
             state["seconds"] += elapsed
             numbers = _metrics(model, train_step.schedule, step, values[-1])
-            rate = batch * (done - counted) / max(elapsed, 1e-9)
-            numbers |= {"epoch": batch * done / len(image_set), "images_per_second": rate}
+            numbers["epoch"] = batch * done / len(image_set)
+            numbers["images_per_second"] = batch * (done - counted) / max(elapsed, 1e-9)
             log.write(numbers)
             report.update(done, numbers)
             if done == total or done % eval_every == 0:
-                numbers = {"step": step, **evaluate(model.target_encoder, train_step.autocast)}
-                log.write(numbers)
-            for alarm in watch.alarms({**log.last, **numbers}, done / total):
+                found = evaluate(model.target_encoder, train_step.autocast)
+                log.write({"step": step, **found})
+            for alarm in watch.alarms(log.last, done / total):
                 log.write({"step": step, "alarm": alarm})
                 report.say(f"alarm, step {step}: {alarm}")
-            if saving:
+            if saving or stopping:
                 state |= {"step": done, "train_version": version.TRAIN_VERSION}
                 checkpoints.save(model, train_step.optimizer, state)
             if stopping and done < total:
                 raise Interrupted(stopping)
             since, counted = time.perf_counter(), done
-        skipped = list_skipped(run_dir, images, world)
-        if skipped:
-            report.say(f"{skipped} images could not be read: {run_dir / SKIPPED}")
+        summary = _summary(config, model, total, state["seconds"], log)
+        summary["skipped"] = _list_skipped(run_dir, images, world, report)
         encoder = whole_encoder(model.target_encoder, world.main)
-        summary = summary_of(config, model, total, state["seconds"], log) | {"skipped": skipped}
         if encoder is not None:
-            finish(run_dir, config, image_set, images, encoder, model.groups, summary)
+            _finish(run_dir, config, start, image_set, images, encoder, model.groups, summary)
     # Nobody leaves before everything is written.
     return on_main(world, lambda: summary)
+
+
+def _restore(
+    run_dir: Path,
+    config: Config,
+    image_set: Images,
+    start: Start | None,
+    train_step: TrainStep,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    """Restore the newest checkpoint, if there is one; return how far the run is.
+
+    Raises UserError if it was trained on other images or began with another encoder.
+    """
+    began = {"images": image_set.fingerprint, "init": start and start.fingerprint}
+    state = {"step": 0, "seconds": 0.0, **began}
+    state |= checkpoints.restore(train_step.model, train_step.optimizer) or {}
+    for name, what in (("images", f"{config.data}: the images or labels are"),
+                       ("init", f"--init {config.model.init}: the encoder is")):  # fmt: skip
+        if state[name] != began[name]:
+            raise UserError(
+                f"{what} not what {run_dir} began with; bring it back or name a new folder with "
+                "--out"
+            )
+    return state
 
 
 def _check_losses(
@@ -249,12 +260,7 @@ def _begin(run_dir: Path, config: Config) -> None:
     """Write what a run directory says of its run before the first step."""
     for partial in partial_files(run_dir):
         partial.unlink(missing_ok=True)
-    about = environment()
-    if launch_name():
-        about["launch"] = launch_name()
-    # The settings last: a folder that has them holds a run, and one that is started anew looks up
-    # in the environment whether that run is its own.
-    write_text(run_dir / "environment.json", json.dumps(about, indent=1))
+    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
     write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
 
 
@@ -266,9 +272,80 @@ def _metrics(
     row |= dict(zip(TERMS[1:], values[1:], strict=True))
     row |= {"lr": schedule.lr(step), "ema": schedule.ema(step)}
     if model.groups is not None:
-        steered = model.controller is not None and step < schedule.penalised_steps
-        row["lam"] = float(model.controller.lam) if steered else schedule.lam(step)  # type: ignore[union-attr]
+        steered = model.controller if step < schedule.penalised_steps else None
+        row["lam"] = schedule.lam(step) if steered is None else float(steered.lam)
     return row | group_state(model.groups)
+
+
+def _summary(
+    config: Config, model: SparseJEPA, total: int, seconds: float, log: MetricsLog
+) -> dict[str, Any]:
+    """Return what summary.json says of a run of `total` steps and its last numbers."""
+    w_norms = torch.empty(0) if model.groups is None else model.groups.block_norms()
+    count = total * config.optim.batch_size
+    return {
+        "arm": arm_name(config),
+        "seed": config.run.seed,
+        "data": config.data,
+        "steps": total,
+        "images": count,
+        "train_version": version.TRAIN_VERSION,
+        "seconds": seconds,
+        "images_per_second": count / max(seconds, 1e-9),
+        "final": log.last,
+        "alarms": log.alarms,
+        "w_nonzero": int((w_norms > 0).sum()),
+        "w_total": w_norms.numel(),
+    }
+
+
+def _finish(
+    run_dir: Path,
+    config: Config,
+    start: Start | None,
+    image_set: Images,
+    images: Batches,
+    encoder: ViT,
+    groups: GroupMap | None,
+    summary: dict[str, Any],
+) -> None:
+    """Write the encoder, the groups with statistics of it and, last of all, summary.json."""
+    about: dict[str, Any] = {"data": config.data, "arm": arm_name(config), "seed": config.run.seed}
+    if start is not None and start.license:
+        about["license"] = start.license
+    mean, std = image_set.mean, image_set.std
+    save_encoder(run_dir, encoder, mean=mean, std=std, extra=about)
+    if groups is not None:
+        index = torch.from_numpy(choose_images(image_set, MEASURED))
+        frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
+        frozen.to(groups.W.device)
+        groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
+        looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
+        sampler = build_sampler(config, frozen.grid_size)
+        mean, cov = measure_seen(frozen, groups.kind, images.batches(looks.split(64)), sampler)
+        assert groups.norm.running_mean is not None and groups.norm.running_var is not None
+        groups.norm.running_mean.copy_(mean)
+        groups.norm.running_var.copy_(cov.diagonal())
+        mean, cov = measure_seen(frozen, groups.kind, images.batches(index.split(64)))
+        seen = torch.stack([mean, cov.diagonal()]).float()
+        save_groups(run_dir, groups, group_rms(groups, cov), seen)
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+
+
+def _list_skipped(run_dir: Path, images: Batches, world: World, report: ProgressLine) -> int:
+    """Add the images that could not be read while training to skipped.txt; return their number.
+
+    All processes' and, after a resume, those of earlier parts of the run.
+    """
+    lines = [f"{name}\t{reason}" for name, reason in images.skipped]
+    found = {line for part in everywhere(world, lambda: lines) for line in part}
+    path = run_dir / "skipped.txt"
+    if path.exists():
+        found |= set(path.read_text(encoding="utf-8").splitlines())
+    if found and world.main:
+        write_text(path, "".join(f"{line}\n" for line in sorted(found)))
+        report.say(f"{len(found)} images could not be read: {path}")
+    return len(found)
 
 
 def check_shares(config: Config, world: World) -> None:
@@ -303,19 +380,16 @@ class EpochOrder:
     ) -> None:
         self._num_images, self._batch, self._seed = num_images, batch_size, seed
         self._device = device
-        self._per_epoch = num_images // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int) -> torch.Tensor:
         """Return the indices [B] of the images of `step`."""
-        epoch, position = divmod(step, self._per_epoch)
+        epoch, position = divmod(step, self._num_images // self._batch)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = self._permutation(epoch).to(self._device, non_blocking=True)
+            drawn = generator(self._seed, epoch, "order")
+            order = torch.randperm(self._num_images, generator=drawn)
+            self._epoch, self._order = epoch, order.to(self._device, non_blocking=True)
         return self._order[position * self._batch : (position + 1) * self._batch]
-
-    def _permutation(self, epoch: int) -> Tensor:
-        return torch.randperm(self._num_images, generator=generator(self._seed, epoch, "order"))
 
 
 @contextlib.contextmanager
@@ -361,40 +435,23 @@ def plan(
             train_step(opened.take(order(0)), step).tolist()  # waits for the device
             times.append(time.perf_counter() - began)
     seconds = sorted(times[1:])[timed_steps // 2]  # the first step warms up
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else _peak_rss_mb()
-    sampler = model.sampler
-    return {
+    found = {
         "arm": arm_name(config),
         "data": config.data,
         "train_images": len(image_set),
         "img_size": list(image_set.img_size),
-        "patches": sampler.grid_size[0] * sampler.grid_size[1],
+        "patches": model.sampler.grid_size[0] * model.sampler.grid_size[1],
+        "merged_targets": sorted(set((model.sampler.union or {}).values())),
         "steps": total,
         "epochs": total * batch / len(image_set),
         "images_seen": total * batch,
         "parameters": describe_parameters(model),
-        "target_blocks": config.masks.num_targets,
-        "target_shapes": [list(shape) for shape in sampler.target_shapes],
-        "context_counts": list(sampler.context_counts),
-        "merged_targets": sorted(set((sampler.union or {}).values())),
         "precision": train_step.precision,
         "device": str(device),
         "images_per_second": batch / seconds,
         "minutes": total * seconds / 60,
-        "peak_memory_mb": peak,
         "would_write": str(default_run_dir(config)),
-        "files": ["config.toml", "environment.json", *([START] if start else []), METRICS,
-                  "checkpoints", "encoder.safetensors", "config.json",
-                  *(["groups.safetensors"] if model.groups else []), "summary.json"],
-    }  # fmt: skip
-
-
-def _peak_rss_mb() -> float:
-    """Return the process's peak memory so far in MiB (0 where the system does not tell)."""
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    }
+    if device.type == "cuda":
+        found["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return found

@@ -1,6 +1,7 @@
 """What a run says about itself: metrics.jsonl, trackers, the online evaluation, what stops it.
 
-metrics.jsonl is the record; TensorBoard and Weights & Biases show its numbers elsewhere.
+metrics.jsonl is the record; TensorBoard and Weights & Biases show its numbers elsewhere. How good
+embeddings are is measured by RankMe, spread and k-NN, in torch alone.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from sparsejepa.config import Config
 from sparsejepa.data.augment import normalize
@@ -29,12 +32,14 @@ from sparsejepa.errors import UserError
 from sparsejepa.files import write_text
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.vit import ViT
-from sparsejepa.training.quality import knn_accuracy, rankme, std_per_dimension
 
 METRICS = "metrics.jsonl"
 _FACTOR = 1000.0
 _SUMS = {"loss", "total", "grad_norm"}
 """Only not finite is a failure here: weights scale the total, single batches the gradient."""
+TEMPERATURE = 0.07
+"""Of the votes of k nearest neighbours, as in DINO (Caron et al. 2021)."""
+_BLOCK = 2**23  # similarities at a time
 Show = Callable[[Mapping[str, Any]], None]
 
 
@@ -220,17 +225,84 @@ def choose_images(image_set: Images, count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(len(image_set))[:count]
 
 
+def rankme(x: Any) -> float:
+    """Return the effective rank exp(H(p)) of embeddings x [n, D], p_k = sigma_k / sum sigma.
+
+    RankMe (Garrido et al. 2023, equations 1 and 2): H is the entropy in nats of the normalised
+    singular values of the matrix as it is, *not* centred, so that a constant embedding has rank 1.
+    Between 1 and min(n, D); 0 for a matrix of zeros, NaN if x holds NaN or infinity. In float64,
+    without the paper's guard of 1e-7 for float32.
+    """
+    matrix = torch.as_tensor(x).detach().to("cpu", torch.float64)
+    if not matrix.isfinite().all():
+        return float("nan")
+    scale = matrix.abs().max() if matrix.numel() else 0
+    if scale == 0:
+        return 0.0
+    matrix = matrix / scale
+    # The smaller Gram matrix has the squared singular values at a fraction of the cost of an SVD.
+    gram = matrix.T @ matrix if len(matrix) >= matrix.shape[1] else matrix @ matrix.T
+    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = sigma / sigma.sum()
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def std_per_dimension(x: Any) -> Tensor:
+    """Return the population standard deviation [D] of each dimension of embeddings x [n, D]."""
+    return torch.as_tensor(x).detach().float().std(0, correction=0)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [D] of x [n, D]; the latter is 1 for constant features."""
+    mean = x.mean(0)
+    scale = torch.linalg.vector_norm(x - mean, dim=0) / len(x) ** 0.5
+    # What rounding leaves of a constant is not to be blown up to standard deviation 1.
+    constant = scale <= 1e2 * torch.finfo(x.dtype).eps * mean.abs()
+    return mean, torch.where(constant | (scale == 0), 1.0, scale)
+
+
+def unit_rows(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Standardise x [n, D] with `mean` and `scale` [D], then give every row length 1."""
+    return F.normalize((x - mean) / scale, dim=1)
+
+
+def vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int, num_classes: int) -> Tensor:
+    """Return the class [m] that the k nearest of `bank` [n, D] vote for, all rows of length 1.
+
+    A vote weighs exp(cosine / `TEMPERATURE`). labels: [n] int64.
+    """
+    found = []
+    for part in queries.split(max(1, _BLOCK // len(bank))):
+        similarity, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = similarity.new_zeros(len(part), num_classes)
+        votes.scatter_add_(1, labels[index], (similarity / TEMPERATURE).exp())
+        found.append(votes.argmax(1))
+    return torch.cat(found)
+
+
+def knn_accuracy(
+    bank_x: Tensor, bank_y: Tensor, query_x: Tensor, query_y: Tensor, k: int = 20
+) -> float:
+    """Return the share of queries whose k nearest neighbours vote for their label.
+
+    Features [n, D], labels [n] from 0 on. Never raises on NaN, which gives the accuracy of
+    arbitrary neighbours.
+    """
+    mean, scale = moments(bank_x)
+    bank, queries = (unit_rows(x, mean, scale) for x in (bank_x, query_x))
+    predicted = vote(bank, bank_y.long(), queries, k, int(bank_y.max()) + 1)
+    return float((predicted == query_y).double().mean())
+
+
 class Watch:
     """Looks out for what ends a run and for the failures that the paper warns of.
 
     A run ends when a term of its loss is not finite, or explodes: is more than 1,000 times as large
-    as 1 and as in any row of metrics so far. Terms are of order 1, and some begin near 0, so that a
-    rise by a factor of 10,000 may be ordinary. In 378 ordinary runs no term came to more than 3
-    times that measure; runs that blew up reached 4,000 to 20,000 some steps before the first value
-    was not finite.
+    as 1 and as in any row of metrics so far. (Terms are of order 1. In 378 ordinary runs none came
+    to more than 3 times that measure; runs that blew up reached 4,000 to 20,000.)
 
-    All that it knows comes from `rows` of metrics.jsonl, so that a resumed run is judged as one
-    that never stopped.
+    All that it knows comes from rows of metrics.jsonl, so that a resumed run is judged as one that
+    never stopped.
 
     Args:
         terms: names of a step's values, in order.
@@ -249,9 +321,9 @@ class Watch:
         self._first_rank = 0.0
         self._raised = {row["alarm"].split(":")[0] for row in rows if "alarm" in row}
         for row in rows:
-            self.observe(row)
+            self._observe(row)
 
-    def observe(self, row: Mapping[str, Any]) -> None:
+    def _observe(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics into the comparisons."""
         for name in set(self._terms) - _SUMS:
             if row.get(name) is not None:
@@ -279,37 +351,28 @@ class Watch:
 
         progress: the share of the run that is done.
         """
-        found = []
         row = {name: value for name, value in row.items() if value is not None}
         usual = median(self._losses) if len(self._losses) >= 20 else math.inf
-        if "loss" in row and progress > 0.1 and abs(row["loss"]) > 4 * abs(usual):
-            found.append(
-                f"unstable: the loss is {row['loss'] / usual:.1f} times its recent median; the "
-                "EMA rate may not suit the added terms (raise --ema or lower --lr)"
-            )
-        # Where no block is zero (a single group, lambda = 0) lambda is not to blame.
-        if row.get("max_usage", 0) > 0.9 and row.get("density", 0) < 1:
-            found.append(
-                "one group: nearly all latents feed a single group; lambda is too high "
-                "(lower --lam or set --density)"
-            )
-        if row.get("groups_per_latent", 1) < 0.5:  # on the sphere it is at least 1
-            found.append(
-                "no group: most latents feed no group at all; lambda is too high (lower --lam or "
-                "set --density)"
-            )
-        if self._penalised and progress >= 1 and row.get("density", 0) > 0.99:
-            found.append(
-                "no sparsity: W ended dense although it was penalised; lambda is too low "
-                "(raise --lam or set --density)"
-            )
-        self.observe(row)
+        self._observe(row)
+        loss, density = row.get("loss", 0.0), row.get("density", 0.0)
         rank, spread = row.get("rankme", math.inf), row.get("std_mean", math.inf)
-        if rank < max(1.5, 0.1 * self._first_rank) or spread < 1e-4:
-            found.append(
-                f"collapse: RankMe {rank:.1f}, mean spread {spread:.1e}; the embeddings lose their "
-                "dimensions (raise --beta or --ema, lower --lr)"
-            )
+        signs = {
+            f"unstable: the loss is {loss / usual:.1f} times its recent median; the EMA rate may "
+            "not suit the added terms (raise --ema or lower --lr)":
+                progress > 0.1 and abs(loss) > 4 * abs(usual),
+            # Where no block is zero (a single group, lambda = 0) lambda is not to blame.
+            "one group: nearly all latents feed a single group; lambda is too high (lower --lam "
+            "or set --density)": row.get("max_usage", 0) > 0.9 and density < 1,
+            # On the sphere it is at least 1.
+            "no group: most latents feed no group at all; lambda is too high (lower --lam or set "
+            "--density)": row.get("groups_per_latent", 1) < 0.5,
+            "no sparsity: W ended dense although it was penalised; lambda is too low (raise --lam "
+            "or set --density)": self._penalised and progress >= 1 and density > 0.99,
+            f"collapse: RankMe {rank:.1f}, mean spread {spread:.1e}; the embeddings lose their "
+            "dimensions (raise --beta or --ema, lower --lr)":
+                rank < max(1.5, 0.1 * self._first_rank) or spread < 1e-4,
+        }  # fmt: skip
+        found = [text for text, there in signs.items() if there]
         new = [text for text in found if text.split(":")[0] not in self._raised]
         self._raised.update(text.split(":")[0] for text in new)
         return new
@@ -348,7 +411,7 @@ class ProgressLine:
             self._printed = done
 
     def say(self, text: str) -> None:
-        if self._console:
+        if self._console and text:
             self._console.print(text, highlight=False)
 
 

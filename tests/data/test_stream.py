@@ -414,23 +414,14 @@ def test_settings_of_a_stream(tiny_images: Path, tmp_path: Path):
         ({"LOCAL_WORLD_SIZE": "4"}, 8, 8, 2),  # a job of 8 of 64 cores
         ({"LOCAL_WORLD_SIZE": "4"}, 2, 8, 2),  # the launcher has divided them already
         ({"LOCAL_WORLD_SIZE": "64"}, 8, 8, 1),
-        ({"SLURM": "4", "SLURM_CPUS_ON_NODE": "32"}, 8, 64, 8),  # each task has its own
-        ({"SLURM": "4", "SLURM_CPUS_ON_NODE": "32"}, 32, 64, 8),
-        ({"SLURM": "4"}, 64, 64, 16),
     ],
 )
 def test_cores_are_divided_among_processes(
     environment: dict[str, str], own: int, parent: int, want: int, monkeypatch: pytest.MonkeyPatch
 ):
     variables = dict(environment)
-    tasks = variables.pop("SLURM", None)
-    if tasks:
-        variables |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": tasks}
-        variables |= {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_PROCID": "0"}
-    elif variables:
+    if variables:
         variables |= {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_RANK": "0"}
-    for name in [name for name in os.environ if name.startswith("SLURM")]:
-        monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -440,7 +431,7 @@ def test_cores_are_divided_among_processes(
     monkeypatch.setattr(os, "sched_getaffinity", affinity.__getitem__, raising=False)
     assert module._cores() == want
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS
-    local = int(tasks or variables.get("LOCAL_WORLD_SIZE", 1))
+    local = int(variables.get("LOCAL_WORLD_SIZE", 1))
     assert module._cores() == 64 // local
 
 

@@ -25,7 +25,7 @@ from sparsejepa.evaluation.classifiers import (
     minimise_logistic,
     validation_part,
 )
-from sparsejepa.training.quality import knn_accuracy
+from sparsejepa.training.monitor import knn_accuracy
 
 ALL = [
     lambda: LogisticProbe(),

@@ -30,7 +30,7 @@ from sparsejepa.evaluation.measured import (
     measure,
 )
 from sparsejepa.model.vit import ViT
-from sparsejepa.training.quality import rankme
+from sparsejepa.training.monitor import rankme
 
 MEAN, STD = (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
 DATA: dict[str, Any] = {"data": "scenes:single", "targets": ["colour"], "limit": 300}

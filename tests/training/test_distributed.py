@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsejepa.config import Config
-from sparsejepa.distributed import Share, World, launch_name, own_rows, slurm_address
+from sparsejepa.distributed import Share, World, own_rows
 from sparsejepa.errors import UserError
 from sparsejepa.study import pretrain
 from sparsejepa.training.loop import check_shares
@@ -46,25 +46,14 @@ def by_hand(rank: int, size: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def by_slurm(rank: int, size: int, port: int) -> dict[str, str]:
-    """What SLURM tells a task; the port follows from job and step."""
-    return {
-        "SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": str(size),
-        "SLURM_STEP_TASKS_PER_NODE": str(size), "SLURM_STEP_NODELIST": "localhost",
-    }  # fmt: skip
-
-
-def start(
-    words: Sequence[str | Path], size: int = 2, told: Any = by_hand
-) -> list[subprocess.Popen[str]]:
+def start(words: Sequence[str | Path], size: int = 2) -> list[subprocess.Popen[str]]:
     """Start the processes of one job: `python` with these words, each told who it is."""
     port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *map(str, words)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            | told(rank, size, port),
+            | by_hand(rank, size, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,8 +75,8 @@ def end(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]
     return found
 
 
-def run(words: Sequence[str | Path], size: int = 2, told: Any = by_hand) -> None:
-    for status, _, errors in end(start(words, size, told)):
+def run(words: Sequence[str | Path], size: int = 2) -> None:
+    for status, _, errors in end(start(words, size)):
         assert status == 0, errors
 
 
@@ -197,7 +186,7 @@ def test_a_signal_to_one_process_ends_all_and_one_process_goes_on(
     folder: Path, tmp_path: Path
 ) -> None:
     config = small(folder, steps=60)
-    found = stopped(config, tmp_path / "run", told=by_slurm)
+    found = stopped(config, tmp_path / "run")
     assert [status for status, _, _ in found] == [143, 143]
     assert "interrupted; continue with: the same command again with --resume\n" in found[0][2]
     assert found[1][1] == "" and "interrupted" not in found[1][2]
@@ -312,9 +301,6 @@ def test_probing_and_embedding_together(tiny_images: Path, tmp_path: Path) -> No
 def test_who_a_process_is() -> None:
     assert World.from_environment({}) == World()
     assert World.from_environment(by_hand(1, 4, 1)) == World(1, 4, 1, 4)
-    assert World.from_environment(by_slurm(3, 4, 1)) == World(3, 4, 3, 4)
-    # One task is one process, as in a batch script without srun.
-    assert World.from_environment({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == World()
     restarted = {**by_hand(0, 2, 1), "TORCHELASTIC_RESTART_COUNT": "2"}
     assert World.from_environment(restarted).restarts == 2
     with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
@@ -324,34 +310,6 @@ def test_who_a_process_is() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU on this machine; use --device cpu"):
             World(0, 2).place("cuda")
-
-
-def test_what_names_a_launch() -> None:
-    logs = "/logs/torchelastic_x/none_4fz/attempt_{}/0/error.json"
-    for attempt in range(2):
-        told = {"TORCHELASTIC_RUN_ID": "none"}
-        assert launch_name({**told, "TORCHELASTIC_ERROR_FILE": logs.format(attempt)}) == "none_4fz"
-        assert launch_name(told) == launch_name({}) == ""
-    named = {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_ERROR_FILE": logs.format(0)}
-    assert launch_name(named) == "a1"
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu[03-05,9],other", "gpu03"), ("a1,a2", "a1"), ("rack1-n[7]", "rack1-n7"), ("", "9.9.9.9")],
-)
-def test_where_slurm_tasks_meet(nodes: str, host: str) -> None:
-    variables = {"SLURM_STEP_NODELIST": nodes, "SLURM_LAUNCH_NODE_IPADDR": "9.9.9.9"}
-    variables |= {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3"}
-    assert slurm_address(variables)[0] == host
-    ports = {
-        slurm_address({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[1]
-        for job in range(0, 50_000, 1000)
-        for step in range(4)
-    }
-    assert len(ports) > 190 and min(ports) >= 10_000 and max(ports) < 30_000
-    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "77"}
-    assert slurm_address({**variables, **given}) == ("10.0.0.1", 77)
 
 
 def test_shares_are_all_rows_once_and_in_order() -> None:

@@ -198,29 +198,6 @@ def test_a_run_that_another_job_began_or_ended_meanwhile_is_left_alone(
         assert (out / "environment.json").read_text() == "theirs"
 
 
-def test_a_restart_goes_on_with_its_own_run_only(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, config = tmp_path / "run", config_of(folder, steps=4)
-
-    def attempt(number: int, launch: str) -> None:
-        told = {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": number}
-        told |= {"TORCHELASTIC_RUN_ID": launch}
-        with monkeypatch.context() as patch:
-            for name, value in told.items():
-                patch.setenv(name, str(value))
-            pretrain(config, out=out)
-
-    attempt(0, "first")
-    for number in (0, 1):
-        with pytest.raises(UserError, match="already holds a run"):
-            attempt(number, "second")
-    attempt(1, "first")
-    (out / "environment.json").unlink()
-    with pytest.raises(UserError, match="already holds a run"):
-        attempt(1, "first")
-
-
 def test_a_run_of_another_train_version_is_refused_and_kept_as_it_is(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -303,7 +280,7 @@ def test_resume_refuses_other_images_and_clears_what_a_kill_left(
     assert not (out / ".config.toml.123.tmp").exists()
     (out / "summary.json").unlink()
     (images / "dark" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"are not those that .*run began with"):
+    with pytest.raises(UserError, match=r"images or labels are not what .*run began with"):
         pretrain(config_of(images), out=out, resume=True)
 
 

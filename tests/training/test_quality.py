@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejepa.training.quality import rankme, std_per_dimension
+from sparsejepa.training.monitor import rankme, std_per_dimension
 
 
 def rankme_by_svd(x: np.ndarray) -> float:
