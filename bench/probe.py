@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from timing import Contender, interleave, ratios, script, show, spread
 
 from sparsejepa.environment import resolve_device
-from sparsejepa.evaluation.classifiers import KNNProbe, LogisticProbe
+from sparsejepa.evaluation.classifiers import LogisticProbe
 
 LAMBDA = 1e-4  # penalty of the fits at one value of C = 1 / (rows * lambda)
 VALUES = 20  # of C to choose from, between lambda = 1 and 1e-7
@@ -52,28 +52,24 @@ def main(settings: Settings) -> None:
     scaler = StandardScaler().fit(x)
     z, one = np.asarray(scaler.transform(x)), 1 / (n * LAMBDA)
     many = (10 ** np.linspace(0, 7, VALUES) / n).tolist()
-    fitted: dict[str, Any] = {}
-
-    def fit(name: str, probe: Any, given: Any) -> Contender:
-        return lambda _: fitted.update({name: probe.fit(given, y)})
-
-    path, nearest = f"logistic, ours, search over {VALUES} C", KNNProbe(device=device)
-    contenders: dict[str, Contender] = {
-        OURS: fit(OURS, LogisticProbe(one, device=device), here),
-        path: fit(path, LogisticProbe(many, device=device), here),
-        f"nearest neighbours of {n // 5:,}": lambda _: nearest.fit(here, y).predict(test_x),
-        LEARN: fit(LEARN, LogisticRegression(C=one, max_iter=1000), z),
-        "pause": lambda _: time.sleep(0.3),  # scikit-learn's BLAS threads go on spinning
+    probes: dict[str, tuple[Any, Any]] = {
+        OURS: (LogisticProbe(one, device=device), here),
+        f"logistic, ours, search over {VALUES} C": (LogisticProbe(many, device=device), here),
+        LEARN: (LogisticRegression(C=one, max_iter=1000), z),
     }
+    contenders: dict[str, Contender] = {
+        name: lambda _, probe=probe, given=given: probe.fit(given, y)
+        for name, (probe, given) in probes.items()
+    }
+    contenders["pause"] = lambda _: time.sleep(0.3)  # scikit-learn's threads go on spinning
     seconds = interleave(contenders, settings.rounds, device, min_seconds=0.0)
-    del seconds["pause"]
-    objectives = {name: objective(fitted[name], z, y, one) for name in (OURS, LEARN)}
+    objectives = {name: objective(probes[name][0], z, y, one) for name in (OURS, LEARN)}
     rows = []
-    for name, taken in seconds.items():
-        row = {"probe": name, "s": spread(taken), "x ours at one C": ratios(taken, seconds[OURS])}
-        if name in fitted:
-            asked = scaler.transform(test_x) if name == LEARN else test_x
-            row["accuracy"] = f"{np.mean(fitted[name].predict(asked) == test_y):.3f}"
+    for name, (probe, _) in probes.items():
+        asked = scaler.transform(test_x) if name == LEARN else test_x
+        row = {"probe": name, "s": spread(seconds[name])}
+        row["x ours at one C"] = ratios(seconds[name], seconds[OURS])
+        row["accuracy"] = f"{np.mean(probe.predict(asked) == test_y):.3f}"
         if name in objectives:
             above = objectives[name] / min(objectives.values()) - 1
             row["objective above the lower"] = f"{above:.1e}"

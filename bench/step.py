@@ -112,11 +112,7 @@ def operations(sizes: Sizes) -> dict[str, int]:
 
 
 def all_products(sizes: Sizes, bf16: bool, device: str) -> tuple[Contender, int]:
-    """Return a call of a step's products, as often as the step does, and their operations.
-
-    Operands lie as they do in a linear layer.
-    """
-
+    """Return a call of a step's products, as often as the step does, and their operations."""
     random = partial(torch.randn, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     listed = products(sizes)
     operands = [

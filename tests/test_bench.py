@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import MaskCollator, Reference, ReferenceStep, Sizes
+from reference import Reference, ReferenceStep, Sizes
 from step import PARTS, operations, products, run_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ def test_step_by_step() -> None:
 def test_data() -> None:
     sizes = "--height 40 --width 48 --img-size 16 --files 12 --batch-size 4 --images 24"
     found = said("data.py", f"{sizes} --workers 1")
-    assert "\nours, cropped" in found and "\ntorchvision" in found
+    assert "\nours" in found and "\ntorchvision" in found
 
 
 def test_probe() -> None:
@@ -81,19 +81,6 @@ def test_the_reference_has_our_loss_and_gradients(fused: bool) -> None:
         if parameter.requires_grad:
             assert parameter.grad is not None
             torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_collated_masks_have_our_sizes_and_do_not_overlap() -> None:
-    seen, targets = MaskCollator(Sizes())(16)
-    assert [m.shape for m in seen] == [(16, 20)]
-    assert [m.shape for m in targets] == [(16, 12)] * 4
-    for image in range(16):
-        hidden = {int(i) for mask in targets for i in mask[image]}
-        context = seen[0][image].tolist()
-        assert len(set(context)) == 20 and not hidden & set(context)
-        for mask in targets:  # a whole block, row by row
-            first = int(mask[image, 0])
-            assert mask[image].tolist() == [first + 8 * r + c for r in range(3) for c in range(4)]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
