@@ -277,7 +277,7 @@ class Config:
         return self
 
     def check_image(self, size: tuple[int, int]) -> Config:
-        """Return self. Raises UserError if `size` (h, w) does not fit patches, masks or groups."""
+        """Return self. Raises UserError if `size` (h, w) does not fit patches or masks."""
         patch, (height, width) = self.model.patch_size, size
         if height % patch or width % patch:
             raise UserError(
@@ -289,11 +289,6 @@ class Config:
             raise UserError(
                 f"--patch-size {patch} leaves {patches} patches of an image of {height}x{width} "
                 "pixels, too few for masks; use a smaller --patch-size or a larger --img-size"
-            )
-        if self.groups.groups == "region" and self.groups.num_groups > patches:
-            raise UserError(
-                f"--num-groups {self.groups.num_groups}: the image has {patches} patches that "
-                "--groups region can share out; use at most as many"
             )
         return self
 

@@ -94,36 +94,25 @@ class MaskSampler:
             StepPlan(target, context, count): targets[target] * contexts[context] * each
             for target, context, count in product(targets, contexts, self.context_counts)
         }
-        for plan in sorted(self.plans, key=lambda p: (-math.prod(p.target), -p.count)):
+        for plan in self.plans:
             if plan.count == self.context_counts[-1]:
-                self._check(plan, "--context-counts" if context_counts else "--target-scale")
+                self._check(plan)
         self.union = {plan: self._mean_union(plan) for plan in self.plans} if merge else None
 
-    def _check(self, plan: StepPlan, counts_flag: str) -> None:
+    def _check(self, plan: StepPlan) -> None:
         """Raise UserError where the last resort fails, or is what most images would need."""
         (rows, cols), (height, width) = self.grid_size, plan.target
-        left = rows * cols - height * width
-        if left < plan.count:
-            raise UserError(
-                f"{counts_flag}: a target block of {height}x{width} leaves {left} of {rows}x{cols} "
-                f"patches, and the context takes {plan.count}; use smaller --context-counts or a "
-                "smaller --target-scale"
-            )
-        places = (rows - height + 1) * (cols - width + 1)
-        if places < self.num_targets:
-            raise UserError(
-                f"--num-targets {self.num_targets}: a target block of {height}x{width} has only "
-                f"{places} places on {rows}x{cols} patches; use fewer, or a smaller --target-scale"
-            )
-        visible = self._candidates(64, plan, generator(0, 0, "mask-check"))[2][:, :-1]
-        share = (visible.sum(-1) >= plan.count).any(1).double().mean().item()
-        if share < 0.5:
-            raise UserError(
-                f"--num-targets {self.num_targets} blocks of {height}x{width} leave {plan.count} "
-                f"context patches in only {share:.0%} of images on {rows}x{cols} patches; use a "
-                "smaller --num-targets, --target-scale or --context-counts, or a larger "
-                "--context-scale"
-            )
+        fits = height * width + plan.count <= rows * cols
+        if fits and (rows - height + 1) * (cols - width + 1) >= self.num_targets:
+            visible = self._candidates(64, plan, generator(0, 0, "mask-check"))[2][:, :-1]
+            if (visible.sum(-1) >= plan.count).any(1).double().mean() >= 0.5:
+                return
+        raise UserError(
+            f"--num-targets {self.num_targets} different blocks of {height}x{width} on "
+            f"{rows}x{cols} patches do not leave {plan.count} for the context in half of the "
+            "images; use a smaller --num-targets, --target-scale or --context-counts, or a larger "
+            "--context-scale"
+        )
 
     def _mean_union(self, plan: StepPlan) -> int:
         """Return U: the mean number of patches that the target blocks of an image cover."""

@@ -282,7 +282,7 @@ class ViT(nn.Module):
                 The others' pixels are never read.
             kept: [depth, 2, B], what `draw_kept` draws; if None each block draws its own.
 
-        Raises ValueError for images of another size or of integers.
+        Raises ValueError for images of another size.
         """
         x = self._embed(images, index)
         for i, block in enumerate(self.blocks):
@@ -295,27 +295,18 @@ class ViT(nn.Module):
         return self.norm(x)[:, self.num_prefix_tokens :]
 
     def forward_intermediates(self, images: Tensor, n: int) -> list[Tensor]:
-        """Return the patch tokens [B, N, D] of the last `n` blocks, each through the final norm.
-
-        Raises ValueError if the encoder has fewer blocks.
-        """
-        if not 1 <= n <= self.depth:
-            raise ValueError(f"the last {n} blocks of an encoder that has {self.depth}")
-        x = self._embed(images, None)
-        outputs = []
-        for i, block in enumerate(self.blocks):
+        """Return the patch tokens [B, N, D] of the last `n` blocks, each through the final norm."""
+        x, outputs = self._embed(images, None), []
+        for block in self.blocks:
             x = block(x)
-            if i >= self.depth - n:
-                outputs.append(self.norm(x)[:, self.num_prefix_tokens :])
-        return outputs
+            outputs.append(x)
+        return [self.norm(x)[:, self.num_prefix_tokens :] for x in outputs[-n:]]
 
     def _embed(self, images: Tensor, index: Tensor | None) -> Tensor:
-        """Check the input; return the prefix and patch tokens with their positions added."""
+        """Return the prefix and patch tokens with their positions added."""
         if images.ndim != 4 or images.shape[1:] != (self.in_chans, *self.img_size):
             wanted = ", ".join(map(str, (self.in_chans, *self.img_size)))
             raise ValueError(f"images must be [B, {wanted}], got {list(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"images must be normalised floats, got {images.dtype}")
         positions = self.pos_embed[:, self.num_prefix_tokens :]
         if index is not None:
             positions = positions[0, index]
