@@ -122,11 +122,14 @@ def _explained(claim: Row, page: Row) -> list[Sign]:
     """Judge a measure of an explained run by whether its interval clears those of its floors.
 
     Clear of all: holds; below one: does not hold; else in part if clear of some. Without a floor
-    there is only 0 to be above, which is at most in part.
+    there is only 0 to be above, which is at most in part. What has no interval says nothing.
     """
     signs = []
     for values in (m["values"] for m in page["measures"] if m["name"] == claim["measure"]):
-        ours = values["this run"]
+        values = {name: v for name, v in values.items() if v["low"] is not None}
+        ours = values.get("this run")
+        if ours is None:
+            continue
         others = {floor: values[floor] for floor in claim["explained"] if floor in values}
         below = [name for name, v in others.items() if ours["low"] > v["high"]]
         if len(below) == len(others):

@@ -2,12 +2,10 @@
 
     python recipes/run.py --budget-minutes 60
 
-Runs with a line in --results, or in another *.jsonl beside it, are skipped; one that the budget,
-Ctrl-C, SIGTERM or a kill ended goes on from its checkpoint next time. Runs that fit the minutes
-left, by the queue's estimate, are done in the queue's order. A run whose loss is not finite gets a
-line that says so and is not tried again, unless --retry-failed is given. The encoder behind a line
-is kept in runs/encoders/: when only EVAL_VERSION has been raised since, it is probed again and not
-trained.
+Runs with a line in --results, or in another *.jsonl beside it, are skipped; one that was ended goes
+on from its checkpoint. Runs that fit the minutes left, by the queue's estimate, are done in its
+order. The encoder behind a line is kept in runs/encoders/: when only EVAL_VERSION has been raised
+since, it is probed again and not trained.
 """
 
 from __future__ import annotations

@@ -2,15 +2,11 @@
 
     python recipes/search.py NAME --budget-minutes 60
 
-recipes/search-NAME.toml says what is tried. Rounds come one after the other; a round's candidates
-are settings on top of those that won before, and the winner so far takes part as well. A rung gives
-each candidate of a round some steps and seeds, the same for all, and the best go on to the next
-rung, whose runs are new ones: a schedule depends on the length. The winner so far is compared at
-every rung and wins ties. Scores are the probe's accuracy on training images that were set aside;
-test is never looked at. Each arm is searched on its own.
-
-Every trial is a line of --results, and what was tried and kept is computed from those lines alone:
-the same command goes on where it was stopped.
+recipes/search-NAME.toml says what is tried. A round's candidates are settings on top of those that
+won before, and the winner so far takes part, wins ties and is compared at every rung. A rung gives
+each candidate some steps and seeds, and the best go on to the next, whose runs are new ones: a
+schedule depends on the length. Scores are accuracies on training images that were set aside. Every
+trial is a line of --results, from which alone the search goes on.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import study
 from sparsejepa import cli
 from sparsejepa.config import load_toml, preset
 from sparsejepa.study.results import Probes
-from sparsejepa.study.sweep import DEMO_PROBES, sweep_arms
+from sparsejepa.study.sweep import DEMO_PROBES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in study.recipe_files(RECIPES))
@@ -49,14 +49,3 @@ def test_the_queue_has_each_run_once_and_with_its_controls() -> None:
         assert len(set(found)) == len(found)
         for control in ("dense", "lam=0"):  # no arm without its controls, paired by seed
             assert set(found) <= set(seeds[recipe, control])
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if "sweep" in load_toml(RECIPES / f"{n}.toml")["command"]]
-)
-def test_a_sweeps_runs_in_the_queue_are_of_its_arms(name: str) -> None:
-    args = cli.parse(shlex.split(load_toml(RECIPES / f"{name}.toml")["command"])[1:])
-    arms = sweep_arms(args.settings(args.data), args.lam, args.density)
-    for run in load_toml(RECIPES / "queue.toml")["run"]:
-        if run["recipe"] == name:
-            assert set(run["arms"]) <= set(arms) and max(run["seeds"]) < args.seeds

@@ -115,14 +115,6 @@ def test_only_runs_that_fit_the_budget_are_begun(
     assert "1 run left, about 5 minutes" in capsys.readouterr().out
 
 
-def test_dry_run_only_lists(tmp_path: Path, fake: list[str], capsys: Capture) -> None:
-    queue = write_queue(tmp_path, minutes=3)
-    assert runner.main(words(queue, "--dry-run", "--only", "tiny")) == 0
-    said = capsys.readouterr().out
-    assert "left: 4 of 4 runs of tiny (dense, lam=0.1), about 12 minutes on 1 CPU core\n" in said
-    assert not fake and not (tmp_path / "runs").exists()
-
-
 def test_runs_are_chosen_by_names_and_hardware(tmp_path: Path, capsys: Capture) -> None:
     queue = write_queue(tmp_path)
     cpu = queue.read_text()
@@ -176,91 +168,49 @@ def test_other_failures_are_status_1_and_cost_no_other_run(
     assert fake == [f"{arm}-s0", "dense-s0"]  # tried once
 
 
-def test_lines_of_the_files_beside_count(tmp_path: Path, fake: list[str], capsys: Capture) -> None:
-    queue = write_queue(tmp_path, seeds=[0])
+def test_lines_beside_count_those_of_other_training_do_not_and_folders_follow_the_recipe(
+    tmp_path: Path, fake: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, results = write_queue(tmp_path, seeds=[0]), tmp_path / "results.jsonl"
     assert runner.main(words(queue)) == 0
-    results, beside = tmp_path / "results.jsonl", tmp_path / "before.jsonl"
-    results.rename(beside)
+    results.rename(tmp_path / "before.jsonl")
     (tmp_path / "bench.jsonl").write_text('{"verb": "bench"}\n[1]\n')
     assert runner.main(words(queue)) == 0 and len(fake) == 2 and not results.exists()
+    monkeypatch.setattr(version, "TRAIN_VERSION", version.TRAIN_VERSION + 1)
+    assert runner.main(words(queue)) == 0 and fake[2:] == fake[:2]
+    assert [row["train_version"] for row in read_rows(results)] == [version.TRAIN_VERSION] * 2
+    assert runner.main(words(queue)) == 0 and len(fake) == 4
 
-
-def test_an_edited_recipe_has_folders_of_its_own(tmp_path: Path) -> None:
     def folders(steps: int) -> set[Path]:
-        queue = write_queue(tmp_path, steps=steps)
-        entries = runner.read_queue(runner.parse(words(queue)))
+        entries = runner.read_queue(runner.parse(words(write_queue(tmp_path, steps=steps))))
         return {task.run_dir for entry in entries for task in entry.tasks}
 
-    assert len(folders(6)) == 4 and folders(6) == folders(6)
-    assert not folders(6) & folders(7)
-
-
-def test_lines_of_other_versions_count_for_nothing_and_are_kept(
-    tmp_path: Path, fake: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue = write_queue(tmp_path, seeds=[0])
-    assert runner.main(words(queue)) == 0
-    results = tmp_path / "results.jsonl"
-    old = results.read_text()
-    now = version.TRAIN_VERSION
-    monkeypatch.setattr(version, "TRAIN_VERSION", now + 1)
-    assert runner.main(words(queue)) == 0 and fake[2:] == fake[:2]
-    assert results.read_text().startswith(old)
-    assert [row["train_version"] for row in read_rows(results)] == [now] * 2 + [now + 1] * 2
-    assert len({row["key"] for row in read_rows(results)}) == 4
-    assert runner.main(words(queue)) == 0 and len(fake) == 4
+    assert len(folders(6)) == 4 and not folders(6) & folders(7)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("file", "old", "new", "message"),
     [
-        ({"recipe": "tinny"}, "unknown recipe 'tinny' (did you mean 'tiny'?)"),
-        ({"arms": ["dense", "lamb=1"]}, "unknown arm 'lamb=1'"),
-        ({"arms": ["lam=-1"]}, "--lam -1"),
-        ({"arms": ["dense+bta=1"]}, "'bta=1' is no SETTING=VALUE (did you mean 'beta'?)"),
-        ({"minuts": 3}, "unknown entry 'minuts' (did you mean 'minutes'?)"),
+        ("queue.toml", '"tiny"', '"tinny"', "unknown recipe 'tinny' (did you mean 'tiny'?)"),
+        ("queue.toml", "lam=0.1", "lamb=1", "unknown arm 'lamb=1'"),
+        ("queue.toml", "lam=0.1", "lam=-1", "--lam -1"),
+        ("queue.toml", "dense", "dense+bta=1", "'bta=1' is no SETTING=VALUE (did you mean 'beta'"),
+        ("queue.toml", "minutes", "minuts", "unknown entry 'minuts' (did you mean 'minutes'?)"),
+        ("queue.toml", "minutes = 0.01\n", "", "'minutes' is missing"),
+        ("queue.toml", "[[run]]", "[[run]", "not valid TOML"),
+        ("queue.toml", "[[run]]", "[[walk]]", "unknown entry 'walk'"),
+        ("tiny.toml", '"nano"', '"nanno"', "--preset nanno"),
+        ("tiny.toml", "steps", "stepps", "unknown setting 'stepps'"),
+        ("tiny.toml", "[settings]", "probes = 1\n[settings]", "unknown entry 'probes' (did you"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
-    tmp_path: Path, fake: list[str], capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any], message: str,
-) -> None:  # fmt: skip
-    assert runner.main(words(write_queue(tmp_path, **changes))) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and not fake
-    assert f"{tmp_path / 'queue.toml'}, run 1: " in said
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('[[run]]\narms = ["dense"]\nseeds = [0]\n', "'hardware' is missing"),
-        ("[[run]\n", "not valid TOML"),
-        ("", "'run' is missing"),
-    ],
-)
-def test_a_broken_queue_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
-    queue = tmp_path / "queue.toml"
-    queue.write_text(text)
-    assert runner.main(words(queue)) == 2
-    said = capsys.readouterr().err
-    assert message in said and str(queue) in said
-
-
-def test_unknown_presets_and_settings_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fake: list[str], capsys: Capture, file: str, old: str, new: str, message: str
 ) -> None:
     queue = write_queue(tmp_path)
-    recipe = tmp_path / "tiny.toml"
-    good = recipe.read_text()
-    recipe.write_text(good.replace('"nano"', '"nanno"'))
+    whole = (tmp_path / file).read_text()
+    assert old in whole
+    (tmp_path / file).write_text(whole.replace(old, new, 1))
     assert runner.main(words(queue)) == 2
-    assert "--preset nanno" in capsys.readouterr().err
-    recipe.write_text(good.replace("steps", "stepps"))
-    assert runner.main(words(queue)) == 2
-    assert "unknown setting 'stepps'" in capsys.readouterr().err
-    recipe.write_text('probes = ["scenes"]\n' + good)
-    assert runner.main(words(queue)) == 2
-    assert "unknown entry 'probes' (did you mean 'probe'?)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and str(queue) in said and said.count("\n") == 1 and not fake

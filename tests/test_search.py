@@ -197,25 +197,16 @@ def test_failed_trials_are_worst_and_are_counted(path: Path) -> None:
     assert {(x.scores, x.failed, x.kept) for x in half} == {((0.9,), 1, False)}
 
 
-def test_only_trials_of_the_present_versions_are_compared(path: Path) -> None:
-    found = search.read_search(path)
-    most = finish(found, lambda task: int(task.key[:4], 16) / 2**16)
-    other = [
-        {**r, "train_version": version.TRAIN_VERSION + 1, "probes": [{"accuracy": 1.0}]}
-        for r in most[:3]
-    ]
-    state = search.replay([*most, *other], found)
-    alone = search.replay(most, found)
-    assert (state.lines, state.winners, state.todo) == (alone.lines, alone.winners, [])
-
-
 def test_scores_on_test_are_refused(path: Path) -> None:
     found = search.read_search(path)
     rows = [row(task, 0.5) for task in search.replay([], found).todo]
     rows[0]["probes"][0]["settings"]["scored_on"] = "test"
     with pytest.raises(search.UserError, match="scored on test"):
         lines_of(rows, found)
-    assert lines_of([{**r, "recipe": "other"} for r in rows], found) == []
+    # Lines of other searches and versions are not looked at.
+    now = version.TRAIN_VERSION
+    for other in ({"recipe": "other"}, {"train_version": now + 1}, {"eval_version": 99}):
+        assert lines_of([{**r, **other} for r in rows], found) == []
 
 
 @pytest.mark.parametrize(
@@ -227,14 +218,8 @@ def test_scores_on_test_are_refused(path: Path) -> None:
         ('"tiny"', '"tinny"', "unknown recipe 'tinny' (did you mean 'tiny'?)"),
         ('"lam=0"]', '"lamb=0"]', "unknown arm 'lamb=0'"),
         ("lr = [", "lrr = [", "unknown setting 'lrr'"),
-        ("lr = [1e-3, 1e-4]", "lr = [-1.0]", "--lr -1"),
         ("seeds = 1, keep = 0.5", "keep = 0.5", "a rung: 'seeds' is missing"),
         ("alternatives = [", "alternatives = [{}, ", "round 2: give it a grid or alternatives"),
-        (
-            'name = "rates"',
-            "alternatives = [{beta = 0.0}]",
-            "give it a grid or alternatives",
-        ),
         ("rungs = [", "rungs = [[", "not valid TOML"),
     ],
 )
@@ -251,11 +236,6 @@ def test_mistakes_are_one_line(
     assert message in said and str(wrong) in said and said.count("\n") == 1
 
 
-def test_an_unknown_search_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert search.main(["nonsense"]) == 2
-    assert "search-nonsense.toml: no such file" in capsys.readouterr().err
-
-
 def test_the_example_is_a_search(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert search.main(["demo", "--dry-run", "--results", str(tmp_path / "r")]) == 0
     assert "lam=0 so far (18 trials come next): as before" in capsys.readouterr().out
@@ -266,13 +246,11 @@ def test_a_real_search_resumes_and_never_sees_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "tiny.toml").write_text(path.with_name("tiny.toml").read_text())
-    spec = tmp_path / "search-real.toml"
+    spec, results = tmp_path / "search-real.toml", tmp_path / "results.jsonl"
     text = TOML.replace('["dense", "lam=0"]', '["lam=0"]').replace("[1e-3, 1e-4]", "[1e9]")
-    spec.write_text(text.replace("weight_decay = [0.0, 0.1]", "weight_decay = [0.1]"))
-    results = tmp_path / "results.jsonl"
+    spec.write_text(text[: text.rindex("[[round]]")].replace("[0.0, 0.1]", "[0.1]"))
     words = [str(spec), "--results", str(results), "--runs", str(tmp_path / "runs")]
     words += ["--device", "cpu", "--jobs", "1"]
-
     save, calls = search.run_tasks, []
 
     def once(*args: Any, **more: Any) -> Any:
@@ -289,13 +267,11 @@ def test_a_real_search_resumes_and_never_sees_test(
     rows = read_rows(results)
     assert rows[:2] == half and len({r["key"] for r in rows}) == len(rows)
     for each in rows:
-        assert each["recipe"] == "search-real" and each["arm"] == "lam=0"
-        assert set(each["trial"]) == {"round", "rung", "candidate"}
+        assert each["recipe"] == "search-real" and set(each["trial"]) == {
+            "round", "rung", "candidate",
+        }  # fmt: skip
         assert bool(each["failed"]) == (each["settings"]["optim"]["lr"] == 1e9)
-        if each["failed"]:
-            assert "is not finite at step" in each["failed"]
-        else:
-            (probe,) = each["probes"]
+        for probe in each["probes"]:
             assert probe["n_test"] == 24 and probe["settings"]["scored_on"] == "holdout"
             assert probe["n_train"] <= 50
     said = capsys.readouterr().out
