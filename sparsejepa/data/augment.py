@@ -23,11 +23,10 @@ CROP_TRIES = 10
 class Augment:
     """Random resized crop, flip and normalisation.
 
-    The distribution of crops is that of torchvision's `RandomResizedCrop` (Szegedy et al. 2015): a
-    share of the area uniform in `crop_scale`, width over height log-uniform in `crop_ratio`, up to
-    ten tries until the crop fits into the image, else the largest centred crop with an allowed
-    ratio. The tries are drawn at once instead of one after the other, which changes nothing but
-    the speed. Resampling is bilinear with antialiasing, from the pixels inside the crop only.
+    The distribution of crops is that of torchvision's `RandomResizedCrop` (Szegedy et al. 2015):
+    width over height is log-uniform, and the first of ten tries that fits into the image is taken,
+    else the largest centred crop with an allowed ratio. Resampling is bilinear with antialiasing,
+    from the pixels inside the crop only.
 
     Arguments:
         img_size: size (h, w) of the result.
@@ -47,10 +46,8 @@ class Augment:
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
     ) -> None:
-        self.img_size = img_size
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
-        self.flip = flip
+        self.img_size, self.mean, self.std = img_size, tuple(mean), tuple(std)
+        self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
 
     def __call__(
         self, images: Tensor, generator: torch.Generator, share: Share | None = None
@@ -61,13 +58,11 @@ class Augment:
         waits for the device. They are drawn for the global batch of which the images are a `share`.
         """
         count, height, width, _ = images.shape
-        share = share or Share()
+        share, size, device = share or Share(), (height, width), images.device
         batch = count * share.count
         rows = share.rows(batch)
-        box = random_crops(
-            batch, (height, width), self.crop_scale, self.crop_ratio, generator, images.device
-        )
-        flip = _uniform((batch,), generator, images.device)[rows] < 0.5 if self.flip else None
+        box = random_crops(batch, size, self.crop_scale, self.crop_ratio, generator, device)
+        flip = _uniform((batch,), generator, device)[rows] < 0.5 if self.flip else None
         pixels = crop_and_resize(images, box[rows], self.img_size, flip)
         return _standardize(pixels, self.mean, self.std)
 
@@ -128,9 +123,8 @@ def random_crops(
 def resize_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
     """Weights [B, out_size, in_size] that resample [start, start + length) to `out_size` pixels.
 
-    `start` and `length` are [B], in pixels. Rows sum to one; the filter is the triangle of bilinear
-    interpolation, widened by the scale when shrinking (antialiasing, as in Pillow and in
-    ``interpolate(antialias=True)``), and sees only pixels inside the interval.
+    `start` and `length` are [B], in pixels. The filter is the triangle of bilinear interpolation,
+    widened when shrinking (as ``interpolate(antialias=True)``), and sees only the interval.
     """
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / out_size

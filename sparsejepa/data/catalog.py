@@ -143,12 +143,10 @@ def load_images(config: Config) -> Images:
         raise UserError(
             f"--corruption {wanted.corruption}: not for streamed images; leave out --stream"
         )
-    image_set: Images = (stream_dataset if streamed else load_dataset)(
-        config.data,
-        "train",
-        img_size=(wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None,
-        data_root=wanted.data_root,
-        upscale=wanted.upscale,
+    size = (wanted.img_size[0], wanted.img_size[-1]) if wanted.img_size else None
+    read = stream_dataset if streamed else load_dataset
+    image_set: Images = read(
+        config.data, img_size=size, data_root=wanted.data_root, upscale=wanted.upscale
     )
     if wanted.holdout:
         image_set, _ = image_set.split_off(wanted.holdout)
@@ -248,15 +246,15 @@ def find_listings(
     root, path = data_folder(data_root), os.path.expanduser(name)  # unlike pathlib's, never raises
     if name in HUB or name.startswith("hub:"):
         repo, config = HUB.get(name) or _hub_name(name)
-        copy = find_copy(repo, root) or fetch(repo, config)
-        return _list_folder(copy, name, cache, factors, config)
+        folder = find_copy(repo, root) or fetch(repo, config)
+        return _list_folder(folder, name, cache, factors, config, copy=True)
     if is_tars(path):
         return list_tars(path, Path(path).name.partition("{")[0].strip("-.") or "tars", factors)
     if os.path.exists(path):
-        kind = _kind(path)
-        return _list_folder(Path(path), Path(path).resolve().name, cache, factors, kind=kind)
+        own = Path(path).resolve().name
+        return _list_folder(Path(path), own, cache, factors, None, copy=False)
     if name and root is not None and os.path.isdir(root / name):
-        return _list_folder(root / name, name, cache, factors)
+        return _list_folder(root / name, name, cache, factors, None, copy=True)
     if re.fullmatch(r"[\w-]+/[\w.-]+", name):
         raise UserError(f"{name}: no such folder; for a data set of the hub write hub:{name}")
     if re.search(r"[/\\]|^[.~]", name):
@@ -278,18 +276,10 @@ def _hub_name(name: str) -> tuple[str, str | None]:
 
 
 def _list_folder(
-    folder: Path,
-    name: str,
-    cache: Path,
-    factors: Sequence[str],
-    config: str | None = None,
-    kind: str = "",
+    folder: Path, name: str, cache: Path, factors: Sequence[str], config: str | None, *, copy: bool
 ) -> dict[str, Listing]:
-    """List a folder of a `kind`, by default a copy in the data root.
-
-    There parquet files come before images, which may illustrate them.
-    """
-    kind = kind or _kind(str(folder), images_first=False)
+    """List a folder; in a copy of a hub data set there may be images beside parquet files."""
+    kind = _kind(str(folder), images_first=not copy)
     if kind == "parquet":
         return list_hub(folder, name, config, cache, factors)
     return (list_tars if kind == "tar" else read_folder)(folder, name, factors)
@@ -327,13 +317,8 @@ def describe(
     common: dict[str, Any] = {"img_size": img_size, "data_root": data_root, "cache_dir": cache_dir}
     found = {s: load_dataset(name, s, upscale=upscale, **common) for s in ("train", "test")}
     train = found["train"]
-    result: dict[str, Any] = {
-        "name": str(name),
-        "splits": {},
-        "img_size": list(train.img_size),
-        "mean": list(train.mean),
-        "std": list(train.std),
-    }
+    result: dict[str, Any] = {"name": str(name), "splits": {}, "img_size": list(train.img_size)}
+    result |= {"mean": list(train.mean), "std": list(train.std)}
     for split, images in found.items():
         result["splits"][split] = {
             "images": len(images),

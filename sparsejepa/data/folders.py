@@ -258,10 +258,7 @@ def _factor_targets(
 
 
 def choose_splits(present: Iterable[str]) -> dict[str, str]:
-    """Return which of the splits serve as train and test; only train if that is to be divided.
-
-    Train/ and TRAIN/ are train/ as well: taken for classes, they would put test into training.
-    """
+    """Return which of the splits, in whatever case, serve as train and test; or only as train."""
     present = list(present)
     known = {name.lower(): name for name in present}
     train = next((known[name] for name in TRAIN_NAMES if name in known), None)
@@ -498,7 +495,7 @@ def _read_table(path: Path, reader: Files, name: str, factors: Sequence[str]) ->
     if not any(file in files for file in listed):  # names without endings
         stems = {os.path.splitext(file)[0]: file for file in files}
         listed = [stems.get(file, file) for file in listed]
-    there = np.array([row for row, file in enumerate(listed) if file in files], np.int64)
+    there = np.flatnonzero([file in files for file in listed])
     where = f"{reader.folder.name}/"
     if not len(there):
         example = f" ('{shown(listed[0])}' is not '{shown(min(files))}')" if files else ""

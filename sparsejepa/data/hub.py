@@ -81,9 +81,8 @@ def find_copy(repo: str, root: Path | None) -> Path | None:
 def fetch(repo: str, config: str | None) -> Path:
     """Return the folder of a data set in the hub's own cache; fetch its two splits if need be.
 
-    What lies there without a test split serves when the hub does not answer. One attempt with short
-    timeouts; HF_HUB_OFFLINE and HF_ENDPOINT are honoured by the client. Raises UserError when the
-    data is neither there nor to be had.
+    What lies there without a test split serves when the hub does not answer. Raises UserError when
+    the data is neither there nor to be had.
     """
     import huggingface_hub as hub
 

@@ -16,7 +16,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,32 +112,27 @@ def read_image(
 def _open_image(
     source: str | Path | bytes, img_size: tuple[int, int] | None
 ) -> tuple[Image.Image, tuple[float, float]]:
-    """Open an image as 8-bit RGB, perhaps smaller, but no smaller than `img_size` (h, w).
+    """Open an image as 8-bit RGB; return also the width and height of the picture within it.
 
-    A JPEG at least twice as large, and upright, is decoded at a half, a quarter or an eighth: its
-    coefficients give those sizes in a fraction of the time. Returns also the picture's width and
-    height, which the pixels exceed where those do not divide the file's.
+    An upright JPEG at least twice as large as `img_size` (h, w) is decoded at a half, a quarter or
+    an eighth: its coefficients give those sizes in a fraction of the time, and some pixels more
+    where they do not divide the file's.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with Image.open(file, formats=formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
-        upright, reduced = image.format == "JPEG" and _upright(image), None
+        upright, reduced = image.format == "JPEG", None  # other formats say it behind the pixels
+        with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
+            upright &= image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if upright and img_size is not None:
             reduced = image.draft(None, (img_size[1], img_size[0]))
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF: the pixels are still good
+        with contextlib.suppress(Exception):
             if not upright:
                 ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
         return rgb, reduced[1][2:] if reduced else rgb.size
-
-
-def _upright(image: Image.Image) -> bool:
-    """Whether a JPEG's pixels lie as the picture does; other formats may say so behind them."""
-    with contextlib.suppress(Exception):
-        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return True
 
 
 @functools.cache
@@ -284,8 +278,7 @@ class Images(ABC):
     def subset(self, limit: int | None, seed: int = 0) -> Self:
         """Return `limit` images at random, each class in proportion; all if there are not more.
 
-        Reading order is kept; mean and standard deviation stay those of the whole training split,
-        so that runs on subsets of different size see equally scaled pixels.
+        Reading order, mean and standard deviation stay those of the whole split.
         """
         if limit is None or limit >= len(self):
             return self
@@ -422,9 +415,8 @@ class Batches(ABC):
 class DeviceImages(Batches):
     """Batches of an image set on a device.
 
-    The set is resident when it fits: on the CPU it is the memory map itself, without a copy, on a
-    GPU a copy if that takes less than 60 % of the free memory. Otherwise each batch is gathered on
-    the host and sent over.
+    On the CPU they come from the memory map itself, on a GPU from a copy if that takes less than
+    `DEVICE_SHARE` of the free memory. Otherwise each batch is gathered on the host and sent over.
     """
 
     def __init__(self, image_set: ImageSet, device: torch.device | str) -> None:
@@ -491,16 +483,12 @@ class Source(ABC):
 
 @contextlib.contextmanager
 def filled(path: Path) -> Iterator[Path]:
-    """Give a folder beside `path` to write to; it becomes `path` unless there is an error.
+    """Give a folder beside `path` to write to, which becomes `path` at the end.
 
-    So that a reader never sees half of it, and processes may race. Raises UserError when the disk
-    does not take it.
+    Processes may race. Raises UserError when the disk does not take it.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        for old in path.parent.glob(f".{path.name}.*"):  # of processes that were killed
-            if time.time() - old.stat().st_mtime > 86_400:
-                shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         partial.rename(path)
@@ -527,7 +515,7 @@ def load(
     """Return the decoded split from the cache; decode it into the cache first if need be.
 
     A cache is a folder with images.npy (uint8 [N, H, W, 3]), kept.npy (int64 [N], which of the
-    source's images these are) and meta.json. Mean and standard deviation are those of this split.
+    source's images these are) and meta.json.
 
     Raises UserError when the cache cannot be written or is damaged, from decoding, and when more
     than half of the images cannot be read.
@@ -540,17 +528,22 @@ def load(
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         kept = np.load(path / "kept.npy", allow_pickle=False)
-        images = np.load(path / "images.npy", mmap_mode="r", allow_pickle=False)
-        unreadable = [(file, reason) for file, reason in meta["skipped"]]
-        targets = {key: target.take(kept) for key, target in source.targets.items()}
-        moments = _triple(meta["mean"]), _triple(meta["std"])
-        skipped, fingerprint = (*source.unusable, *unreadable), meta["fingerprint"]
-        files = tuple(meta["files"])
+        images = ImageSet(
+            name=source.name,
+            split=source.split,
+            images=np.load(path / "images.npy", mmap_mode="r", allow_pickle=False),
+            targets={key: target.take(kept) for key, target in source.targets.items()},
+            mean=_triple(meta["mean"]),
+            std=_triple(meta["std"]),
+            skipped=(*source.unusable, *((file, reason) for file, reason in meta["skipped"])),
+            fingerprint=meta["fingerprint"],
+            files=tuple(meta["files"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: damaged ({error}); delete this folder, it is made anew") from None
+    unreadable = images.skipped[len(source.unusable) :]
     check_readable(source.origin, unreadable, len(images) + len(unreadable))
-    name, split = source.name, source.split
-    return ImageSet(name, split, images, targets, *moments, skipped, fingerprint, files)
+    return images
 
 
 def _write_cache(folder: Path, source: Source, decoded: Iterable[Decoded]) -> None:

@@ -113,7 +113,7 @@ def outlines() -> Outlines:
 
 
 class Shapes(NamedTuple):
-    """A flat list of objects, each field [O]. Lengths are shares of the image's side."""
+    """A flat list of objects, each field [O]."""
 
     image: np.ndarray  # row of the batch
     x: np.ndarray  # centroid, from the left edge
@@ -168,8 +168,7 @@ def rasterise(objects: Shapes, side: int) -> Pixels:
 def occlude(pixels: Pixels, layer: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Return how much of its pixel shows each object [Q], and the background [`total` pixels].
 
-    `layer` [O] ascends from the back to the front; the objects of one layer lie on different
-    images, so that a layer has every pixel at most once.
+    `layer` [O] ascends from the back to the front; a layer has every pixel at most once.
     """
     shown = np.empty_like(pixels.cover)
     through = np.ones(total, np.float32)  # what the layers in front leave

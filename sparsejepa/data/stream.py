@@ -153,15 +153,10 @@ def _cores() -> int:
 
     Not once more where each was given its own by torchrun's --numa-binding.
     """
-    count, local = os.cpu_count() or 1, World.from_environment().local_size
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, count // local)
-    own = len(os.sched_getaffinity(0))
-    if local == 1:
-        return own
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS
+    own, local = len(affinity(0)), World.from_environment().local_size
     # The parent, torchrun, has the cores of all.
-    count = min(count, max(own, len(os.sched_getaffinity(os.getppid()))))
-    return max(1, min(own, count // local))
+    return own if local == 1 else max(1, min(own, len(affinity(os.getppid())) // local))
 
 
 _Part = tuple[Tensor, "list[tuple[int, str]]", str]
@@ -180,13 +175,12 @@ class _Pixels(Dataset[_Part]):
         try:
             images = torch.empty((len(positions), *decoder.img_size, 3), dtype=torch.uint8)
             images.share_memory_()  # here and not on the way back, where a failure is lost
-            pixels = images.numpy()
             for place, row in enumerate(self.stream.rows[positions].tolist()):
                 image = decoder.read(row)
                 if isinstance(image, str):
                     failed.append((place, image))
                 else:
-                    pixels[place] = image
+                    images[place] = torch.from_numpy(image)
         except UserError as error:
             return torch.empty(0), [], str(error)
         except RuntimeError as error:

@@ -31,7 +31,6 @@ from sparsejepa.data.folders import (
 from sparsejepa.data.images import EXTENSIONS, shown
 from sparsejepa.errors import UserError
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MOST_SHARDS = 100_000  # of a pattern
 _LARGEST_LABEL = 2**20  # bytes of a member that holds labels
 
@@ -77,7 +76,7 @@ class Members(Reader):
 
 def is_tars(name: str) -> bool:
     """Whether a name is that of a tar file, or a pattern of some: train-{000..012}.tar."""
-    return name.lower().endswith((".tar", *_COMPRESSED))
+    return name.lower().endswith(".tar")
 
 
 def list_tars(path: str | Path, name: str, factors: Sequence[str] = ()) -> dict[str, Listing]:
@@ -88,7 +87,7 @@ def list_tars(path: str | Path, name: str, factors: Sequence[str] = ()) -> dict[
     Targets are KEY.cls as `class` and the fields of KEY.json that call themselves a label or a
     class; with `factors` whatever fields they name, KEY.txt is `text`.
 
-    Raises UserError: no such file, a compressed or damaged one, no images; an unusable factor.
+    Raises UserError: no such file, a damaged one, no images; an unusable factor.
     """
     path = str(path)
     parts = {split: _index(shards, bool(factors)) for split, shards in _splits(path).items()}
@@ -202,11 +201,6 @@ def _splits(path: str) -> dict[str, list[str]]:
 
 
 def _checked(shard: str) -> str:
-    if shard.lower().endswith(_COMPRESSED):
-        raise UserError(
-            f"{shown(shard)}: compressed, so that it cannot be read at random positions; unpack it "
-            "to a plain .tar (images are compressed already)"
-        )
     if not os.path.isfile(shard):
         raise UserError(f"{shown(shard)}: no such file")
     return shard

@@ -17,7 +17,7 @@ from scipy.stats import norm
 
 from sparsejepa.cli import main
 from sparsejepa.data import scenes
-from sparsejepa.data.catalog import corrupt, describe, list_datasets, load_dataset, stream_dataset
+from sparsejepa.data.catalog import corrupt, describe, list_datasets, load_dataset
 from sparsejepa.data.images import ImageSet, Target
 from sparsejepa.errors import UserError
 
@@ -56,13 +56,6 @@ def test_single_objects_have_every_factor_and_disjoint_splits(tmp_path: Path):
     assert len(set(np.concatenate(chosen).tolist())) == 120
 
 
-def test_scenes_in_other_sizes(tmp_path: Path):
-    assert load_dataset("scenes", img_size=(64, 64), cache_dir=tmp_path).img_size == (64, 64)
-    for size, message in (((32, 64), "square"), (15, "--img-size 15 is too small")):
-        with pytest.raises(UserError, match=message):
-            load_dataset("scenes", img_size=size, cache_dir=tmp_path)
-
-
 def test_a_folder_by_path_and_by_name_in_the_data_root(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ):
@@ -94,11 +87,6 @@ def test_names_that_are_none(tmp_path: Path, name: str, message: str):
     with pytest.raises(UserError, match=message) as caught:
         load_dataset(name, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_split(tmp_path: Path):
-    with pytest.raises(UserError, match=r"split 'tests'.*did you mean 'test'"):
-        load_dataset("scenes", "tests", cache_dir=tmp_path)
 
 
 def test_splits_of_different_sizes(tmp_path: Path, save: Save):
@@ -157,6 +145,23 @@ def test_list_of_data_sets(tmp_path: Path, save: Save):
     assert [row.name for row in list_datasets(None)] == names
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "tests"}, r"split 'tests'.*did you mean 'test'"),
+        ({"img_size": (32, 64)}, "square"),
+        ({"img_size": 15}, "--img-size 15 is too small"),
+        ({"img_size": (4, 4, 4)}, r"img_size .*: must be one whole number, or height"),
+        ({"factors": ["colr"]}, r"scenes: no factor 'colr'.*did you mean 'colour'"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        load_dataset("scenes", cache_dir=tmp_path, **settings)
+    train = load_dataset("scenes", img_size=64, factors=["shape"], cache_dir=tmp_path)
+    assert train.img_size == (64, 64) and list(train.targets) == ["shape"]
+
+
 def test_importing_the_catalog_loads_no_readers():
     """pyarrow and the hub's client cost seconds; only parquet data needs them."""
     code = (
@@ -164,17 +169,6 @@ def test_importing_the_catalog_loads_no_readers():
         "sys.exit(any(m in sys.modules for m in ('pyarrow', 'huggingface_hub', 'torchvision')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("size", [16, (16, 16)])
-def test_sizes_as_one_number_or_two(tmp_path: Path, save: Save, size: Any):
-    for i in range(5):
-        save(tmp_path / "d" / f"{i}.jpg", (20 + i, 30))
-    assert load_dataset(tmp_path / "d", img_size=size, cache_dir=tmp_path).img_size == (16, 16)
-    assert stream_dataset(tmp_path / "d", img_size=size).img_size == (16, 16)
-    for wrong in (0, (4, 4, 4), "16", 1.5):
-        with pytest.raises(UserError, match=r"img_size .*: must be one whole number, or height"):
-            load_dataset(tmp_path / "d", img_size=wrong, cache_dir=tmp_path)  # type: ignore
 
 
 # Noise and shuffled patches in place of the true images

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsejepa.data.catalog import load_dataset
-from sparsejepa.data.folders import BINS, MAX_LEVELS, chosen, factor_target
+from sparsejepa.data.folders import BINS, MAX_LEVELS, factor_target
 from sparsejepa.data.images import ImageSet
 from sparsejepa.errors import UserError
 
@@ -171,28 +171,6 @@ def test_unusable_factors(tmp_path: Path, save: Save, load, kind: str, factor: s
     assert "\n" not in str(caught.value) and str(tmp_path / "d") in str(caught.value)
 
 
-def test_a_factor_that_the_test_split_lacks(tmp_path: Path, load):
-    write_hub(tmp_path / "train.parquet", slice(0, 60), extra=pa.array([i % 2 for i in range(60)]))
-    write_hub(tmp_path / "test.parquet", slice(60, N))
-    with pytest.raises(UserError, match="no factor 'extra'"):
-        load(tmp_path, "extra")
-
-
-def test_class_folders_have_their_classes_only(tmp_path: Path, save: Save, load):
-    for i in range(12):
-        save(tmp_path / ("a/x", "a/y", "b/z")[i % 3] / f"{i}.png")
-    assert list(load(tmp_path, "superclass")[0].targets) == ["superclass"]
-    with pytest.raises(UserError, match="no factor 'size'; there are class, superclass"):
-        load(tmp_path, "size")
-
-
-def test_factors_of_the_built_in_scenes(load):
-    train, test = load("scenes:single", "y", "shape", img_size=(16, 16))
-    assert list(train.targets) == list(test.targets) == ["y", "shape"]
-    with pytest.raises(UserError, match=r"scenes:single: no factor 'colr'.*did you mean 'colour'"):
-        load("scenes:single", "colr", img_size=(16, 16))
-
-
 @given(
     st.lists(st.floats(-1e6, 1e6).map(lambda x: round(x, 3)), min_size=1, max_size=200),
     st.data(),
@@ -219,10 +197,3 @@ def test_bins_when_one_value_dominates():
     assert 2 <= len(target.names) <= 3 and (target.values[:900] == 0).all()
     with pytest.raises(UserError, match="one value in nearly all rows"):
         factor_target("x", [0.0] * 9900 + list(range(1, 101)), np.ones(10_000, bool), "t")
-
-
-def test_chosen_columns():
-    columns = ["a", "a_1", "b_0", "b_1", "b_x"]
-    assert chosen(["b", "a", "b_1"], columns, "t") == ["b_0", "b_1", "a"]
-    with pytest.raises(UserError, match="there are none"):
-        chosen(["a"], [], "t")

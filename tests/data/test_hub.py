@@ -68,7 +68,7 @@ def write(
         "datasets--uoft-cs--cifar100/snapshots/abc/cifar100/{split}-{shard}.parquet",
     ],
 )
-def test_layouts_of_the_data_root(tmp_path: Path, layout: str):
+def test_layouts_of_the_data_root(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch):
     root = tmp_path / "root"
     shards = [
         write(root / layout.format(split="train", shard=f"0000{i}-of-00002"), 4 + i)
@@ -89,14 +89,9 @@ def test_layouts_of_the_data_root(tmp_path: Path, layout: str):
     assert [coarse.names[v] for v in coarse.values] == [str(v) for v in fine // 2 + 5]
     assert test.targets["coarse_label"].names == coarse.names
     assert test.mean == train.mean
-
-
-def test_environment_names_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write(tmp_path / "cifar10" / "plain_text" / "train-00000-of-00001.parquet", 5)
-    monkeypatch.setenv("SPARSEJEPA_DATA", str(tmp_path))
-    monkeypatch.setenv("SPARSEJEPA_CACHE", str(tmp_path / "cache"))
-    train, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
-    assert len(train) + len(test) == 5 and len(test) >= 1  # one split is divided
+    monkeypatch.setenv("SPARSEJEPA_DATA", str(root))
+    stream = stream_dataset("cifar100", cache_dir=tmp_path / "cache")
+    assert tuple(stream.files) == train.files
     monkeypatch.setenv("SPARSEJEPA_DATA", str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone: no such folder; set --data-root"):
         load_dataset("cifar10")
@@ -121,15 +116,6 @@ def test_missing_labels_make_no_target(tmp_path: Path):
     assert "fine_label" not in load_dataset("hub:o/n", "test", **options).targets
 
 
-def test_a_test_split_without_the_label_column(tmp_path: Path):
-    write(tmp_path / "train.parquet", 6, None, text_label=list("aabbab"))
-    write(tmp_path / "test.parquet", 3, None)
-    options: dict[str, Any] = {"cache_dir": tmp_path / "cache"}
-    assert "text_label" in load_dataset(tmp_path, "train", **options).targets
-    test = load_dataset(tmp_path, "test", **options)
-    assert len(test) == 3 and list(test.targets) == ["fine_label", "coarse_label"]
-
-
 def test_a_copy_named_by_its_path(tmp_path: Path):
     images, _ = write(tmp_path / "o" / "n" / "c" / "train-00000-of-00001.parquet", 4)
     write(tmp_path / "o" / "n" / "c" / "test-00000-of-00001.parquet", 4)
@@ -145,13 +131,6 @@ def test_parquet_files_among_images_are_passed_over(tmp_path: Path):
     assert len(load_dataset(tmp_path, cache_dir=tmp_path / "cache")) == 4
 
 
-def test_no_rows(tmp_path: Path):
-    write(tmp_path / "train.parquet", 4)
-    write(tmp_path / "test.parquet", 0)
-    with pytest.raises(UserError, match="no images for the test split"):
-        load_dataset(tmp_path, "test", cache_dir=tmp_path / "cache")
-
-
 def test_rows_without_an_image_are_listed(tmp_path: Path):
     path = tmp_path / "o" / "n" / "train.parquet"
     images = [{"bytes": png(np.zeros((4, 4, 3), np.uint8)), "path": "a"}] * 10
@@ -163,13 +142,6 @@ def test_rows_without_an_image_are_listed(tmp_path: Path):
     skipped = [entry for images in both for entry in images.skipped]
     assert skipped == [("train.parquet row 3", "no image data")]
     assert [images.targets for images in both] == [{}, {}]
-
-
-def test_no_image_column(tmp_path: Path):
-    (tmp_path / "o" / "n").mkdir(parents=True)
-    pq.write_table(pa.table({"x": [1], "y": [2]}), tmp_path / "o" / "n" / "train.parquet")
-    with pytest.raises(UserError, match="no column holds images; there are x, y"):
-        load_dataset("hub:o/n", data_root=tmp_path, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.99])
@@ -209,15 +181,6 @@ def test_choose_shards():
     with pytest.raises(UserError, match="1 of 3 parquet files of the train split"):
         choose_shards(["data/train-00001-of-00003-ab12.parquet"], None, "d")
     assert "train" in choose_shards(["x/train.parquet", "data/train.parquet"], None, "d")
-
-
-def test_offline_error_says_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(None, None))  # type: ignore[arg-type]
-    with pytest.raises(UserError) as caught:
-        load_dataset("svhn", data_root=tmp_path, cache_dir=tmp_path / "cache")
-    message = str(caught.value)
-    assert "DIR/ufldl-stanford/svhn" in message and "--data-root" in message
-    assert "SPARSEJEPA_DATA" in message and "huggingface.co" in message and "\n" not in message
 
 
 class FakeHub:
@@ -274,8 +237,9 @@ def test_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     use(half, None)  # all that can be had
     assert fetch("o/n", "c") == half
     use(None, None)
-    with pytest.raises(UserError, match=r"hub:o/n: .*\(Name or service not known\); either"):
+    with pytest.raises(UserError, match=r"hub:o/n: .*\(Name or service not known\); either") as no:
         fetch("o/n", "c")
+    assert "DIR/o/n" in str(no.value) and "--data-root" in str(no.value)
     use(None, whole)
     with pytest.raises(UserError, match=r"hub:o/n: no configuration 'd'"):
         fetch("o/n", "d")
@@ -297,15 +261,3 @@ def test_a_local_copy_streams_as_it_is_cached(tmp_path: Path):
         for workers in (0, 2):
             (batch,) = stream.open("cpu", workers).batches([torch.arange(len(stream))])
             assert (batch.numpy() == cached.images).all()
-
-
-def test_one_split_is_divided_in_a_stream_as_in_the_cache(tmp_path: Path):
-    write(tmp_path / "o" / "n" / "train.parquet", 20)
-    options: dict[str, Any] = {"data_root": tmp_path, "factors": ["coarse_label"]}
-    for split in ("train", "test"):
-        cached = load_dataset("hub:o/n", split, cache_dir=tmp_path / "cache", **options)
-        stream = stream_dataset("hub:o/n", split, **options)
-        assert tuple(stream.files) == cached.files and list(stream.targets) == ["coarse_label"]
-        assert (
-            stream.targets["coarse_label"].values == cached.targets["coarse_label"].values
-        ).all()

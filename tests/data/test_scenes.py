@@ -65,23 +65,6 @@ def test_every_combination_has_an_index():
     assert (index_of(SINGLE.factors(index)) == index).all()
 
 
-def test_single_objects_stay_inside_the_frame():
-    room = min(min(SINGLE.PLACES), 1 - max(SINGLE.PLACES))
-    assert max(SINGLE.SIZES) * REACH.max() < room
-    last = [len(names) - 1 for names in SINGLE.FACTORS.values()]
-    rows = [
-        [shape, 0, last[2], angle, x, y, 0]
-        for shape in range(last[0] + 1)
-        for angle in range(last[3] + 1)
-        for x in (0, last[4])
-        for y in (0, last[5])
-    ]
-    index = index_of(np.array(rows))
-    frame = np.ones((64, 64), bool)
-    frame[1:-1, 1:-1] = False
-    assert not SINGLE.render(index, 64).masks[:, frame].any()
-
-
 def test_single_object_masks_have_the_area_and_the_place_of_the_factors():
     index = np.random.default_rng(0).choice(len(SINGLE), 200)
     _, _, size, _, x, y, ground = SINGLE.factors(index).T
@@ -208,17 +191,6 @@ def test_masks_and_visible_shares_agree_with_polygons_laid_over_each_other():
         assert seen / own == pytest.approx(scene.objects.visible[n, : scene.count[n]], abs=0.04)
 
 
-def test_pixels_have_the_colour_of_the_object_in_the_mask():
-    scene = Scenes(2).render(np.arange(64), 128)
-    palette = np.array(list(scenes.COLOURS.values())) / 255
-    right = []
-    for n, k in zip(*np.nonzero(scene.objects.present), strict=True):
-        mine = scene.images[n][scene.masks[n] == k + 1].mean(0)
-        likeness = palette @ mine / np.linalg.norm(palette, axis=1)
-        right.append(likeness.argmax() == scene.objects.colour[n, k])
-    assert np.mean(right) > 0.97  # lighting and smooth edges shift a hue a little
-
-
 # Resolution
 
 
@@ -299,34 +271,6 @@ def dense(pixels: Pixels, values: np.ndarray, objects: int, n: int, side: int) -
     return images
 
 
-def filled(shapes: Shapes, side: int, fine: int) -> np.ndarray:
-    """Return the share of every pixel [O, S, S] inside the turned polygon, from fine**2 samples."""
-    spot = (np.arange(side * fine) + 0.5) / (side * fine)
-    grid = np.stack(np.meshgrid(spot, spot), -1).reshape(-1, 2)
-    shares = []
-    for x, y, size, angle, shape in zip(*shapes[1:], strict=True):
-        corners = outline(SHAPES[shape]) * size * np.exp(1j * angle)
-        path = Path(np.stack([x + corners.real, y - corners.imag], 1))
-        inside = path.contains_points(grid).reshape(side, fine, side, fine)
-        shares.append(inside.mean((1, 3)))
-    return np.array(shares)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_coverage_agrees_with_a_supersampled_polygon(shape):
-    shapes, _ = random_shapes(8, 1, seed=SHAPES.index(shape))
-    shapes = shapes._replace(shape=np.full(8, SHAPES.index(shape)))
-    pixels = rasterise(shapes, SIDE)
-    cover = dense(pixels, pixels.cover, 8, 8, SIDE).reshape(8, 8, SIDE, SIDE)
-    cover = cover[np.arange(8), np.arange(8)]
-    truth = filled(shapes, SIDE, fine=8)
-    edge = (truth > 0) & (truth < 1)
-    assert np.abs(cover - truth)[edge].mean() < 0.08
-    assert np.abs(cover - truth)[~edge].mean() < 2e-3
-    area = math.pi * (shapes.size * SIDE) ** 2
-    assert cover.sum((1, 2)) == pytest.approx(area, rel=0.08)
-
-
 def test_layers_hide_each_other_as_blended_one_by_one():
     n, each = 6, 5
     shapes, layer = random_shapes(n, each, seed=1)
@@ -353,14 +297,3 @@ def test_layers_hide_each_other_as_blended_one_by_one():
     images, masks = paint(shapes, layer, colours, rim, background)
     assert (masks.ravel() == mask).all()
     assert np.abs(images.reshape(-1, 3) - np.clip(picture, 0, 255)).max() < 0.6
-
-
-def test_the_rim_keeps_the_mean_light_of_an_object():
-    x, y, size, angle = np.array([[0.5], [0.5], [0.3], [0.2]])
-    one = Shapes(np.array([0]), x, y, size, angle, np.array([0]))
-    black = np.zeros((1, 96, 96, 3), np.float32)
-    means = [
-        paint(one, np.array([0]), np.full((1, 3), 200.0), np.array([rim]), black)[0].mean()
-        for rim in (-0.45, 0.0, 0.45)
-    ]
-    assert means == pytest.approx([0.82 * 200 * math.pi * 0.3**2] * 3, rel=0.03)
