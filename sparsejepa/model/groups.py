@@ -188,27 +188,21 @@ class AttentionNetworks(nn.Module):
     """
 
     def __init__(
-        self,
-        grid_size: tuple[int, int],
-        num_groups: int,
-        group_dim: int,
-        out_dim: int,
-        hidden: int,
-        gain: float,
+        self, grid: tuple[int, int], groups: int, dim: int, out_dim: int, hidden: int, gain: float
     ) -> None:
         super().__init__()
         self.heads = hidden // 32 if hidden % 32 == 0 else 1
-        positions = sincos_position_embedding(grid_size, 4 * -(-hidden // 4))
+        positions = sincos_position_embedding(grid, 4 * -(-hidden // 4))
         self.positions: Tensor  # [N, E], fixed
         self.register_buffer("positions", positions, persistent=False)
-        from_group, from_position = gain / math.sqrt(group_dim), 1 / math.sqrt(positions.shape[1])
-        self.A = _weight(num_groups, 2 * hidden, group_dim, std=from_group)  # key and value
-        self.E = _weight(num_groups, 4 * hidden, positions.shape[1], std=from_position)
-        self.mask_token = _weight(num_groups, hidden, std=0.1)
-        self.M = _weight(num_groups, hidden, hidden, std=1 / math.sqrt(hidden))
-        self.b = nn.Parameter(torch.zeros(num_groups, hidden))
-        self.B = _weight(num_groups, out_dim, hidden, std=_OUT_STD)
-        self.c = nn.Parameter(torch.zeros(num_groups, out_dim))
+        width = positions.shape[1]
+        self.A = _weight(groups, 2 * hidden, dim, std=gain / math.sqrt(dim))  # key and value
+        self.E = _weight(groups, 4 * hidden, width, std=1 / math.sqrt(width))
+        self.mask_token = _weight(groups, hidden, std=0.1)
+        self.M = _weight(groups, hidden, hidden, std=1 / math.sqrt(hidden))
+        self.b = nn.Parameter(torch.zeros(groups, hidden))
+        self.B = _weight(groups, out_dim, hidden, std=_OUT_STD)
+        self.c = nn.Parameter(torch.zeros(groups, out_dim))
 
     def forward(self, u: Tensor, context_index: Tensor, query_index: Tensor) -> Tensor:
         """Map u [B, C, G, P] to hidden units [B, T, G, h] for the patches `query_index` [B, T]."""
@@ -273,8 +267,7 @@ class GroupMap(nn.Module):
                 "--groups feature needs"
             )
         self.kind: Kind = kind
-        self.sphere = sphere
-        self.out_dim = out_dim
+        self.sphere, self.out_dim = sphere, out_dim
         scale = 1.0 if sphere else _PLAIN_SCALE
         blocks = F.normalize(torch.randn(num_groups, group_dim, embed_dim), dim=1)
         spread = (1 + _SPREAD * torch.randn(num_groups, 1, embed_dim)).clamp_min(0.1)

@@ -23,15 +23,11 @@ class TransformerPredictor(nn.Module):
     Args:
         embed_dim: width D of the encoder's tokens.
         grid_size: (rows, cols) of patches.
-        dim: width of the predictor, a multiple of 4.
+        dim: width of the predictor, a multiple of 4; its heads are 32 wide or a little wider.
         depth: number of blocks.
-        num_heads: attention heads; the largest count with heads of at least 32 if not given.
         out_dim: width D' of what is predicted; D if not given.
 
-    Attributes:
-        recompute: as the encoder's.
-
-    Raises UserError if `dim` is not a multiple of 4 or of `num_heads`.
+    The attribute `recompute` is as the encoder's. Raises UserError if `dim` is no multiple of 4.
     """
 
     positions: Tensor
@@ -42,13 +38,11 @@ class TransformerPredictor(nn.Module):
         grid_size: tuple[int, int],
         dim: int = 128,
         depth: int = 4,
-        num_heads: int | None = None,
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.recompute = False
-        if num_heads is None:
-            num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
+        num_heads = next(h for h in range(max(1, dim // 32), 0, -1) if dim % h == 0)
         self.embed = Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         positions = sincos_position_embedding(grid_size, dim)
@@ -60,15 +54,9 @@ class TransformerPredictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, context_index: Tensor, target_index: Tensor) -> Tensor:
-        """Predict the target patches.
+        """Predict the target blocks, patches `target_index` [B, M, K]: [B, M, K, D'].
 
-        Args:
-            context: [B, C, D] tokens of the context encoder.
-            context_index: int64 [B, C], their patch numbers.
-            target_index: int64 [B, M, K], the patch numbers of the target blocks.
-
-        Returns:
-            [B, M, K, D'].
+        `context` [B, C, D] are the tokens of the patches `context_index` [B, C]; both index int64.
         """
         blocks, patches = target_index.shape[1:]
         seen = self.embed(context)

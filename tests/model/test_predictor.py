@@ -35,7 +35,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def transformer() -> Any:
-    return randomise(TransformerPredictor(D, GRID, dim=16, depth=2, num_heads=2))
+    return randomise(TransformerPredictor(D, GRID, dim=64, depth=2))
 
 
 def mlp() -> Any:
@@ -48,7 +48,7 @@ both = pytest.mark.parametrize("make", [transformer, mlp])
 def test_transformer_by_hand():
     """Its own blocks (tested elsewhere) on a token list assembled from the definition."""
     model, (context, context_index, targets) = transformer(), batch()
-    positions = sincos_position_embedding(GRID, 16).double()
+    positions = sincos_position_embedding(GRID, 64).double()
     wanted = torch.empty(2, 3, 4, D, dtype=torch.float64)
     for b in range(2):
         seen = [
@@ -62,7 +62,7 @@ def test_transformer_by_hand():
                 tokens = block(tokens)
             for k in range(4):
                 last = F.layer_norm(
-                    tokens[0, 5 + k], (16,), model.norm.weight, model.norm.bias, 1e-6
+                    tokens[0, 5 + k], (64,), model.norm.weight, model.norm.bias, 1e-6
                 )
                 wanted[b, m, k] = model.proj.weight @ last + model.proj.bias
     got = model(context, context_index, targets)
