@@ -243,7 +243,6 @@ class Sweep(Settings):
 def sweep(args: Sweep, console: Console) -> dict[str, Any]:
     """Run the sweep."""
     config = args.settings(args.data)
-    from sparsejepa.study.cluster import Cluster
     from sparsejepa.study.results import Probes
     from sparsejepa.study.sweep import run_sweep
 
@@ -258,7 +257,7 @@ def sweep(args: Sweep, console: Console) -> dict[str, Any]:
             tuple(split_names(args.data_eval)) or (config.data,), limit=args.probe_limit
         ),
         "jobs": args.jobs,
-        "cluster": Cluster(out / "jobs", args.slurm) if args.slurm else None,
+        "slurm": args.slurm,
         "console": console,
         "command": _command(),
     }

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,46 +25,6 @@ T = TypeVar("T")
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """How long after a job's end its file may take to be seen over a network."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where the files and logs of all jobs lie, and `options` of sbatch for each, as KEY=VALUE."""
-
-    folder: Path
-    options: tuple[str, ...] = ()
-
-    def executor(self, at_a_time: int | None) -> Any:
-        """Return submitit's executor.
-
-        Raises UserError without submitit or SLURM, and for options that could reach a shell: they
-        become lines of a script, which a line break in one of them would end.
-        """
-        folder = self.folder.resolve()  # a job need not begin in this folder
-        for item in (*self.options, f"out={folder}"):
-            if not (re.fullmatch(r"[a-z][a-z0-9-]*=.+", item, re.S) and item.isprintable()):
-                raise UserError(f"--slurm {item!r}: must be KEY=VALUE of sbatch, such as time=240")
-        try:
-            import submitit
-
-            # A run that its time limit cuts off goes on from its checkpoint, again and again.
-            executor = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=1000)
-        except ImportError:
-            raise UserError(
-                "--slurm: submitit is not installed; pip install 'sparsejepa[slurm]'"
-            ) from None
-        except RuntimeError:
-            raise UserError(
-                "--slurm: there is no SLURM here (srun is not found); run it on a login node, or "
-                "leave --slurm out"
-            ) from None
-        executor.update_parameters(
-            job_name=folder.parent.name,
-            signal_delay_s=120,  # before its time limit a job is told to save
-            additional_parameters=dict(item.split("=", 1) for item in self.options),
-            **({"array_parallelism": at_a_time} if at_a_time else {}),
-        )
-        return executor
 
 
 @dataclass
@@ -108,21 +68,22 @@ class Job:
 
 
 def outcomes(
-    cluster: Cluster,
+    folder: Path,
+    options: Sequence[str],
     tasks: Mapping[str, T],
     step: Callable[[T], dict[str, Any]],
     at_a_time: int | None,
 ) -> Generator[tuple[T, dict[str, Any] | UserError] | None, None, None]:
     """Do `step` of each task as a job; yield each with its line or its UserError, as they end.
 
-    `tasks` are by a name that is also a file's. All are submitted as one array, `at_a_time` of it
-    at once; None is yielded now and then. When this is left, jobs that are still there are
-    cancelled, on which their runs save.
+    `tasks` are by a name that is also a file's; files and logs of all lie in `folder`. All are
+    submitted as one array, `at_a_time` of it at once, with `options` of sbatch as KEY=VALUE; None
+    is yielded now and then. When this is left, jobs that are still there are cancelled, on which
+    their runs save. Raises UserError without submitit or SLURM, and for options that could reach a
+    shell.
     """
-    if not tasks:
-        return
-    executor, folder = cluster.executor(at_a_time), cluster.folder.resolve()
-    jobs: dict[str, Any] = {}
+    folder = folder.resolve()  # a job need not begin in this folder
+    executor, jobs = _executor(folder, options, at_a_time), dict[str, Any]()
     try:
         with executor.batch():
             for name, task in tasks.items():
@@ -140,6 +101,34 @@ def outcomes(
     finally:
         for job in jobs.values():
             job.cancel(check=False)
+
+
+def _executor(folder: Path, options: Sequence[str], at_a_time: int | None) -> Any:
+    """Return submitit's executor, whose options become lines of a script: none may break a line."""
+    for item in (*options, f"out={folder}"):
+        if not (re.fullmatch(r"[a-z][a-z0-9-]*=.+", item, re.S) and item.isprintable()):
+            raise UserError(f"--slurm {item!r}: must be KEY=VALUE of sbatch, such as time=240")
+    try:
+        import submitit
+
+        # A run that its time limit cuts off goes on from its checkpoint, again and again.
+        executor = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=1000)
+    except ImportError:
+        raise UserError(
+            "--slurm: submitit is not installed; pip install 'sparsejepa[slurm]'"
+        ) from None
+    except RuntimeError:
+        raise UserError(
+            "--slurm: there is no SLURM here (srun is not found); run it on a login node, or leave "
+            "--slurm out"
+        ) from None
+    executor.update_parameters(
+        job_name=folder.parent.name,
+        signal_delay_s=120,  # before its time limit a job is told to save
+        additional_parameters=dict(item.split("=", 1) for item in options),
+        **({"array_parallelism": at_a_time} if at_a_time else {}),
+    )
+    return executor
 
 
 def _outcome(path: Path, number: str) -> dict[str, Any] | UserError:

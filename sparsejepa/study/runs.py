@@ -41,8 +41,7 @@ from sparsejepa.environment import cores, environment, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.measured import check_measures, measure
 from sparsejepa.evaluation.probe import check_protocols, evaluate
-from sparsejepa.files import load_tensors
-from sparsejepa.study.cluster import Cluster, outcomes
+from sparsejepa.study.cluster import outcomes
 from sparsejepa.study.results import Task, append_row, read_results, row_key
 from sparsejepa.study.verdict import measure_name
 from sparsejepa.training.build import arm_name, prepare, total_steps
@@ -62,7 +61,7 @@ def run_tasks(
     jobs: int | None = None,
     before: Sequence[dict[str, Any]] = (),
     retry_failed: bool = False,
-    cluster: Cluster | None = None,
+    slurm: Sequence[str] = (),
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Train and probe each task that `results` has no line of; return the lines of all, in order.
@@ -76,7 +75,7 @@ def run_tasks(
             take turns on the GPUs.
         before: lines of other files, which count as those of `results` do.
         retry_failed: do runs that failed again, in RUN_DIR~2; the last line counts.
-        cluster: where each run is a job; if not given they are processes of this one.
+        slurm: options of sbatch as KEY=VALUE, if each run is to be a job of a SLURM cluster.
         console: where progress and finished runs are shown; silent if not given.
 
     Ctrl-C and SIGTERM stop every run after a checkpoint. Raises UserError before any work for data
@@ -101,9 +100,9 @@ def run_tasks(
             beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
             todo.append(replace(task, run_dir=beside))
     check_tasks(todo)
-    if cluster:
+    if slurm and todo:
         named = {f"{task.run_dir.name}.{task.key}": task for task in todo}
-        ways = outcomes(cluster, named, attempt, jobs)
+        ways = outcomes(results.parent / "jobs", slurm, named, attempt, jobs)
     else:
         ways = _outcomes(todo, jobs, console)
     failed, done, said = list[UserError](), 0, time.monotonic()
@@ -289,14 +288,11 @@ def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 def _told(task: Task, row: dict[str, Any] | UserError) -> list[str]:
     """Say how a run ended: its line of results, or its error."""
     name = task.run_dir.name
-    if isinstance(row, UserError):
-        return [f"{name}: failed: {row}"]
-    if row["failed"]:
-        return [f"{name}: failed and recorded so: {row['failed']}"]
-    first, groups = row["probes"][0], row["groups_per_latent"]
-    text = f"{name}: {measure_name(first)} {100 * first['accuracy']:.1f} %"
-    text += "" if groups is None else f", {groups:.1f} groups per latent"
-    text += f", {row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes"
+    if isinstance(row, UserError) or row["failed"]:
+        how = row if isinstance(row, UserError) else f"{row['failed']} (recorded so)"
+        return [f"{name}: failed: {how}"]
+    first, spent = row["probes"][0], f"{row['seconds']:.0f} s + {row['probe_seconds']:.0f} s probes"
+    text = f"{name}: {measure_name(first)} {100 * first['accuracy']:.1f} %, {spent}"
     return [text, *(f"  alarm: {alarm}" for alarm in row["alarms"])]
 
 
@@ -367,24 +363,15 @@ def _about(task: Task) -> dict[str, Any]:
 
 def _trained(task: Task, run: Run) -> dict[str, Any]:
     """Return what a line says of a finished run before it is probed, and keep its encoder."""
-    final, w = run.summary["final"], load_w(task.run_dir)
     names = ("knn", "rankme", "density", "groups_per_latent", "dead_groups")
     return {
-        **{name: final.get(name) for name in names},
-        "nonzero_elements": None if w is None else int((w != 0).sum()),
-        "elements": None if w is None else int(w.size),
+        **{name: run.summary["final"].get(name) for name in names},
         "alarms": run.summary["alarms"],
         "steps": run.summary["steps"],
         "seconds": round(run.summary["seconds"], 1),
         "images_per_second": round(run.summary["images_per_second"], 1),
         "encoder": _keep(task),
     }
-
-
-def load_w(run_dir: Path) -> Any:
-    """Return W of a run as an array [G, P, D], None for a dense run."""
-    path = run_dir / GROUPS
-    return load_tensors(path)[0]["W"].numpy() if path.exists() else None
 
 
 def _keep(task: Task) -> str | None:
@@ -415,6 +402,8 @@ def _probed(task: Task) -> dict[str, Any]:
     probes, seed = task.probes, task.config.run.seed
     device = resolve_device(task.config.run.device)
     encoder = load(task.run_dir, device)
+    groups = load_groups(task.run_dir, encoder.grid_size)
+    w = None if groups is None else groups.W.detach()
 
     def reading(data: str) -> dict[str, Any]:
         own = data == task.config.data  # scored on the training images that the run never saw
@@ -422,25 +411,18 @@ def _probed(task: Task) -> dict[str, Any]:
         kw = {"targets": probes.targets.get(data), "limit": probes.limit, "holdout": held}
         return {**kw, **_opening(task, data)}
 
-    rows = [
-        {key: value for key, value in row.to_dict().items() if key != "encoder"}
-        for data in probes.data
-        for row in evaluate(
-            encoder,
-            data,
-            protocols=probes.protocols_on(data),
-            untrained_seed=seed,
-            cache_dir=task.run_dir.parent / "floors",
-            device=device,
-            **reading(data),
-        )
-    ]
-    measured: dict[str, Any] = {}
-    if probes.measures:
-        groups, first = load_groups(task.run_dir, encoder.grid_size), probes.data[0]
-        w = None if groups is None else groups.W
-        measured = measure(probes.measures, encoder, w, first, seed=seed, **reading(first))
-    return {"probes": rows, "measures": measured}
+    rows = []
+    for data in probes.data:
+        kw = {"cache_dir": task.run_dir.parent / "floors", "device": device, **reading(data)}
+        protocols = probes.protocols_on(data)
+        rows += evaluate(encoder, data, protocols=protocols, untrained_seed=seed, **kw)
+    first = probes.data[0]
+    return {
+        "probes": [{k: v for k, v in row.to_dict().items() if k != "encoder"} for row in rows],
+        "measures": measure(probes.measures, encoder, w, first, seed=seed, **reading(first)),
+        "nonzero_elements": None if w is None else int((w != 0).sum()),
+        "elements": None if w is None else w.numel(),
+    }
 
 
 def _opening(task: Task, data: str) -> dict[str, Any]:

@@ -26,8 +26,6 @@ from sparsejepa.study.verdict import Summary, Verdict, summarise, table, verdict
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsejepa.study.cluster import Cluster
-
 RESULTS = "results.jsonl"
 REPORT = "report.html"
 
@@ -77,7 +75,7 @@ def run_sweep(
     out: Path,
     probes: Probes | None = None,
     jobs: int | None = None,
-    cluster: Cluster | None = None,
+    slurm: Sequence[str] = (),
     console: Console | None = None,
     command: str = "sparsejepa.run_sweep, called from Python",
     title: str | None = None,
@@ -88,7 +86,7 @@ def run_sweep(
         config: all other settings; the seeds are ``config.run.seed`` and the ones after it.
         out: folder for one run directory per arm and seed, results.jsonl, figures and report.html.
         probes: what each run is probed on; every target of the pretraining data if not given.
-        jobs, cluster, console: see `runs.run_tasks`.
+        jobs, slurm, console: see `runs.run_tasks`.
         command: what repeats this sweep, for rows and page.
 
     Finished runs are not repeated, others go on from their checkpoints. Runs that failed because a
@@ -108,7 +106,7 @@ def run_sweep(
         for seed in range(config.run.seed, config.run.seed + seeds)
         for arm in arms
     ]
-    rows = run_tasks(tasks, out / RESULTS, jobs=jobs, cluster=cluster, console=console)
+    rows = run_tasks(tasks, out / RESULTS, jobs=jobs, slurm=slurm, console=console)
     failed = [row for row in rows if row.get("failed")]
     rows = [row for row in rows if not row.get("failed")]
     remarks = [f"{row['arm']}, seed {row['seed']}: failed, {row['failed']}." for row in failed]

@@ -17,7 +17,6 @@ from sparsejepa import cli
 from sparsejepa.config import preset
 from sparsejepa.errors import UserError
 from sparsejepa.study import cluster
-from sparsejepa.study.cluster import Cluster
 from sparsejepa.study.results import Probes, Task, read_rows
 from sparsejepa.study.runs import run_tasks
 from sparsejepa.study.sweep import arm_settings
@@ -68,7 +67,7 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
         make_task(tmp_path / "sweep", tiny_images, "dense"),
     ]
     options = ("time=90", "partition=gpu", "account=a b", "requeue-note=$(touch x); `y`")
-    where = Cluster(tmp_path / "sweep" / "jobs", options)
+    folder = tmp_path / "sweep" / "jobs"
     # As the time limit does, when the run has no checkpoint but the one that it makes now.
     code = (
         "import sys, time, pathlib, subprocess\n"
@@ -78,9 +77,9 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
     )
     log = tasks[0].run_dir / "metrics.jsonl"
     with subprocess.Popen([sys.executable, "-c", code, str(log), str(slurm / "1000_0")]) as cut:
-        found = run_tasks(tasks, tmp_path / "sweep" / "results.jsonl", cluster=where)
+        found = run_tasks(tasks, tmp_path / "sweep" / "results.jsonl", slurm=options)
     assert cut.returncode == 0
-    logged = (where.folder / "submitit" / "1000_0_0_log.out").read_text()
+    logged = (folder / "submitit" / "1000_0_0_log.out").read_text()
     assert "Requeued job 1000_0" in logged and logged.count("Starting with") == 2
     script = (slurm / "1000.script").read_text()
     for line in (
@@ -96,9 +95,9 @@ def test_slurm_jobs_go_on_after_their_time_is_up(
     assert numbers(found[0]) == numbers(undisturbed[0]) and found[1]["arm"] == "dense"
     assert steps_of(tasks[0].run_dir) == 60
     # What is finished is not submitted again, and no file is left of it.
-    assert run_tasks(tasks, tmp_path / "sweep" / "results.jsonl", cluster=where) == found
+    assert run_tasks(tasks, tmp_path / "sweep" / "results.jsonl", slurm=options) == found
     assert len(list(slurm.glob("*.script"))) == 1
-    assert [p.name for p in where.folder.iterdir()] == ["submitit"]
+    assert [p.name for p in folder.iterdir()] == ["submitit"]
 
 
 def work(task: str) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def work(task: str) -> dict[str, Any]:
 
 def collect(folder: Path, *tasks: str) -> dict[str, Any]:
     named = {task: task for task in tasks}
-    found = cluster.outcomes(Cluster(folder), named, work, None)
+    found = cluster.outcomes(folder, (), named, work, None)
     return dict(end for end in found if end is not None)
 
 
@@ -133,7 +132,7 @@ def test_jobs_that_fail_or_vanish_are_named_and_others_collected(
 
 
 def test_jobs_end_with_the_command_that_submitted_them(tmp_path: Path, slurm: Path) -> None:
-    left = cluster.outcomes(Cluster(tmp_path), {"waits": "waits"}, work, None)
+    left = cluster.outcomes(tmp_path, (), {"waits": "waits"}, work, None)
     assert next(left) is None
     left.close()
     state = slurm / "1000" / "state"  # alone it is no array
@@ -145,9 +144,9 @@ def test_jobs_end_with_the_command_that_submitted_them(tmp_path: Path, slurm: Pa
 @pytest.mark.parametrize("item", ["account", "=a", "x\nrm=1", "x=1\nrm -rf y", "Setup=x"])
 def test_what_could_reach_a_shell_is_refused(tmp_path: Path, slurm: Path, item: str) -> None:
     with pytest.raises(UserError, match="must be KEY=VALUE of sbatch"):
-        Cluster(tmp_path, ("time=5", item)).executor(None)
+        cluster._executor(tmp_path, ("time=5", item), None)
     with pytest.raises(UserError, match="--slurm"):
-        Cluster(Path("a\nrm -rf x")).executor(None)
+        cluster._executor(Path("a\nrm -rf x"), (), None)
 
 
 def test_missing_parts_are_named(
@@ -164,7 +163,7 @@ def test_missing_parts_are_named(
     assert cli.main(words) == 2
     assert "pip install 'sparsejepa[slurm]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="the jobs were not taken: no such partition"):
-        monkeypatch.setattr(Cluster, "executor", lambda *_: Refusing())
+        monkeypatch.setattr(cluster, "_executor", lambda *_: Refusing())
         collect(tmp_path, "a")
 
 
