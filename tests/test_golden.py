@@ -3,7 +3,7 @@
 Twenty steps in float64 of every kind of arm from fixed weights and images, the masks and the order
 of the images, and probes on fixed features, against the values in tests/golden/. Refactoring moves
 none of them. If a change is meant to, raise `TRAIN_VERSION` (train.json) or `EVAL_VERSION`
-(probe.json, posthoc.json) in sparsejepa/version.py by hand and write the values anew::
+(probe.json, posthoc.json) in sparsejepa/__init__.py by hand and write the values anew::
 
     python tests/test_golden.py
 """

@@ -81,7 +81,7 @@ def test_rooms_import_only_from_floors_below() -> None:
 
 
 CORE = {
-    "errors", "rng", "files", "config", "distributed", "environment", "version", "__version__",
+    "errors", "rng", "files", "config", "distributed", "environment", "__version__",
     "data.images", "data.folders", "data.augment", "encoders.encoder", "encoders.load",
 }  # fmt: skip
 """What a newcomer reads, with all of model and training."""
@@ -101,7 +101,7 @@ def test_the_core_imports_nothing_outside_itself() -> None:
                 module = (node.module or "").removeprefix("sparsejepa").removeprefix(".")
                 modules = [module] if module else [alias.name for alias in node.names]
                 assert all(map(is_core, modules)), f"{path.name} imports {modules}"
-    assert checked >= len(CORE) + 15
+    assert checked >= 25
 
 
 def test_only_verbs_import_the_package_inside_functions() -> None:

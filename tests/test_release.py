@@ -151,7 +151,7 @@ def test_every_optional_package_is_named_in_an_extra() -> None:
 def test_the_version_stands_in_one_place() -> None:
     text = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in text["project"] and "version" in text["project"]["dynamic"]
-    assert text["tool"]["hatch"]["version"]["path"] == "sparsejepa/version.py"
+    assert text["tool"]["hatch"]["version"]["path"] == "sparsejepa/__init__.py"
     assert re.fullmatch(r"\d+\.\d+\.\d+", sparsejepa.__version__)
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(sparsejepa.__version__)}\b", changes, re.M)

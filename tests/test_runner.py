@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import run as runner
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.errors import UserError
 from sparsejepa.study import runs
 from sparsejepa.study.results import Task, read_rows
@@ -176,9 +176,9 @@ def test_lines_beside_count_those_of_other_training_do_not_and_folders_follow_th
     results.rename(tmp_path / "before.jsonl")
     (tmp_path / "bench.jsonl").write_text('{"verb": "bench"}\n[1]\n')
     assert runner.main(words(queue)) == 0 and len(fake) == 2 and not results.exists()
-    monkeypatch.setattr(version, "TRAIN_VERSION", version.TRAIN_VERSION + 1)
+    monkeypatch.setattr(sparsejepa, "TRAIN_VERSION", sparsejepa.TRAIN_VERSION + 1)
     assert runner.main(words(queue)) == 0 and fake[2:] == fake[:2]
-    assert [row["train_version"] for row in read_rows(results)] == [version.TRAIN_VERSION] * 2
+    assert [row["train_version"] for row in read_rows(results)] == [sparsejepa.TRAIN_VERSION] * 2
     assert runner.main(words(queue)) == 0 and len(fake) == 4
 
     def folders(steps: int) -> set[Path]:

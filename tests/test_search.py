@@ -17,7 +17,7 @@ import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.study.results import Task, read_rows
 
 TOML = """
@@ -58,7 +58,7 @@ def row(task: Task, score: float | None) -> dict[str, Any]:
         "failed": "loss is not finite at step 0" if score is None else None,
         "probes": [] if score is None else [probe], "settings": task.config.to_dict(),
         "probed": asdict(task.probes), "trial": task.trial,
-        "train_version": version.TRAIN_VERSION,
+        "train_version": sparsejepa.TRAIN_VERSION,
     }  # fmt: skip
     return json.loads(json.dumps(line))
 
@@ -204,7 +204,7 @@ def test_scores_on_test_are_refused(path: Path) -> None:
     with pytest.raises(search.UserError, match="scored on test"):
         lines_of(rows, found)
     # Lines of other searches and versions are not looked at.
-    now = version.TRAIN_VERSION
+    now = sparsejepa.TRAIN_VERSION
     for other in ({"recipe": "other"}, {"train_version": now + 1}, {"eval_version": 99}):
         assert lines_of([{**r, **other} for r in rows], found) == []
 

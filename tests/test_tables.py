@@ -29,7 +29,7 @@ from study import (
     recipe_config,
 )
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.config import load_toml
 from sparsejepa.study.sweep import arm_settings
 
@@ -61,7 +61,7 @@ def make_row(
         "steps": 390, "seconds": 90.0, "probe_seconds": 10.0, "settings": config.to_dict(),
         "probed": {"data": [], "limit": about.get("probe_limit")}, "finished": finished,
         "environment": {"cpu": "CPU", "cores": 2, "gpus": [], "commit": commit},
-        "train_version": version.TRAIN_VERSION, "eval_version": version.EVAL_VERSION, **more,
+        "train_version": sparsejepa.TRAIN_VERSION, "eval_version": sparsejepa.EVAL_VERSION, **more,
     }  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_lines_of_other_versions_are_counted_and_shown_nowhere(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     assert len(read_study(checkout).rows) == 6
-    monkeypatch.setattr(version, name, 99)
+    monkeypatch.setattr(sparsejepa, name, 99)
     study = read_study(checkout)
     assert study.rows == [] and len(study.others) == 6
     assert "6 lines of `results/` are of other" in tables.regions(study)["versions"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.images import ImageSet, Target, shown
 from sparsejepa.distributed import current, first_here, on_main
@@ -236,7 +236,7 @@ class _Bench:
         if self.cache_dir is None:
             return self.scores(features)
         images = [self.train.fingerprint, self.test.fingerprint, len(self.train)]
-        versions = version.TRAIN_VERSION, version.EVAL_VERSION
+        versions = sparsejepa.TRAIN_VERSION, sparsejepa.EVAL_VERSION
         about = [versions, kind, images, self.targets, self.protocols, self.seed]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
         path = self.cache_dir / f"{digest.hexdigest()}.json"

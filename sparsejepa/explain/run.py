@@ -17,7 +17,8 @@ import numpy as np
 import tomli_w
 import torch
 
-from sparsejepa import __version__, version
+import sparsejepa
+from sparsejepa import __version__
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.images import ImageSet
 from sparsejepa.encoders.encoder import FITTED
@@ -116,8 +117,8 @@ def run_explain(
     metrics = {
         "format": 1,
         "sparsejepa": __version__,
-        "train_version": train_version(Path(ref)) or version.TRAIN_VERSION,
-        "eval_version": version.EVAL_VERSION,
+        "train_version": train_version(Path(ref)) or sparsejepa.TRAIN_VERSION,
+        "eval_version": sparsejepa.EVAL_VERSION,
         "run": ref,
         "data": data,
         "images": {"train": len(train), "test": len(test)},

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.config import REMOVED, Config
 from sparsejepa.errors import UserError
 
@@ -80,7 +80,7 @@ class Task:
     @functools.cached_property
     def key(self) -> str:
         """Hash of all that the numbers depend on: settings, seed, probes and versions."""
-        return hash_of(self.config, asdict(self.probes), version.EVAL_VERSION)
+        return hash_of(self.config, asdict(self.probes), sparsejepa.EVAL_VERSION)
 
     @functools.cached_property
     def run_key(self) -> str:
@@ -97,7 +97,7 @@ def row_key(row: Mapping[str, Any], *, run: bool = False) -> str:
     """
     train, probe = versions(row)
     try:
-        if train == version.TRAIN_VERSION:
+        if train == sparsejepa.TRAIN_VERSION:
             config = Config.from_dict(row["settings"], "results")
             return hash_of(config, row["probed"], 1 if run else probe)
     except (ValueError, LookupError, TypeError, AttributeError):  # UserError is a ValueError
@@ -118,7 +118,7 @@ def hash_of(config: Config, probes: Mapping[str, Any], eval_version: int = 1) ->
     # What came later counts only where it is used, so that older lines keep their keys.
     later = {"measures", "extra_protocols"}
     used = {k: v for k, v in probes.items() if v or k not in later}
-    about = [settings, used, version.TRAIN_VERSION, eval_version]
+    about = [settings, used, sparsejepa.TRAIN_VERSION, eval_version]
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -130,7 +130,7 @@ def versions(row: Mapping[str, Any]) -> tuple[int, int]:
 
 def is_current(row: Mapping[str, Any]) -> bool:
     """Return whether a line may stand in a table: it is of the versions that are computed now."""
-    return versions(row) == (version.TRAIN_VERSION, version.EVAL_VERSION)
+    return versions(row) == (sparsejepa.TRAIN_VERSION, sparsejepa.EVAL_VERSION)
 
 
 def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.config import check_pattern
 from sparsejepa.data.catalog import load_dataset, load_images
 from sparsejepa.encoders.encoder import CONFIG, GROUPS, WEIGHTS, load_groups
@@ -346,8 +346,8 @@ def _about(task: Task) -> dict[str, Any]:
     """Return what every line of results says of its run, see `results`."""
     return {
         "key": task.key,
-        "train_version": version.TRAIN_VERSION,
-        "eval_version": version.EVAL_VERSION,
+        "train_version": sparsejepa.TRAIN_VERSION,
+        "eval_version": sparsejepa.EVAL_VERSION,
         "recipe": task.recipe,
         "arm": task.arm or arm_name(task.config),
         "seed": task.config.run.seed,

@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sparsejepa import __version__, version
+import sparsejepa
+from sparsejepa import __version__
 from sparsejepa.config import Config, load_toml
 from sparsejepa.distributed import World, everywhere, on_main
 from sparsejepa.errors import UserError, flag
@@ -69,11 +70,11 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> dict[str, Any] | No
             f"--out {run_dir} already holds a run; continue it with --resume or name a new folder"
         )
     begun = train_version(run_dir)
-    if begun not in (None, version.TRAIN_VERSION):
+    if begun not in (None, sparsejepa.TRAIN_VERSION):
         raise UserError(
             f"{run_dir}: the run there computes train version {begun}, this release "
-            f"{version.TRAIN_VERSION}; name a new folder with --out, or finish it with the release "
-            "that began it"
+            f"{sparsejepa.TRAIN_VERSION}; name a new folder with --out, or finish it with the "
+            "release that began it"
         )
     stored = read_config(run_dir).flat()
     free = _FREE_ON_RESUME | (_FROM_START if config.model.init else set())

@@ -20,7 +20,7 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.config import Config, check_pattern
 from sparsejepa.data.images import Batches, Images
 from sparsejepa.distributed import World, everywhere, joined, largest_of, mean_of, on_main
@@ -194,7 +194,7 @@ def _train(
                 log.write({"step": step, "alarm": alarm})
                 report.say(f"alarm, step {step}: {alarm}")
             if saving or stopping:
-                state |= {"step": done, "train_version": version.TRAIN_VERSION}
+                state |= {"step": done, "train_version": sparsejepa.TRAIN_VERSION}
                 checkpoints.save(model, train_step.optimizer, state)
             if stopping and done < total:
                 raise Interrupted(stopping)
@@ -289,7 +289,7 @@ def _summary(
         "data": config.data,
         "steps": total,
         "images": count,
-        "train_version": version.TRAIN_VERSION,
+        "train_version": sparsejepa.TRAIN_VERSION,
         "seconds": seconds,
         "images_per_second": count / max(seconds, 1e-9),
         "final": log.last,

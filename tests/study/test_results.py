@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsejepa import TRAIN_VERSION
 from sparsejepa.config import REMOVED, preset
 from sparsejepa.errors import UserError
 from sparsejepa.study import results
 from sparsejepa.study.results import Probes, Task, append_row, read_results, read_rows, row_key
 from sparsejepa.study.sweep import arm_settings
-from sparsejepa.version import TRAIN_VERSION
 
 ROW = {"key": "a", "arm": "dense", "seed": 0, "probes": [{"accuracy": 0.25}]}
 

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from sparsejepa import version
+import sparsejepa
 from sparsejepa.config import preset
 from sparsejepa.data import catalog
 from sparsejepa.encoders.load import load
@@ -199,7 +199,7 @@ def test_a_line_has_the_fields_that_are_documented_and_its_encoder_is_kept(
     trained: list[Any] = []
     real = runs.train
     monkeypatch.setattr(runs, "train", lambda *a, **k: trained.append(a) or real(*a, **k))
-    monkeypatch.setattr(version, "EVAL_VERSION", 2)
+    monkeypatch.setattr(sparsejepa, "EVAL_VERSION", 2)
     (again,) = run_tasks([replace(task)], results, jobs=1)
     assert not trained and not (task.run_dir / "config.toml").exists()
     changed = {name for name in row if row[name] != again[name]}
@@ -208,7 +208,7 @@ def test_a_line_has_the_fields_that_are_documented_and_its_encoder_is_kept(
     assert again["probes"][0]["accuracy"] == row["probes"][0]["accuracy"]
     # A kept encoder that is not the one of the line is not read, and the run is trained again.
     (kept / "encoder.safetensors").write_bytes(weights[:-1])
-    monkeypatch.setattr(version, "EVAL_VERSION", 3)
+    monkeypatch.setattr(sparsejepa, "EVAL_VERSION", 3)
     (anew,) = run_tasks([replace(task)], results, jobs=1)
     assert trained and anew["encoder"] == row["encoder"]
     assert (kept / "encoder.safetensors").read_bytes() == weights

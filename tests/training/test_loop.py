@@ -19,7 +19,8 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from sparsejepa import cli, version
+import sparsejepa
+from sparsejepa import cli
 from sparsejepa.config import Config, preset
 from sparsejepa.data.catalog import load_images
 from sparsejepa.errors import Interrupted, UserError
@@ -210,11 +211,11 @@ def test_a_run_of_another_train_version_is_refused_and_kept_as_it_is(
             (out / "summary.json").unlink()
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         with monkeypatch.context() as patch:
-            patch.setattr(version, "TRAIN_VERSION", version.TRAIN_VERSION + 1)
+            patch.setattr(sparsejepa, "TRAIN_VERSION", sparsejepa.TRAIN_VERSION + 1)
             capsys.readouterr()
             assert cli.main([*words, "--resume"]) == 2
         said = capsys.readouterr().err
-        now = version.TRAIN_VERSION
+        now = sparsejepa.TRAIN_VERSION
         begun = f"train version {now}, this release {now + 1}"
         assert f"{begun}; name a new folder with --out, or finish" in said
         assert said.count("\n") == 1
