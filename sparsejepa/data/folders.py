@@ -192,7 +192,8 @@ def make_listings(
     Raises UserError for a factor that is not there or unusable.
     """
     classes = classes or {}
-    targets = _label_targets(parts, labels, classes)
+    labels = list(parts["train"].columns) if labels is None else labels
+    targets = _targets(parts, labels, classes, "")
     if "test" not in parts:
         whole, primary = parts["train"], next(iter(targets["train"].values()), None)
         values = np.zeros(len(whole.rows), np.int64) if primary is None else primary.values
@@ -204,7 +205,8 @@ def make_listings(
         targets = {split: {key: t.take(index[split]) for key, t in own} for split in index}
         about = "a fifth of each class, by a hash of the name"
     if factors:  # after the division, which must not depend on them
-        targets = _factor_targets(parts, factors, classes, origin)
+        known = [key for key in parts["train"].columns if key in parts["test"].columns]
+        targets = _targets(parts, chosen(factors, known, origin), classes, origin)
     listings = {}
     for split, part in parts.items():
         own = (targets[split], origin, part.unusable, about)
@@ -212,48 +214,37 @@ def make_listings(
     return listings
 
 
-def _label_targets(
-    parts: dict[str, Part], labels: Sequence[str] | None, classes: Mapping[str, tuple[str, ...]]
-) -> dict[str, dict[str, Target]]:
-    """Make targets of the columns that look like labels, with the same classes in both splits.
-
-    Not of columns that no split has whole, of one value, of values that never repeat (names of
-    images), or of too many.
-    """
-    targets: dict[str, dict[str, Target]] = {split: {} for split in parts}
-    for key in parts["train"].columns if labels is None else labels:
-        columns = {split: part.columns.get(key, [None]) for split, part in parts.items()}
-        columns = {split: column for split, column in columns.items() if None not in column}
-        values = [value for column in columns.values() for value in column]
-        try:
-            target = factor_target(key, values, np.ones(len(values), bool), "")
-        except UserError:
-            target = None
-        if key in classes:
-            target = _indexed(values, classes[key])
-        elif target is None or target.note or len(target.names) == len(values):
-            continue
-        for split, column in columns.items():
-            targets[split][key] = target.take(np.arange(len(column)))
-            target = target.take(np.arange(len(column), len(target.values)))
-    return targets
-
-
-def _factor_targets(
+def _targets(
     parts: dict[str, Part],
-    factors: Sequence[str],
+    columns: Iterable[str],
     classes: Mapping[str, tuple[str, ...]],
     origin: str,
 ) -> dict[str, dict[str, Target]]:
-    """Make targets of the columns that the factors name; numbers are cut into bins by train's."""
-    train, test = parts["train"], parts["test"]
-    count = len(train.rows)
-    known = np.arange(count + len(test.rows)) < count
-    targets: dict[str, dict[str, Target]] = {"train": {}, "test": {}}
-    for key in chosen(factors, [key for key in train.columns if key in test.columns], origin):
-        values = [*train.columns[key], *test.columns[key]]
-        whole = factor_target(key, values, known, origin, classes.get(key, ()))
-        targets["train"][key], targets["test"][key] = whole.take(known), whole.take(~known)
+    """Make targets of columns, with the same classes in both splits and bins by train's numbers.
+
+    Without `origin` nobody has asked for them: a column is passed over that no split has whole, of
+    one value, of values that never repeat (names of images), or of too many; and splits that have
+    gaps in it.
+    """
+    targets: dict[str, dict[str, Target]] = {split: {} for split in parts}
+    for key in columns:
+        found = {split: part.columns.get(key, [None]) for split, part in parts.items()}
+        if not origin:
+            found = {split: column for split, column in found.items() if None not in column}
+        values = [value for column in found.values() for value in column]
+        train = np.arange(len(values)) < len(found.get("train", ()))
+        try:
+            target = factor_target(key, values, train, origin, classes.get(key, ()))
+        except UserError:
+            if origin:
+                raise
+            target = _indexed(values, classes[key]) if key in classes else None
+        names = target and key not in classes and len(target.names) == len(values)
+        if target is None or (not origin and (target.note or names)):
+            continue
+        for split, column in found.items():
+            targets[split][key] = target.take(np.arange(len(column)))
+            target = target.take(np.arange(len(column), len(target.values)))
     return targets
 
 

@@ -398,9 +398,6 @@ class Batches(ABC):
     """Where `take` wants its index; from elsewhere the host waits for it."""
 
     @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device; index: [B] int64."""
 
@@ -432,9 +429,6 @@ class DeviceImages(Batches):
             self.resident = self._host.nbytes < DEVICE_SHARE * free
         self._images = self._host.to(self.device) if self.resident else self._host
         self.index_device = self._images.device
-
-    def __len__(self) -> int:
-        return len(self._host)
 
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device; index: [B] int64."""

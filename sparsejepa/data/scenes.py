@@ -256,7 +256,7 @@ class Pictures(NamedTuple):
     images: np.ndarray  # uint8 [n, S, S, 3]
     masks: np.ndarray  # uint8 [n, S, S]: 0 background, k + 1 the object in column k of the table
     factors: np.ndarray  # int64 [n, factors], in the order of FACTORS
-    objects: SceneObjects | None = None
+    objects: Any = None  # SceneObjects of scenes
 
     @property
     def count(self) -> np.ndarray:

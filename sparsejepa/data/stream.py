@@ -49,32 +49,6 @@ _SHARED_MEMORY = "/dev/shm"
 _LESS = "use fewer --workers (0 decodes without processes) or a smaller --batch-size"
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """How an image of a reader becomes pixels; what differs between two streams of one reader."""
-
-    reader: Reader
-    origin: str
-    """Names the data in errors."""
-    img_size: tuple[int, int]
-    first: str | None
-    """The image whose own size that is; None if others are resized to it."""
-    upscale: bool
-
-    def read(self, row: int) -> np.ndarray | str:
-        """Return the image [H, W, 3] uint8, or the reason why there is none.
-
-        Raises UserError for an image of another size, or too small.
-        """
-        size = self.img_size if self.first is None else None
-        name, source = self.reader.item(row)
-        image = read_image(name, source, size, self.upscale)
-        if self.first is not None and not isinstance(image, str):
-            first = (self.first, (*self.img_size, 3))
-            check_same_size(first, (name, image.shape), self.origin)
-        return image
-
-
 @dataclass(frozen=True, eq=False)
 class ImageStream(Images):
     """One split of a data set that is decoded while it is read.
@@ -83,9 +57,15 @@ class ImageStream(Images):
     what is known beforehand not to be usable.
     """
 
-    images: Decoder
+    images: Reader
     rows: np.ndarray = field(kw_only=True)
     """[N] int64: which of the reader's images these are."""
+    size: tuple[int, int] = field(kw_only=True)
+    first: str | None = field(kw_only=True)
+    """The image whose own size that is; None if others are resized to it."""
+    upscale: bool = field(kw_only=True)
+    origin: str = field(kw_only=True)
+    """Names the data in errors."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,12 +73,24 @@ class ImageStream(Images):
     @property
     def img_size(self) -> tuple[int, int]:
         """Height and width of every image."""
-        return self.images.img_size
+        return self.size
 
     @cached_property
     def files(self) -> tuple[str, ...]:
         """Where each image comes from."""
-        return tuple(map(self.images.reader.name, self.rows.tolist()))
+        return tuple(map(self.images.name, self.rows.tolist()))
+
+    def read(self, position: int) -> np.ndarray | str:
+        """Return one image [H, W, 3] uint8, or the reason why there is none.
+
+        Raises UserError for an image of another size, or too small.
+        """
+        size = self.img_size if self.first is None else None
+        name, source = self.images.item(int(self.rows[position]))
+        image = read_image(name, source, size, self.upscale)
+        if self.first is not None and not isinstance(image, str):
+            check_same_size((self.first, (*self.img_size, 3)), (name, image.shape), self.origin)
+        return image
 
     def open(self, device: torch.device | str, workers: int | None = None) -> StreamImages:
         """Return batches on a device, decoded by `workers` processes.
@@ -135,16 +127,19 @@ def open_stream(
     check_readable(train.origin, unreadable, len(sample))
     assert first is not None  # or else all are unreadable
     next(listing.items())
-    own = first[0] if img_size is None else None
     return ImageStream(
         listing.name,
         listing.split,
-        Decoder(listing.reader, listing.origin, first[1][:2], own, upscale),
+        listing.reader,
         listing.targets,
         **moments.result(),
         skipped=(*listing.unusable, *(unreadable if listing is train else ())),
         fingerprint=listing.digest(),
         rows=listing.rows,
+        size=first[1][:2],
+        first=first[0] if img_size is None else None,
+        upscale=upscale,
+        origin=listing.origin,
     )
 
 
@@ -171,12 +166,11 @@ class _Pixels(Dataset[_Part]):
 
     def __getitems__(self, positions: list[int]) -> _Part:
         """Decode the images at some positions of the stream, into memory that is shared."""
-        decoder, failed = self.stream.images, []
+        failed = []
         try:
-            images = torch.empty((len(positions), *decoder.img_size, 3), dtype=torch.uint8)
+            images = torch.empty((len(positions), *self.stream.img_size, 3), dtype=torch.uint8)
             images.share_memory_()  # here and not on the way back, where a failure is lost
-            for place, row in enumerate(self.stream.rows[positions].tolist()):
-                image = decoder.read(row)
+            for place, image in enumerate(map(self.stream.read, positions)):
                 if isinstance(image, str):
                     failed.append((place, image))
                 else:
@@ -214,17 +208,14 @@ class StreamImages(Batches):
         self._seen = np.zeros(len(stream), bool)
         self._running: list[Generator[Tensor, None, None]] = []
 
-    def __len__(self) -> int:
-        return len(self.stream)
-
     def take(self, index: Tensor) -> Tensor:
         """Return images [B, H, W, 3] uint8 on the device, decoded now; index: [B] int64."""
         positions = index.cpu().numpy()
         batch = self._empty(len(positions))
-        rows, images = self.stream.rows[positions].tolist(), batch.numpy()
+        images = batch.numpy()
         with ThreadPoolExecutor(self.workers or _cores()) as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-            for place, image in enumerate(pool.map(self.stream.images.read, rows)):
+            for place, image in enumerate(pool.map(self.stream.read, positions)):
                 bad = isinstance(image, str)
                 images[place] = self._next_to(int(positions[place]), image) if bad else image
         self._see(positions)
@@ -317,31 +308,31 @@ class StreamImages(Batches):
 
     def _next_to(self, position: int, reason: str) -> np.ndarray:
         """Return the next readable image [H, W, 3] after an unreadable one."""
-        decoder, other = self.stream.images, position
+        other = position
         self._list(position, reason)
-        for _ in range(len(self)):
+        for _ in range(len(self.stream)):
             if other not in self.unreadable:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    image = decoder.read(int(self.stream.rows[other]))
+                    image = self.stream.read(other)
                 if not isinstance(image, str):
                     return image
                 self._list(other, image)
-            other = (other + 1) % len(self)
-        raise UserError(f"{decoder.origin}: no image can be read; mend or replace them")
+            other = (other + 1) % len(self.stream)
+        raise UserError(f"{self.stream.origin}: no image can be read; mend or replace them")
 
     def _list(self, position: int, reason: str) -> None:
         self._seen[position] = True
         if position not in self.unreadable:
             self.unreadable.add(position)
-            name = self.stream.images.reader.name(int(self.stream.rows[position]))
+            name = self.stream.images.name(int(self.stream.rows[position]))
             self.skipped.append((shown(name), reason))
 
     def _see(self, positions: np.ndarray) -> None:
         """Count images that were looked at; stop when too many of them are unreadable."""
         self._seen[positions] = True
-        if self.unreadable and (seen := int(self._seen.sum())) >= min(_FEW, len(self)):
-            check_readable(self.stream.images.origin, self.skipped, seen)
+        if self.unreadable and (seen := int(self._seen.sum())) >= min(_FEW, len(self.stream)):
+            check_readable(self.stream.origin, self.skipped, seen)
 
 
 def _check_shared_memory(batch_bytes: int) -> None:

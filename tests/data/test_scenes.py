@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_the_hash_is_splitmix64():
 # Single objects
 
 
-def index_of(factors: np.ndarray) -> np.ndarray:
+def index_of(factors: np.ndarray) -> Any:
     return np.ravel_multi_index(tuple(factors.T), SINGLE.LEVELS)
 
 

@@ -188,17 +188,3 @@ def test_mutated_shards_are_read_or_named(tmp_path_factory: pytest.TempPathFacto
         assert all_images(stream).shape == (len(stream), 4, 4, 3)
     except UserError as error:
         assert "mutant.tar" in str(error) and "\n" not in str(error)
-
-
-def test_a_shard_cut_anywhere_is_refused(tmp_path: Path):
-    shard(tmp_path / "whole" / "train-0.tar", 6, cls=[0, 1] * 3)
-    content = (tmp_path / "whole" / "train-0.tar").read_bytes()
-    end = len(content.rstrip(b"\0"))
-    end += -end % 512  # of the last member
-    stream_dataset(tmp_path / "whole", img_size=(5, 5))
-    for at in range(0, end + 511, 256):  # within headers and data and between members
-        cut = tmp_path / f"cut{at}" / "train-0.tar"
-        cut.parent.mkdir()
-        cut.write_bytes(content[:at])
-        with pytest.raises(UserError, match=r"train-0\.tar"):
-            stream_dataset(cut.parent, img_size=(5, 5))
