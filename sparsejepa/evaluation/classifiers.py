@@ -1,6 +1,6 @@
 """Two classifiers on frozen features, for scikit-learn: pipelines, searches, cross-validation.
 
-All standardise features with the statistics of what they are fitted on, and all work in torch.
+Both standardise features with the statistics of what they are fitted on, and work in torch.
 Letters: n images, D features, r principal axes, K classes.
 """
 
@@ -31,9 +31,7 @@ SAMPLE = 4096
 
 
 class Probe(ClassifierMixin, BaseEstimator, ABC):
-    """What the probes share: labels of any kind to class numbers and back, and the score.
-
-    Features are a matrix of anything that scikit-learn takes, or a tensor on any device.
+    """What the probes share; features are what scikit-learn takes, or a tensor on any device.
 
     Attributes:
         n_features_in_: D; feature_names_in_, where the features came with names.
@@ -52,7 +50,10 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
 
     @abstractmethod
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit features X [n, D] to labels y [n]."""
+        """Fit features X [n, D] to labels y [n] of any kind.
+
+        Raises UserError unless X is a matrix of finite numbers and y names two classes or more.
+        """
 
     def predict(self, X: Any) -> np.ndarray:
         """Return a label for every row of X [n, D]."""
@@ -60,20 +61,12 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
         parts = [self._predict(part) for part in x.split(max(1, BLOCK // x.shape[1]))]
         return self.classes_[torch.cat(parts).cpu().numpy()]
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the share of rows whose label is predicted; labels not met in `fit` are misses."""
-        return float(np.average(self.predict(X) == np.asarray(y), weights=sample_weight))
-
     @abstractmethod
     def _predict(self, x: Tensor) -> Tensor:
         """Return a class number for every row of x."""
 
     def _rows(self, x: Any, *, reset: bool) -> Tensor:
-        """Return x as a matrix [n, D] on the device; with `reset` it says what later ones have.
-
-        Raises UserError for what is no matrix of finite numbers or not of the width or with the
-        names of the fit.
-        """
+        """Return x as a matrix [n, D] on the device; with `reset` it says what later ones have."""
         if not isinstance(x, Tensor) and getattr(x, "ndim", 2) == 2:
             try:
                 # What is not finite is looked for below, in tensors too.
@@ -98,9 +91,8 @@ class Probe(ClassifierMixin, BaseEstimator, ABC):
     def _labels(self, y: Any, n: int) -> Tensor:
         """Set `classes_` and return the class numbers [n] of the labels y."""
         if y is None:
-            raise UserError(
-                f"{type(self).__name__} requires y to be passed, but the target y is None"
-            )
+            words = "requires y to be passed, but the target y is None"  # scikit-learn's
+            raise UserError(f"{type(self).__name__} {words}")
         y = np.asarray(y)
         y = column_or_1d(y, warn=True) if y.shape == (n, 1) else y
         if y.shape != (n,):
@@ -153,8 +145,7 @@ class LogisticProbe(Probe):
     def fit(self, X: Any, y: Any) -> Self:
         """Fit features X [n, D], or a `Standardized` of them, to labels y [n].
 
-        Raises UserError for features that are not finite, a single class, or too few images to
-        choose C on.
+        Raises UserError as `Probe.fit`, and for too few images to choose C on.
         """
         if isinstance(X, Standardized):
             space, self.n_features_in_ = X, len(X.mean)
@@ -201,20 +192,16 @@ class LogisticProbe(Probe):
         grid = sorted(default if self.C is None else self.C)  # type: ignore[arg-type]
         chosen = validation_part(labels.cpu().numpy(), self.random_state)
         held = torch.from_numpy(chosen).to(rows.device)
-        fitted, held_rows, held_labels = rows[~held], rows[held], labels[held]
+        fit: dict[str, Any] = {"tol": 10 * self.tol, "max_iter": self.max_iter}
+        fitted, held_rows, held_labels = (rows[~held], labels[~held]), rows[held], labels[held]
         best, best_score, behind = (grid[0], theta), -1.0, 0
         for C in grid:
-            # What is left at ten times the tolerance is far below the noise of the accuracy.
-            theta, _ = minimise_logistic(
-                fitted, labels[~held], space.variance, theta, C,
-                tol=10 * self.tol, max_iter=self.max_iter,
-            )  # fmt: skip
+            theta, _ = minimise_logistic(*fitted, space.variance, theta, C, **fit)
             predicted = torch.addmm(theta[-1], held_rows, theta[:-1]).argmax(1)
             score = float((predicted == held_labels).double().mean())
+            behind += 1
             if score > best_score:
                 best, best_score, behind = (C, theta), score, 0
-            else:
-                behind += 1
             if behind == 2:
                 break
         self.validation_score_ = best_score
@@ -234,7 +221,7 @@ class KNNProbe(Probe):
         self.k = k
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Keep features X [n, D] and labels y [n]. Raises UserError as the other probes do."""
+        """Keep features X [n, D] and labels y [n]. Raises UserError as `Probe.fit`."""
         if self.k < 1:
             raise UserError(f"k {self.k}: a vote needs at least one neighbour")
         x = self._rows(X, reset=True)
@@ -257,8 +244,7 @@ class Standardized:
 
     Each feature gets mean 0 and standard deviation 1 (a constant one is only centred), then the
     rows are rotated: ``rotated`` [n, r], r = min(n, D) at most, with ``variance`` [r], the mean
-    squares of its columns. An L2 penalty does not see rotations and rows never leave the span of
-    the data, so fits in these r axes equal fits in all D features.
+    squares of its columns. Fits with an L2 penalty in these r axes equal fits in all D features.
 
     Raises UserError unless x is a matrix of finite numbers.
     """
@@ -268,8 +254,8 @@ class Standardized:
         self.mean, self.scale = moments(z)
         z = (z - self.mean).div_(self.scale)
         n, width = z.shape
-        if n < width:
-            # Rotated rows from the eigenvectors of z z^T, which is the smaller matrix.
+        parts = z.split(max(1, BLOCK // width))
+        if n < width:  # rotated rows from the eigenvectors of z z^T, which is the smaller matrix
             wide = z.double()
             scatter, left = torch.linalg.eigh(wide @ wide.T)
             kept = scatter > 1e-12 * scatter[-1].clamp_min(1e-300)
@@ -280,13 +266,11 @@ class Standardized:
             self.rotated = (left * root).to(z.dtype)
         else:
             gram = torch.zeros(width, width, dtype=torch.float64, device=z.device)
-            for part in z.split(max(1, BLOCK // width)):
-                wide = part.double()
-                gram.addmm_(wide.T, wide)
+            for part in parts:
+                gram.addmm_(part.double().T, part.double())
             scatter, basis = torch.linalg.eigh(gram)
-            rotation = basis.to(z.dtype)
-            for part in z.split(max(1, BLOCK // width)):
-                part.copy_(part @ rotation)
+            for part in parts:
+                part.copy_(part @ basis.to(z.dtype))
             self.rotated = z
         self.variance, self.basis = scatter.clamp_min(0) / n, basis
 
@@ -299,9 +283,7 @@ def as_matrix(x: Any, device: torch.device | str = "cpu") -> Tensor:
     x = x.detach().to(device, x.dtype if x.dtype == torch.float64 else torch.float32)
     if x.ndim != 2 or not x.numel():
         shape = tuple(x.shape)
-        raise UserError(
-            f"features must be a matrix, got shape {shape}. Reshape your data to [n, D]"
-        )
+        raise UserError(f"features must be a matrix [n, D], got {shape}. Reshape your data")
     if not x.isfinite().all():
         raise UserError("features hold NaN or infinity; check the encoder that gave them")
     return x

@@ -11,8 +11,8 @@ counts as its best column in MIG and SAP and as the sum of its importances in DC
 
 Intervals are those of a jackknife over points (`folds` parts, 0 for none); nothing is refitted. In
 a simulation they were 0.6 to 1.8 times as wide as the values scatter. A factor with a single value
-says nothing and is left out, with a note. Codes that are all constant score 0, but for
-informativeness the share of the largest class.
+is left out, with a note. Codes that are all constant score 0, but for informativeness the share of
+the largest class.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from sparsejepa.evaluation.stats import FOLDS, Estimate, jackknife, undefined
 
 BINS = 20
 """Bins of equal width per code column, from its least to its largest value."""
-
-
-# --- codes and factors, checked -------------------------------------------------------------------
+DCI = ("disentanglement", "completeness", "informativeness")
 
 
 def check_factors(factors: Any, n: int) -> np.ndarray:
@@ -58,19 +56,19 @@ class Points:
     """
 
     def __init__(self, codes: Any, factors: Any, units: Any = None) -> None:
-        self.codes, precision = _matrix(codes)
+        self.codes = _matrix(codes)
         factors = check_factors(factors, len(self.codes))
         width = self.codes.shape[1]
         self.units = np.arange(width) if units is None else np.asarray(units)
-        if self.units.shape != (width,) or self.units.dtype.kind not in "iu":
-            raise ValueError("units must be one whole number per code column")
-        if not np.array_equal(np.unique(self.units), np.arange(self.units.max() + 1)):
-            raise ValueError("units must be 0..U-1, each with a column")
+        counted = self.units.shape == (width,) and self.units.dtype.kind in "iu"
+        if not counted or not np.array_equal(np.unique(self.units), np.arange(max(self.units) + 1)):
+            raise ValueError("units must be whole numbers 0..U-1, one per code column")
         # What rounding leaves of a constant is not a signal.
+        codes = np.asarray(codes)
+        precision = np.finfo(codes.dtype if codes.dtype.kind == "f" else float).eps
         self.dead = np.ptp(self.codes, 0) <= 100 * precision * np.abs(self.codes).max(0)
         self.codes[:, self.dead] = 0
-        self.given = factors.shape[1]
-        single = np.ptp(factors, 0) == 0
+        self.given, single = factors.shape[1], np.ptp(factors, 0) == 0
         self.kept = np.flatnonzero(~single)
         self.factors = factors[:, self.kept]
         names = ", ".join(map(str, np.flatnonzero(single)))
@@ -83,7 +81,7 @@ class Points:
 
         Raises as the constructor, and ValueError for another number of columns or factors.
         """
-        codes, _ = _matrix(codes)
+        codes = _matrix(codes)
         factors = check_factors(factors, len(codes))
         if codes.shape[1] != len(self.dead) or factors.shape[1] != self.given:
             raise ValueError("training and test points differ in the number of columns or factors")
@@ -91,10 +89,7 @@ class Points:
         return codes, factors[:, self.kept]
 
     def standardised(self, codes: np.ndarray) -> np.ndarray:
-        """Return codes as float32, with the mean and deviation of these points 0 and 1.
-
-        Before they are rounded: what a column says may be small beside its mean.
-        """
+        """Return codes as float32, with the mean and deviation of these points 0 and 1."""
         scale = np.where(self.dead, 1, self.codes.std(0))
         return ((codes - self.codes.mean(0)) / scale).astype(np.float32)
 
@@ -105,19 +100,14 @@ class Points:
         return "needs two code units" if self.units.max() + 1 < units else ""
 
 
-def _matrix(codes: Any) -> tuple[np.ndarray, float]:
-    """Return codes as float64 [n, L], a copy, and the precision that they came in."""
-    codes = np.asarray(codes)
+def _matrix(codes: Any) -> np.ndarray:
+    """Return codes as float64 [n, L], a copy."""
+    codes = np.array(codes, float)
     if codes.ndim != 2 or not codes.size:
         raise ValueError(f"codes must be a matrix [points, columns], got shape {codes.shape}")
-    precision = np.finfo(codes.dtype if codes.dtype.kind == "f" else float).eps
-    codes = codes.astype(float)
     if not np.isfinite(codes).all():
         raise ValueError("codes hold NaN or infinity")
-    return codes, float(precision)
-
-
-# --- the measures ---------------------------------------------------------------------------------
+    return codes
 
 
 def mig(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimate:
@@ -136,7 +126,8 @@ def mig(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimat
         np.divide(_gap(information.T), entropy, out=known, where=entropy > 1e-12)
         return float(known.mean())
 
-    return _unit_interval(score, len(cells), folds, random_state, points.note)[0]
+    about: Any = {"folds": folds, "random_state": random_state, "note": points.note}
+    return jackknife(score, len(cells), **about)[0]
 
 
 def sap(
@@ -148,10 +139,9 @@ def sap(
     one column; averaged over factors. Not defined for a single unit.
 
     The classifier gives the class of the nearest class mean (linear discriminant analysis with
-    equal priors, in closed form; a constant column gives the most frequent class). The reference
-    fits one-vs-rest linear support vector machines (balanced, C = 0.01): also linear in the column
-    and blind to class sizes, but such machines cannot tell a class in the middle of a line, so for
-    ordered factors with many levels our accuracies, and gaps, are larger.
+    equal priors; a constant column gives the most frequent class). The reference fits one-vs-rest
+    linear support vector machines (balanced, C = 0.01), which cannot tell a class in the middle of
+    a line: for ordered factors with many levels our accuracies, and gaps, are larger.
     """
     codes, factors = train.test(codes, factors)
     if lack := train.lack(units=2):
@@ -165,7 +155,8 @@ def sap(
         gaps = [_gap(_best_per_unit(hit[rows].mean(0), train.units)) for hit in hits]
         return float(np.mean(gaps))
 
-    return _unit_interval(score, len(codes), folds, random_state, train.note)[0]
+    about: Any = {"folds": folds, "random_state": random_state, "note": train.note}
+    return jackknife(score, len(codes), **about)[0]
 
 
 def dci(
@@ -177,7 +168,7 @@ def dci(
     jobs: int = 2,
     folds: int = FOLDS,
     random_state: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Estimate]:
     """Return disentanglement, completeness, informativeness (Eastwood and Williams 2018).
 
     Trees that predict a factor from all columns say how important each is for it; importances add
@@ -190,17 +181,14 @@ def dci(
     that go on to fit noise, spread importance over columns that say nothing. The reference's
     gradient boosting gives somewhat higher scores: compare like with like.
 
-    Returns a dict of three `Estimate` and ``importance`` [U, F], zero for factors left out. The
-    intervals of the first two leave out trees of the forest, since these measures depend on the fit
-    alone; that of the third leaves out test points.
+    The intervals of the first two leave out trees of the forest, since these measures depend on the
+    fit alone; that of the third leaves out test points.
     """
     from sklearn.ensemble import ExtraTreesClassifier
 
     codes, factors = train.test(codes, factors)
-    importance = np.zeros((int(train.units.max()) + 1, train.given))
     if lack := train.lack():
-        names = ("disentanglement", "completeness", "informativeness")
-        return {name: undefined(lack) for name in names} | {"importance": importance}
+        return dict.fromkeys(DCI, undefined(lack))
     fitted_on, tested_on = (train.standardised(part) for part in (train.codes, codes))
     per_tree, hits = [], []
     for fitted, true in zip(train.factors.T, factors.T, strict=True):
@@ -216,28 +204,20 @@ def dci(
         per_tree.append([_sum_per_unit(tree.feature_importances_, train.units) for tree in parts])
     shares, right = np.array(per_tree), np.mean(hits, axis=0)  # [F, trees, U] and [n]
 
-    def mean_importance(some: np.ndarray) -> np.ndarray:
+    def concentrations(some: np.ndarray) -> list[float]:
         # A tree without a split has importances of zero, and so no say in the mean.
         total = shares[:, some].sum(1).T
-        return total / np.maximum(total.sum(0), 1e-300)
+        importance = total / np.maximum(total.sum(0), 1e-300)
+        return [_concentration(importance), _concentration(importance.T)]
 
-    def concentrations(some: np.ndarray) -> list[float]:
-        return [_concentration(mean_importance(some)), _concentration(mean_importance(some).T)]
-
-    importance[:, train.kept] = mean_importance(np.arange(trees))
-    disentangled, complete = _unit_interval(concentrations, trees, folds, random_state, train.note)
-    return {
-        "disentanglement": undefined("not defined for a single factor")
-        if len(train.kept) < 2
-        else disentangled,
-        "completeness": undefined("not defined for a single code unit")
-        if len(importance) < 2
-        else complete,
-        "informativeness": _unit_interval(
-            lambda rows: right[rows].mean(), len(right), folds, random_state, train.note
-        )[0],
-        "importance": importance,
-    }
+    about: Any = {"folds": folds, "random_state": random_state, "note": train.note}
+    values = jackknife(concentrations, trees, **about)
+    values += jackknife(lambda rows: right[rows].mean(), len(right), **about)
+    if len(train.kept) < 2:
+        values[0] = undefined("not defined for a single factor")
+    if train.units.max() == 0:
+        values[1] = undefined("not defined for a single code unit")
+    return dict(zip(DCI, values, strict=True))
 
 
 def disentanglement(
@@ -261,17 +241,11 @@ def disentanglement(
     scores = {"mig": mig(train, **options), "sap": sap(train, *test, **options)}
     if not quick:
         found = dci(train, *test, **options)
-        for name in ("disentanglement", "completeness", "informativeness"):
-            scores[f"dci_{name}"] = found[name]
+        scores |= {f"dci_{name}": found[name] for name in DCI}
     return scores
 
 
 # --- what they are made of ------------------------------------------------------------------------
-
-
-def _unit_interval(score: Any, n: int, folds: int, random_state: int, note: str) -> list[Estimate]:
-    """Return the jackknife of scores that lie in 0..1."""
-    return jackknife(score, n, folds=folds, random_state=random_state, bounds=(0.0, 1.0), note=note)
 
 
 def _binned(values: np.ndarray) -> np.ndarray:

@@ -3,9 +3,8 @@
 Letters: n points, D dimensions, G groups, P group width; information is in nats. Every interval
 resamples points and refits nothing: each estimator here is, to first order, the mean of one term
 per point, and the terms are drawn again (the linear bootstrap, Davison and Hinkley 1997, section
-2.7.4). Drawing the points themselves would add the estimator's own bias a second time: repeated
-points lower the determinant of a covariance and fill a histogram unevenly, by more than the
-interval is wide where D is large.
+2.7.4). Points that are drawn twice would lower the determinant of a covariance and fill a histogram
+unevenly, by more than the interval is wide where D is large.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws, undefined
 
@@ -47,24 +44,21 @@ def total_correlation(
 ) -> Estimate:
     """Return the Gaussian total correlation (multi-information) of the dimensions of x [n, D].
 
-    With a covariance S it is 1/2 [sum_j log S_jj - log det S]: sum of the entropies less the joint
-    entropy; no data with normal margins and these correlations have less. With ``copula`` each
-    dimension is ranked first and takes normal scores (average ranks for ties), so that no monotone
-    change of a dimension matters. With ``correct`` the exact bias (`wishart_bias`) is subtracted;
-    then a value near 0 can come out negative.
+    With a covariance S it is 1/2 [sum_j log S_jj - log det S]: no data with normal margins and
+    these correlations have less. With ``copula`` each dimension is ranked first and takes normal
+    scores, so that no monotone change of a dimension matters. With ``correct`` the exact bias
+    (`wishart_bias`) is subtracted; then a value near 0 can come out negative.
 
     Args:
         blocks: [D] labels; the total correlation *between* the blocks of equal label,
-            1/2 [sum_b log det S_bb - log det S], with its own exact bias. A block may be
-            rank-deficient: it counts with the dimensions that it spans.
+            1/2 [sum_b log det S_bb - log det S]. A block may be rank-deficient: it counts with the
+            dimensions that it spans.
 
     The interval draws jackknife pseudo-values again (ranks kept). It has the right width where
-    dimensions depend on each other and is too wide where they do not: about 1.3 times, more where n
-    is only a few times D.
-
-    Constant dimensions are left out, and the note says how many. Undefined, with a note, if fewer
-    than two dimensions (blocks) vary, if points are too few, or if a dimension is a linear function
-    of others in other blocks, as a duplicated column: the true value is infinite then.
+    dimensions depend on each other and is about 1.3 times too wide where they do not, more where n
+    is only a few times D. Constant dimensions are left out, with a note. Undefined, with a note, if
+    fewer than two dimensions (blocks) vary, if points are too few, or if a dimension is a linear
+    function of others in other blocks: the true value is infinite then.
 
     Raises ValueError if the shapes do not fit or x is not finite.
     """
@@ -73,7 +67,7 @@ def total_correlation(
     blocks = np.arange(width) if blocks is None else np.asarray(blocks)
     if blocks.shape != (width,):
         raise ValueError(f"blocks must label {width} dimensions, got shape {blocks.shape}")
-    varies = _varies(x)
+    varies = np.ptp(x, 0) > 100 * np.finfo(x.dtype).eps * np.abs(x).max(0)  # more than rounding
     left_out = int(width - varies.sum())
     note = f"{left_out} of {width} dimensions are constant and left out" if left_out else ""
     x, blocks = x[:, varies], blocks[varies]
@@ -137,7 +131,6 @@ def normal_scores(x: Any) -> np.ndarray:
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
-    x = np.asarray(x)
     return ndtri(rankdata(x, axis=0) / (len(x) + 1))
 
 
@@ -153,11 +146,11 @@ def overlap_information(W: Any, covariance: Any = None, noise: float = 0.1) -> f
 
     Raises ValueError if the shapes do not fit or ``noise`` is not positive.
     """
-    W = _array(W).astype(float)
+    W = np.asarray(W, float)
     if W.ndim != 3 or noise <= 0:
         raise ValueError(f"expected W [G, P, D] and noise > 0, got shape {W.shape} and {noise}")
     groups, P, D = W.shape
-    covariance = np.eye(D) if covariance is None else _array(covariance).astype(float)
+    covariance = np.eye(D) if covariance is None else np.asarray(covariance, float)
     if covariance.shape != (D, D):
         raise ValueError(f"the covariance must be {D} x {D}, got shape {covariance.shape}")
     rows = W.reshape(-1, D)
@@ -173,12 +166,11 @@ def mutual_information(
     """Return I(a; y) in nats between a [n] and labels y [n] by a histogram, Miller-Madow corrected.
 
     Integers, and floats with at most ``bins`` distinct values, are categories as they are; other
-    floats are cut into ``bins`` parts of equal count (ties together), so that no monotone change
-    of a matters. Miller 1955: each entropy gains (occupied cells - 1) / 2n. Near 0 the
-    result can be negative.
+    floats are cut into ``bins`` parts of equal count, ties together. Miller 1955: each entropy
+    gains (occupied cells - 1) / 2n. Near 0 the result can be negative. Undefined, with a note,
+    where a or y has one value only.
 
-    Undefined, with a note, where a or y has one value only. Raises ValueError if the shapes do
-    not fit, a is not finite, or y are not integers.
+    Raises ValueError if the shapes do not fit, a is not finite, or y are not integers.
     """
     a, y = _categories(a, y, bins)
     if min(a.max(), y.max()) == 0:
@@ -191,7 +183,7 @@ def _categories(a: Any, y: Any, bins: int) -> tuple[np.ndarray, np.ndarray]:
     """a [n] and y [n] as category numbers from 0."""
     from scipy.stats import rankdata
 
-    a, y = _array(a), _array(y)
+    a, y = np.asarray(a), np.asarray(y)
     if a.ndim != 1 or a.shape != y.shape or not len(a):
         raise ValueError(f"expected two vectors of equal length, got {a.shape} and {y.shape}")
     if not np.isfinite(a).all():
@@ -214,17 +206,9 @@ def _information_terms(a: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.log(ratio) + correction
 
 
-def _array(x: Any) -> np.ndarray:
-    """x, a tensor too, as a NumPy array; bfloat16, which NumPy lacks, as float32."""
-    if isinstance(x, Tensor):
-        x = x.detach().cpu()
-        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    return np.asarray(x)
-
-
 def _matrix(x: Any) -> np.ndarray:
     """x as finite floats [n, D]; a vector [n] becomes [n, 1]."""
-    x = _array(x)
+    x = np.asarray(x)
     x = x if x.dtype.kind == "f" else x.astype(float)
     x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or not x.size:
@@ -234,19 +218,9 @@ def _matrix(x: Any) -> np.ndarray:
     return x
 
 
-def _varies(x: np.ndarray) -> np.ndarray:
-    """Which dimensions of x [n, D] vary by more than rounding, [D]."""
-    return np.ptp(x, 0) > 100 * np.finfo(x.dtype).eps * np.abs(x).max(0)
-
-
-def _standardise(x: np.ndarray) -> np.ndarray:
-    """x [n, D], none constant, in double precision with mean 0 and standard deviation 1."""
-    return (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
-
-
 def _whiten(x: np.ndarray) -> np.ndarray:
     """The standardised principal axes of x [n, d] that carry variance, [n, rank]."""
-    z = _standardise(x)
+    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
     eigenvalues, axes = np.linalg.eigh(z.T @ z / len(z))
     kept = eigenvalues > SINGULAR
     return z @ (axes[:, kept] / np.sqrt(eigenvalues[kept]))

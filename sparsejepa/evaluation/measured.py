@@ -20,16 +20,17 @@ from sparsejepa.encoders.encoder import Encoder
 from sparsejepa.errors import UserError, nearest
 from sparsejepa.evaluation.classifiers import LogisticProbe, Standardized
 from sparsejepa.evaluation.disentangle import Points, dci, mig
-from sparsejepa.evaluation.features import Features, embed
+from sparsejepa.evaluation.features import embed
 from sparsejepa.evaluation.information import total_correlation
 from sparsejepa.evaluation.probe import choose_targets, load_splits
-from sparsejepa.evaluation.stats import Estimate
 from sparsejepa.training.monitor import moments, rankme
 
 FACTORS = "scenes:single"
 """Images with known factors, seven of them."""
 FACTOR_IMAGES = 2_000, 1_000
 """Training and test images of those."""
+Codes = tuple[np.ndarray, np.ndarray]
+"""Of training and test images."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Measured:
 
     `W` [G, P, D] is the run's map, None for a dense run; `train` and `test` are images of the first
     data set, as they are probed; `target` names the labels that are asked for. The untrained twin
-    has the weights of `seed`; so have the random latents and the probes of "kept" those of
-    `random_state`, equal for all runs.
+    has the weights of `seed`; the random latents and the probes of "kept" have `random_state`,
+    equal for all runs.
     """
 
     encoder: Encoder
@@ -57,26 +58,26 @@ class Measured:
         return self.encoder.untrained(self.seed)
 
     @cached_property
-    def tested(self) -> Features:
-        """Pooled latents of the test images."""
-        return embed(self.encoder, self.test)
+    def tested(self) -> np.ndarray:
+        """Pooled latents [n, D] of the test images."""
+        return embed(self.encoder, self.test).x
 
     def information(self) -> dict[str, Any]:
         """Return total correlation in nats (copula, bias removed) and RankMe on test images.
 
         Where the former is not defined (too few images, a dimension twice) ``note`` says why.
         """
-        twin = embed(self.untrained, self.test)
-        found = total_correlation(self.tested.x, resamples=0)
+        twin = embed(self.untrained, self.test).x
+        found = total_correlation(self.tested, resamples=0)
         return {
             "data": self.test.name,
             "scored_on": self.scored_on,
             "total_correlation": found.value,
             "note": found.note,
-            "rankme": rankme(self.tested.x),
+            "rankme": rankme(self.tested),
             "n": len(self.test),
-            "untrained_total_correlation": total_correlation(twin.x, resamples=0).value,
-            "untrained_rankme": rankme(twin.x),
+            "untrained_total_correlation": total_correlation(twin, resamples=0).value,
+            "untrained_rankme": rankme(twin),
         }
 
     def factors(self) -> dict[str, Any]:
@@ -85,52 +86,51 @@ class Measured:
         The code is the standardised pooled latents, each a unit; for ``groups_`` it is W^(g) z of
         them, each group a unit (None for a dense run).
         """
-        train, test = load_splits(FACTORS, 0)
         train, test = (
-            images.subset(count) for images, count in zip((train, test), FACTOR_IMAGES, strict=True)
+            images.subset(count)
+            for images, count in zip(load_splits(FACTORS, 0), FACTOR_IMAGES, strict=True)
         )
-        values = [
+        first, second = (
             np.column_stack([target.values for target in images.targets.values()])
             for images in (train, test)
-        ]
+        )
 
-        def scores(codes: tuple[np.ndarray, np.ndarray], units: Any = None) -> dict[str, Estimate]:
-            train = Points(codes[0], values[0], units)
-            found = dci(train, codes[1], values[1], jobs=1, folds=0)
-            return {name: found[name] for name in found if name != "importance"}
+        def scores(codes: Codes, units: Any = None) -> dict[str, float | None]:
+            found = dci(Points(codes[0], first, units), codes[1], second, jobs=1, folds=0)
+            return {f"dci_{name}": estimate.value for name, estimate in found.items()}
 
-        codes = _standardised(self.encoder, train, test)
-        own, twin = scores(codes), scores(_standardised(self.untrained, train, test))
-        grouped = None
+        codes, grouped = _standardised(self.encoder, train, test), None
         if self.W is not None:
             count, width, _ = self.W.shape
-            matrix = self.W.flatten(0, 1).numpy().T
-            parts = (codes[0] @ matrix, codes[1] @ matrix)
-            grouped = scores(parts, np.repeat(np.arange(count), width))["disentanglement"].value
+            rows = self.W.flatten(0, 1).numpy().T
+            parts = codes[0] @ rows, codes[1] @ rows
+            grouped = scores(parts, np.repeat(np.arange(count), width))["dci_disentanglement"]
+        twin = scores(_standardised(self.untrained, train, test))
         return {
             "data": FACTORS,
-            **{f"dci_{name}": estimate.value for name, estimate in own.items()},
-            "mig": mig(Points(codes[0], values[0]), folds=0).value,
+            **scores(codes),
+            "mig": mig(Points(codes[0], first), folds=0).value,
             "groups_dci_disentanglement": grouped,
-            "untrained_dci_disentanglement": twin["disentanglement"].value,
-            "untrained_dci_completeness": twin["completeness"].value,
-            "untrained_dci_informativeness": twin["informativeness"].value,
+            **{f"untrained_{name}": value for name, value in twin.items()},
             "n_train": len(train),
             "n_test": len(test),
         }
 
     def kept(self) -> dict[str, Any]:
         """Return `kept_curve` on the target."""
-        train = Labelled(embed(self.encoder, self.train).x, self.train.targets[self.target].values)
-        test = Labelled(self.tested.x, self.test.targets[self.target].values)
-        curve = kept_curve(
-            train, test, self.W, random_state=self.random_state, device=self.encoder.device
+        train, test = (
+            Labelled(x, images.targets[self.target].values)
+            for x, images in (
+                (embed(self.encoder, self.train).x, self.train),
+                (self.tested, self.test),
+            )
         )
+        device = self.encoder.device
         return {
             "data": self.train.name,
             "target": self.target,
             "scored_on": self.scored_on,
-            **curve,
+            **kept_curve(train, test, self.W, random_state=self.random_state, device=device),
             "n_train": len(train.y),
             "n_test": len(test.y),
         }
@@ -170,7 +170,7 @@ def measure(
         names: of `MEASURES`.
         W: the run's map [G, P, D], None for a dense run.
         data, targets, limit, holdout: as for `evaluate`; the first target is the one of "kept".
-        seed: of the untrained twin's weights; `random_state` is that of `evaluate`.
+        seed: of the untrained twin's weights; `random_state` is the seed of `evaluate`.
         settings: as for `load_dataset`.
 
     Raises UserError for an unknown measure, and as `evaluate`.
@@ -179,23 +179,14 @@ def measure(
     if not names:
         return {}
     train, test = load_splits(data, holdout, **settings)
-    train = train.subset(limit, random_state)
-    about = Measured(
-        encoder,
-        None if W is None else W.detach().float().cpu(),
-        train,
-        test,
-        choose_targets(train, test, targets)[0],
-        seed,
-        random_state,
-        "holdout" if holdout else "test",
-    )
+    train, target = train.subset(limit, random_state), choose_targets(train, test, targets)[0]
+    W = None if W is None else W.detach().float().cpu()
+    scored_on = "holdout" if holdout else "test"
+    about = Measured(encoder, W, train, test, target, seed, random_state, scored_on)
     return {name: MEASURES[name](about) for name in names}
 
 
-def _standardised(
-    encoder: Encoder, train: ImageSet, test: ImageSet
-) -> tuple[np.ndarray, np.ndarray]:
+def _standardised(encoder: Encoder, train: ImageSet, test: ImageSet) -> Codes:
     """Return the pooled latents [n, D] of both, with the statistics of the first."""
     first, second = (torch.from_numpy(embed(encoder, images).x) for images in (train, test))
     mean, scale = moments(first)
@@ -238,37 +229,29 @@ def kept_curve(
     space = Standardized(train.x, device)
     width = train.x.shape[1]
     order = np.random.default_rng([random_state % 2**64, width]).permutation(width)
-    found: dict[tuple[int, ...], float] = {}
+    found: dict[Any, float] = {}
 
-    def probed(latents: np.ndarray) -> float | None:
-        """Return the accuracy on these latents."""
-        key = tuple(np.sort(latents).tolist())
+    def probed(key: Any, x: Any, new: np.ndarray) -> float | None:
+        """Return the accuracy on these features, fitted once for each key."""
         if key and key not in found:
-            x = space if len(key) == width else train.x[:, key]
             probe = LogisticProbe(random_state=random_state, device=device).fit(x, train.y)
-            found[key] = probe.score(test.x[:, key], test.y)
+            found[key] = probe.score(new, test.y)
         return found.get(key)
 
-    def principal(count: int) -> float | None:
-        if not count:
-            return None
-        probe = LogisticProbe(random_state=random_state, device=device)
-        return probe.fit(leading(space, count), train.y).score(test.x, test.y)
+    def on_latents(latents: np.ndarray) -> float | None:
+        key = tuple(np.sort(latents).tolist())
+        return probed(key, space if len(key) == width else train.x[:, key], test.x[:, key])
 
-    curve, components = [], {}
-    for groups, latents in _selections(train.x, W):
-        count = len(latents)
-        if count not in components:
-            components[count] = principal(count)
-        curve.append(
-            {
-                "groups": groups,
-                "latents": count,
-                "accuracy": probed(latents),
-                "random_latents": probed(order[:count]),
-                "pca": components[count],
-            }
-        )
+    curve = [
+        {
+            "groups": groups,
+            "latents": len(latents),
+            "accuracy": on_latents(latents),
+            "random_latents": on_latents(order[: len(latents)]),
+            "pca": probed(len(latents), leading(space, len(latents)), test.x),
+        }
+        for groups, latents in _selections(train.x, W)
+    ]
     return {"order": "variance" if W is None else "groups", "curve": curve}
 
 
@@ -300,8 +283,5 @@ def _selections(x: np.ndarray, W: Tensor | None) -> Iterator[tuple[int | None, n
 
 def _halving(most: int, least: int = 1) -> list[int]:
     """Return `most`, 3/4, 1/2, 3/8, 1/4 ... of it in whole numbers, down to `least`."""
-    counts, whole = set(), float(most)
-    while whole >= least:
-        counts |= {int(whole), int(0.75 * whole)}
-        whole /= 2
+    counts = {int(most * part / 2**i) for i in range(most.bit_length()) for part in (1, 0.75)}
     return sorted((c for c in counts if c >= least), reverse=True)

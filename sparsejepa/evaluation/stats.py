@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,20 +73,19 @@ def jackknife(
     *,
     folds: int = FOLDS,
     random_state: int = 0,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
     note: str = "",
 ) -> list[Estimate]:
-    """Return the values that `score` gives for all of n points, with jackknife intervals.
+    """Return the values in 0..1 that `score` gives for all of n points, with jackknife intervals.
 
     `score` takes the indices of some points and returns m numbers, NaN where one is not defined.
     Each of the folds of a random partition is left out in turn (delete-a-group jackknife, Shao and
-    Wu 1989); the interval, cut to `bounds`, is the value and 1.96 standard errors on both sides. No
+    Wu 1989); the interval, cut to 0..1, is the value and 1.96 standard errors on both sides. No
     point is looked at twice, as in a bootstrap: points that are there twice change by themselves
-    what histograms, quantiles and covariances say. `folds` of 0 gives values alone.
+    what histograms and quantiles say. `folds` of 0 gives values alone.
     """
     values = np.atleast_1d(np.asarray(score(np.arange(n)), float))
     folds = min(folds, n)
-    error = np.full(len(values), math.nan)
+    error = np.full(len(values), np.nan)
     if folds > 1:
         fold = np.random.default_rng(random_state).permutation(n) % folds
         left = np.array([score(np.flatnonzero(fold != f)) for f in range(folds)], float)
@@ -95,20 +93,19 @@ def jackknife(
         error = np.sqrt((folds - 1) / folds * np.square(left - left.mean(0)).sum(0))
     found = []
     for value, spread in zip(values.tolist(), (NORMAL * error).tolist(), strict=True):
-        if not math.isfinite(value):
+        if not np.isfinite(value):
             found.append(undefined(note or "not finite"))
-        elif not math.isfinite(spread):
+        elif not np.isfinite(spread):
             found.append(Estimate(value, note=note))
         else:
-            low, high = max(bounds[0], value - spread), min(bounds[1], value + spread)
+            low, high = max(0.0, value - spread), min(1.0, value + spread)
             found.append(Estimate(value, min(low, value), max(high, value), note))
     return found
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share that was measured on n points."""
-    z = NORMAL
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Rounding must not put the ends on the wrong side of the share itself.
-    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)

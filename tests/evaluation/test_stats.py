@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import binomtest
 
-from sparsejepa.evaluation.stats import FOLDS, from_draws, jackknife, mean_estimate, wilson_interval
-
-
-@settings(max_examples=50)
-@given(n=st.integers(1, 5000), share=st.floats(0, 1))
-def test_wilson_is_scipys(n: int, share: float) -> None:
-    hits = round(share * n)
-    wanted = binomtest(hits, n).proportion_ci(method="wilson")
-    low, high = wilson_interval(hits / n, n)
-    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
-    assert low <= hits / n <= high
+from sparsejepa.evaluation.stats import FOLDS, from_draws, jackknife, mean_estimate
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
-    x = np.random.default_rng(0).normal(size=400)
+    x = 0.5 + 0.1 * np.random.default_rng(0).normal(size=400)
     (found,) = jackknife(lambda rows: x[rows].mean(), 400)
     assert found.value == x.mean() and found.low is not None and found.high is not None
     error = (found.high - found.low) / 2 / 1.96
@@ -36,9 +23,9 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 def test_the_jackknife_covers_the_truth_of_several_numbers_at_once() -> None:
     rng, covered = np.random.default_rng(0), np.zeros(2)
     for _ in range(200):
-        x = rng.exponential(size=300)
+        x = rng.exponential(0.5, size=300)
         found = jackknife(lambda rows, x=x: [x[rows].mean(), x[rows].std()], 300)
-        covered += [e.low < 1 < e.high for e in found]  # type: ignore[operator]
+        covered += [e.low < 0.5 < e.high for e in found]  # type: ignore[operator]
     assert (covered > 170).all()  # a spread of so skewed numbers is hard
 
 
@@ -46,7 +33,7 @@ def test_what_is_not_defined_is_none_and_intervals_stay_within_their_bounds() ->
     values = np.r_[np.zeros(20), 1.0]
     nan, none_left, bounded = jackknife(
         lambda rows: [np.nan, np.nan if len(rows) < 21 else 1.0, values[rows].mean()],
-        21, bounds=(0, 1), note="why",
+        21, note="why",
     )  # fmt: skip
     assert nan.value is None and nan.note == "why"
     assert none_left.value == 1 and none_left.low is None
