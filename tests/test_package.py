@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sparsejepa"
 
 # From the ground up; a module imports from its own floor or one below it.
 FLOORS = [
-    ["errors", "version"],
+    ["errors"],
     ["config", "files", "rng", "environment", "distributed"],
     ["model"],
     ["data"],

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,6 @@ MAX_SETS = 1_000_000
 """Sets of M target places per shape that are enumerated at most (four targets: about 12x12)."""
 _PARTS, _PART_SETS = 8, 1 << 13  # independent parts of a Monte-Carlo estimate, sets of each
 _CHUNK_CELLS = 1 << 20  # sets times patches that are held at once
-
-
-class _Coverage(NamedTuple):
-    """By plan: P(patch is context), P(it is a target) [plans, N]; P(no candidate fits) [plans]."""
-
-    context: np.ndarray
-    target: np.ndarray
-    last_resort: np.ndarray
 
 
 def _enumerable(sampler: MaskSampler) -> bool:
@@ -51,15 +43,16 @@ def _sets(
             yield np.argpartition(keys, targets - 1, axis=1)[:, :targets]
 
 
-def _coverage(sampler: MaskSampler, random: np.random.Generator | None) -> _Coverage:
-    """Return the coverage over all sets of target places, or over random ones, in plan order.
+def _coverage(sampler: MaskSampler, random: np.random.Generator | None) -> np.ndarray:
+    """Return P(patch is context) and P(it is a target) under each plan, [2, plans, N].
 
-    The choice among candidates is exact: the first feasible one is distributed as a candidate given
-    that it is feasible, and all T - 1 fail together with probability (1 - P(feasible))^(T - 1).
+    Over all sets of target places, or over random ones. The choice among candidates is exact: the
+    first feasible one is distributed as a candidate given that it is feasible, and all T - 1 fail
+    together with probability (1 - P(feasible))^(T - 1).
     """
     grid, patches, tries = sampler.grid_size, math.prod(sampler.grid_size), sampler.candidates - 1
     chunk = max(1, _CHUNK_CELLS // patches)
-    found: dict[StepPlan, tuple[np.ndarray, np.ndarray, float]] = {}
+    found: dict[StepPlan, list[np.ndarray]] = {}
     for shape in sampler.target_shapes:
         plans = [plan for plan in sampler.plans if plan.target == shape]
         covered = cover(block_indices(grid, shape), patches).numpy()  # [P, N]
@@ -88,13 +81,11 @@ def _coverage(sampler: MaskSampler, random: np.random.Generator | None) -> _Cove
             given = (1 - none) / feasible[plan] if feasible[plan] else 0.0
             left = plan.count / (patches - math.prod(shape))
             kept, added = _merged(sampler, plan, np.array(math.prod(shape)))
-            found[plan] = (
+            found[plan] = [
                 given * context[plan] + none * left * (1 - single),
                 given * target[plan] + none * (kept * single + added * (1 - left) * (1 - single)),
-                none,
-            )
-    columns = zip(*(found[plan] for plan in sampler.plans), strict=True)
-    return _Coverage(*(np.array(column) for column in columns))
+            ]
+    return np.array([found[plan] for plan in sampler.plans]).swapaxes(0, 1)
 
 
 def _merged(
@@ -146,8 +137,6 @@ class CoverageAudit:
     """Every target was a whole block of the planned shape; merged, as many patches as planned."""
     disjoint: bool
     """No context patch was in a target."""
-    last_resort: float
-    """Share of images for which no drawn candidate is expected to leave enough context."""
 
     @property
     def z_limit(self) -> float:
@@ -172,7 +161,7 @@ class CoverageAudit:
         for name, use in {"context": self.context, "target": self.target}.items():
             found[f"{name}_worst_z"] = use.worst_z
             found[f"{name}_min_over_max"] = float(use.expected.min() / use.expected.max())
-        names = ("z_limit", "counts_right", "blocks_whole", "disjoint", "last_resort")
+        names = ("z_limit", "counts_right", "blocks_whole", "disjoint")
         return found | {name: getattr(self, name) for name in names}
 
 
@@ -188,7 +177,8 @@ def audit(
     million sets it is a Monte-Carlo estimate over random ones, whose own variance is added.
     """
     exact, random = _enumerable(sampler), np.random.default_rng(seed)
-    parts = [_coverage(sampler, None if exact else random) for _ in range(1 if exact else _PARTS)]
+    count = 1 if exact else _PARTS
+    parts = np.array([_coverage(sampler, None if exact else random) for _ in range(count)])
     plans, patches = list(sampler.plans), math.prod(sampler.grid_size)
     drawn = np.array([plans.index(sampler.plan(seed=seed, step=step)) for step in range(batches)])
     share = np.zeros((2, patches))
@@ -222,13 +212,12 @@ def audit(
     return CoverageAudit(
         grid_size=sampler.grid_size,
         images=batch_size * batches,
-        context=compare(share[0], np.array([part.context for part in parts])),
-        target=compare(share[1], np.array([part.target for part in parts])),
+        context=compare(share[0], parts[:, 0]),
+        target=compare(share[1], parts[:, 1]),
         exact=exact,
         counts_right=counts_right,
         blocks_whole=blocks_whole,
         disjoint=disjoint,
-        last_resort=float(weights @ np.mean([part.last_resort for part in parts], 0)),
     )
 
 

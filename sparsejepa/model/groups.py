@@ -60,7 +60,7 @@ def mean_momentum(step: int, total: int) -> float:
 def ramp(share: float) -> float:
     """Return how much of the penalty is there after a share of the penalised steps, 0 to 1.
 
-    Nothing in the first tenth, all from six tenths on: W follows the data before it is thinned out.
+    Nothing in the first tenth, all from six tenths on, so that W follows the data first.
     """
     return min(1.0, max(0.0, (share - 0.1) / 0.5))
 
@@ -176,7 +176,7 @@ class RegionNetworks(nn.Module):
         return out.flatten(1, 2).gather(1, index)
 
     def weights(self) -> list[Tensor]:
-        """Return the matrices that a ridge applies to."""
+        """Return the matrices that weight decay and a ridge apply to."""
         return [self.A, self.B]
 
 
@@ -222,7 +222,7 @@ class AttentionNetworks(nn.Module):
         return F.gelu(mixed + hidden_p[:, query_index]).permute(1, 2, 0, 3)
 
     def weights(self) -> list[Tensor]:
-        """Return the matrices that a ridge applies to."""
+        """Return the matrices that weight decay and a ridge apply to."""
         return [self.A, self.E, self.M, self.B]
 
 
