@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,6 @@ def test_real_runs_resume_and_are_skipped(
     assert weights.stat().st_mtime_ns == stamp
 
 
-ARMS = ["dense", "lam=0.1"]
-
-
 def finished(row: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on interruptions."""
     numbers = ("key", "arm", "seed", "steps", "knn", "rankme", "density", "nonzero_elements")
@@ -60,16 +56,15 @@ def finished(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_runner_that_is_killed_ends_with_the_same_numbers(
-    tmp_path: Path, tiny_images: Path, jobs: str
+    tmp_path: Path, tiny_images: Path
 ) -> None:
-    queue = write_queue(tmp_path, str(tiny_images), arms=ARMS, seeds=[0], steps=60)
+    queue = write_queue(tmp_path, str(tiny_images), seeds=[0], steps=60)
     script = [sys.executable, str(RECIPES / "run.py"), "--queue", str(queue), "--device", "cpu"]
     undisturbed, results = tmp_path / "undisturbed" / "r.jsonl", tmp_path / "results.jsonl"
     there = ["--results", str(undisturbed), "--runs", str(tmp_path / "undisturbed")]
     subprocess.run([*script, "--jobs", "1", *there], check=True)
-    here = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--jobs", jobs]
+    here = ["--results", str(results), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
 
     def progress() -> int:
         """The bytes of the logs, which grow and are cut back to the checkpoint."""
@@ -87,19 +82,18 @@ def test_a_runner_that_is_killed_ends_with_the_same_numbers(
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not psutil.wait_procs(children, timeout=120)[1]
-    assert len(read_rows(results)) < len(ARMS)
+    assert len(read_rows(results)) < 2
     subprocess.run([*script, *here], check=True)
     rows = read_rows(results)
-    assert Counter(row["key"] for row in rows).most_common(1)[0][1] == 1
+    assert len(rows) == 2
     wanted = {row["key"]: finished(row) for row in read_rows(undisturbed)}
     assert {row["key"]: finished(row) for row in rows} == wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_sigterm_ends_the_runner_quietly(tmp_path: Path, tiny_images: Path, jobs: str) -> None:
+def test_sigterm_ends_the_runner_quietly(tmp_path: Path, tiny_images: Path) -> None:
     queue = write_queue(tmp_path, str(tiny_images), seeds=[0], steps=100_000, checkpoint_every=1)
-    script = [sys.executable, str(RECIPES / "run.py"), *words(queue)[:-1], jobs]
+    script = [sys.executable, str(RECIPES / "run.py"), *words(queue)[:-1], "2"]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "runs" / "tiny"
     while not list(folder.glob("dense-s0-*/checkpoints/step-*")):

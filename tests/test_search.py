@@ -177,26 +177,6 @@ def test_the_trace_says_what_was_tried_in_order(path: Path) -> None:
     assert [(x.round, x.rung) for x in lines] == sorted((x.round, x.rung) for x in lines)
 
 
-def test_failed_trials_are_worst_and_are_counted(path: Path) -> None:
-    found = search.read_search(path)
-
-    def score(task: Task) -> float | None:
-        flat = task.config.flat()
-        if flat["lr"] == 1e-3:
-            return None
-        if flat["lr"] == 1e-4:
-            return 0.9 if flat["seed"] == 0 else None  # would win without its second seed
-        return 0.1
-
-    rows = finish(found, score)
-    state = search.replay(rows, found)
-    assert state.winners == {"dense": {}, "lam=0": {}}
-    gone = [x for x in state.lines if x.candidate == {"lr": 1e-3, "weight_decay": 0.0}]
-    assert {(x.scores, x.failed, x.kept) for x in gone} == {((), 1, False)}
-    half = [x for x in state.lines if x.candidate.get("lr") == 1e-4 and x.rung == 2]
-    assert {(x.scores, x.failed, x.kept) for x in half} == {((0.9,), 1, False)}
-
-
 def test_scores_on_test_are_refused(path: Path) -> None:
     found = search.read_search(path)
     rows = [row(task, 0.5) for task in search.replay([], found).todo]

@@ -178,18 +178,17 @@ def test_lines_of_other_versions_are_counted_and_shown_nowhere(
 
 
 def test_rows_with_other_settings_are_kept_apart_and_named() -> None:
+    arms = ["dense", "lam=0.01", f"{SPARSE}+pattern=random", "dense+beta=0"]
+    rows = [make_row(SMALL, a, s, changed={"threads": 1 + s}) for a in arms for s in range(3)]
+    found = block(rows)  # arms and machines are no other settings
+    assert [len(found.rows[arm]) for arm in arms] == [3] * 4 and found.apart == ""
+    assert found.twin(f"{SPARSE}+beta=0", "lam=0") == "lam=0+beta=0"
+    assert found.twin(f"{SPARSE}+pattern=random", "lam=0") == "lam=0"
+    assert found.twin("lam=0", "lam=0") == ""
     rows = three("dense", 0.2, 0.2, 0.2) + three("lam=0", 0.9, changed={"lr": 0.5})
     found = block(rows)
     assert found.values("lam=0", CIFAR100) == {}
     assert "1 run with other settings" in found.apart
-
-
-def test_arms_and_machines_are_no_other_settings() -> None:
-    arms = ["dense", "lam=0.01", f"{SPARSE}+pattern=random", "dense+beta=0"]
-    rows = [make_row(SMALL, a, s, changed={"threads": 1 + s}) for a in arms for s in range(3)]
-    found = block(rows)
-    assert [len(found.rows[arm]) for arm in arms] == [3] * 4
-    assert found.apart == ""
 
 
 @pytest.mark.parametrize(
@@ -238,14 +237,6 @@ def test_a_cell_is_numpys_and_scipys_arithmetic(pairs: list[tuple[float, float]]
         assert numbers[1:3] == pytest.approx([100 * want.low, 100 * want.high], abs=0.051)
 
 
-def test_differences_pair_by_seed_and_not_by_position() -> None:
-    rows = [make_row(SMALL, "lam=0.01", s, 0.2 + s / 100) for s in (1, 2)]
-    rows += [make_row(SMALL, "lam=0", s, 0.1 + s / 100) for s in (0, 1, 2)]
-    interval = block(rows).difference("lam=0.01", "lam=0", CIFAR100)
-    assert interval is not None and interval.n == 2
-    assert interval.mean == pytest.approx(0.1) and interval.high == pytest.approx(0.1)
-
-
 def test_failed_runs_are_counted_and_not_averaged() -> None:
     rows = three("lam=0.1", 0.2, 0.3)
     rows.append(make_row(SMALL, "lam=0.1", 2, failed="loss is not finite", dead_groups=9))
@@ -255,14 +246,6 @@ def test_failed_runs_are_counted_and_not_averaged() -> None:
     assert found.done("lam=0.1") == "2 / 3, 1 failed"
     rows = [make_row(SMALL, "lam=0.1", s, failed="loss at step 3") for s in range(3)]
     assert block(rows).cell("lam=0.1", CIFAR100) == "failed"
-
-
-def test_the_twin_of_an_arm_has_the_same_additions() -> None:
-    found = block([])
-    assert found.twin(f"{SPARSE}+beta=0", "lam=0") == "lam=0+beta=0"
-    assert found.twin(f"{SPARSE}+pattern=random", "lam=0") == "lam=0"
-    assert found.twin("dense+beta=0+lr=0.01", "dense") == "dense"
-    assert found.twin("lam=0", "lam=0") == ""
 
 
 # --- what is shown

@@ -30,7 +30,7 @@ from sparsejepa.evaluation import measured, probe
 from sparsejepa.evaluation.probe import evaluate
 from sparsejepa.study import runs
 from sparsejepa.study.results import Probes, Task, read_rows
-from sparsejepa.study.runs import attempt, run_and_probe, run_tasks, side_by_side
+from sparsejepa.study.runs import run_and_probe, run_tasks, side_by_side
 from sparsejepa.study.sweep import arm_settings
 from sparsejepa.training.build import arm_name
 from tests.study.test_results import FIELDS
@@ -225,18 +225,6 @@ def test_unlabelled_probe_data_is_refused_before_training(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"no labels.*--data-eval"):
         run_tasks([make_task(tmp_path / "out", data=str(flat))], tmp_path / "r", jobs=1)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_of_several_sizes_is_probed_at_the_size_of_pretraining(
-    tmp_path: Path, tiny_images: Path
-) -> None:
-    folder = tmp_path / "sizes"
-    shutil.copytree(tiny_images, folder)
-    for split in ("train", "test"):
-        Image.new("RGB", (48, 40), (90, 0, 0)).save(folder / split / "red" / "large.png")
-    row = attempt(make_task(tmp_path, "dense", 1, data=str(folder), img_size=32))
-    assert row["probes"][0]["settings"]["data_img_size"] == [32, 32]
-    assert row["probes"][0]["n_test"] == 49
 
 
 # --- processes of their own

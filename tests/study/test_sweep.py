@@ -46,21 +46,12 @@ def test_arm_settings_inverts_arm_name(kind: str, arm: str, level: float) -> Non
     config = TINY.replace(groups=kind, density=0.77, lam=0.5).replace(**arm_settings(name))
     assert arm_name(config) == name
     assert config.groups.groups == ("none" if arm == "dense" else kind)
-
-
-def test_controls_have_names_of_their_own() -> None:
-    def name(**settings: object) -> str:
-        return arm_name(TINY.replace(density=0.25, **settings))
-
-    assert name(pattern="random") == "density=0.25+pattern=random"
-    assert name(pattern="runs/a") == "density=0.25+pattern=RUN"
-    assert name(predictor="groups") == "density=0.25+predictor=groups"
-
-
-@pytest.mark.parametrize("arm", ["", "lam", "lam=", "lam=much", "Dense", "rho=1", "dense=1", "+"])
-def test_unknown_arms_are_named(arm: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"unknown arm '{arm}'")):
-        arm_settings(arm)
+    control = TINY.replace(groups=kind, density=0.25)
+    for changes, more in (
+        ({"pattern": "random"}, "pattern=random"),
+        ({"pattern": "a"}, "pattern=RUN"),
+    ):
+        assert arm_name(control.replace(**changes)) == f"density=0.25+{more}"
 
 
 NUMBERS = st.floats(0, 1e6, allow_subnormal=False)
@@ -91,39 +82,21 @@ def test_an_arm_goes_on_with_settings(first: str, items: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
+        *((arm, f"unknown arm '{arm}'") for arm in ("", "lam", "lam=much", "Dense", "rho=1", "+")),
+        ("dense+bta=0", "'bta=0' is no SETTING=VALUE (did you mean 'beta'?)"),
+        ("dense+beta", "'beta' is no SETTING=VALUE"),
+        ("dense++beta=0", "'' is no SETTING=VALUE"),
+        ("dense+seed=1", "'seed' is not an arm's to set"),
         ("dense+lr=fast", "--lr fast: must be a number"),
         ("dense+beta=true", "--beta True: must be a number"),
         ("dense+crop_scale=0.1", "--crop-scale 0.1: must be 2 numbers"),
-        ("dense+crop_scale=a,b", "--crop-scale a b: must be 2 numbers"),
         ("dense+epochs=1.5", "--epochs 1.5: must be a whole number"),
-        ("dense+img_size=32.5", "--img-size 32.5: must be whole numbers"),
-        ("dense+flip=1", "--flip 1: must be true or false"),
-        ("dense+loss=l1", "--loss l1: unknown"),
         ("lam=nan", "--lam nan: must be at least 0"),
     ],
 )
-def test_settings_of_the_wrong_type_are_named(arm: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+def test_wrong_arms_are_named(arm: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         TINY.replace(**arm_settings(arm)).check()
-
-
-@pytest.mark.parametrize(
-    ("arm", "message"),
-    [
-        ("dense+bta=0", "'bta=0' is no SETTING=VALUE (did you mean 'beta'?)"),
-        ("dense+beta", "'beta' is no SETTING=VALUE"),
-        ("dense+beta=", "'beta=' is no SETTING=VALUE"),
-        ("dense++beta=0", "'' is no SETTING=VALUE"),
-    ],
-)
-def test_wrong_settings_of_arms_are_named(arm: str, message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"arm '{arm}': {message}")):
-        arm_settings(arm)
-
-
-def test_dense_is_one_run_whatever_the_base_lambda() -> None:
-    one, two = (TINY.replace(lam=lam).replace(**arm_settings("dense")) for lam in (0.01, 0.5))
-    assert one == two
 
 
 def test_a_sweep_leaves_failed_runs_out_and_says_so(
