@@ -209,8 +209,8 @@ def make_listings(
         targets = _targets(parts, chosen(factors, known, origin), classes, origin)
     listings = {}
     for split, part in parts.items():
-        own = (targets[split], origin, part.unusable, about)
-        listings[split] = Listing(name, split, *own, reader=part.reader, rows=part.rows)
+        plain = (targets[split], origin, part.unusable, about)
+        listings[split] = Listing(name, split, *plain, reader=part.reader, rows=part.rows)
     return listings
 
 
@@ -448,23 +448,21 @@ def read_folder(root: Path, name: str, factors: Sequence[str] = ()) -> dict[str,
         if not len(reader):
             raise UserError(f"{folder}: no images in it ({', '.join(EXTENSIONS)})")
         parts[split] = _by_folder(reader)
-        used.update(parts[split].columns["class"])
-    classes, outer = tuple(sorted(used - {""})), tuple(sorted({c.partition("/")[0] for c in used}))
-    known: dict[str, tuple[str, ...]] = (
-        {"class": classes} if len(classes) > 1 else {}
-    )  # a sole one says nothing
-    if 1 < len(outer) < len(classes):
-        known["superclass"] = outer
-        for part in parts.values():
-            part.columns["superclass"] = [c.partition("/")[0] for c in part.columns["class"]]  # type: ignore[index]
-    elif not known:
-        parts = {split: replace(part, columns={}) for split, part in parts.items()}
+        used.update(filter(None, parts[split].columns["class"]))
+    outer = {folder.partition("/")[0] for folder in used}
+    classes: dict[str, tuple[str, ...]] = {}
+    if len(used) > 1:  # a sole one says nothing
+        classes["class"] = tuple(sorted(used))
+    if 1 < len(outer) < len(used):
+        classes["superclass"] = tuple(sorted(outer))
+    for split, part in parts.items():
+        parts[split] = replace(part, columns={key: part.columns[key] for key in classes})
     about = f"{folders['test'].name}/" if "test" in folders else ""
-    return make_listings(name, str(root), parts, factors, classes=known, about=about)
+    return make_listings(name, str(root), parts, factors, classes=classes, about=about)
 
 
 def _by_folder(reader: Files) -> Part:
-    """Return the images with their folders as `class`, relative to the reader's.
+    """Return the images with their folders as `class`, None at the top, and the outermost ones.
 
     Where images lie both at the top and in folders, the more numerous kind is kept.
     """
@@ -476,7 +474,9 @@ def _by_folder(reader: Files) -> Part:
     reason = reason or "lies beside the class folders"
     unusable = tuple((shown(names[i]), reason) for i in np.flatnonzero(at_top != keep_top))
     rows = np.flatnonzero(at_top == keep_top)
-    return Part(reader, rows, {"class": [folders[i] for i in rows]}, unusable)
+    own = [folders[i] or None for i in rows]
+    outer = [folder and folder.partition("/")[0] for folder in own]
+    return Part(reader, rows, {"class": own, "superclass": outer}, unusable)
 
 
 def _read_table(path: Path, reader: Files, name: str, factors: Sequence[str]) -> dict[str, Listing]:

@@ -121,6 +121,13 @@ def test_nested_class_folders(tmp_path: Path, save: Save, both):
     assert Counter(labels(train, "superclass")) == {"animal": 10, "plant": 5}
 
 
+def test_a_split_without_class_folders_has_no_labels(tmp_path: Path, save: Save, both):
+    for name in ("train/0.png", "train/1.png", "test/a/0.png", "test/b/0.png"):
+        save(tmp_path / "d" / name)
+    train, test = both(tmp_path / "d")
+    assert train.targets == {} and labels(test) == ["a", "b"]
+
+
 def test_images_beside_class_folders_are_left_out_and_listed(tmp_path: Path, save: Save, both):
     for i in range(4):
         save(tmp_path / "d" / "train" / "a" / f"{i}.png")
