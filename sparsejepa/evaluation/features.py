@@ -1,7 +1,6 @@
 """From images to one vector each: a frozen encoder's pooled tokens, or the pixels themselves.
 
-In memory (`embed`, `pixel_features`) or as a file for other tools (`embed_to`). Letters: n images,
-B of a batch, D latents, D' features, G groups.
+In memory or as a file. Letters: n images, B of a batch, D latents, D' features, G groups.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ def read_fitting(
     *,
     img_size: Size | None = None,
     upscale: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> T:
     """Return what `read` makes of the images at the size that suits some encoders.
 
@@ -157,8 +156,7 @@ def read_fitting(
         data: what the images are called.
         refs: encoders, or what they are loaded from; of runs the settings are looked at.
         sizes: gives the encoders' sizes (h, w), if they are needed.
-        img_size: the size that was asked for; nothing is chosen then.
-        upscale: as asked for; a run that was trained with it asks for it too.
+        img_size, upscale: as asked for; a run that was trained enlarged asks for it too.
         say: is told of a size that was chosen because the images have several.
 
     Raises UserError as `read`: SizesDiffer if images have several sizes and encoders have too.
@@ -182,7 +180,7 @@ def read_fitting(
     return read(size, upscale)
 
 
-def say_enlarged(encoder: Encoder, images: Size, data: str, say: Callable[[str], None]) -> None:
+def say_enlarged(encoder: Encoder, images: Size, data: str, say: Callable[[str], object]) -> None:
     """Say so where images (h, w) are smaller than what an encoder was made for."""
     if images[0] < encoder.img_size[0] or images[1] < encoder.img_size[1]:
         say(

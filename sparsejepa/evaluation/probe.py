@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -102,10 +102,9 @@ def evaluate(
 ) -> list[ProbeRow]:
     """Probe frozen encoders on labelled data sets (METHOD section 6).
 
-    Images come at `img_size`, or at the size that `read_fitting` finds for the encoders; each
-    resizes them to the one that it was made for.
-    Probes are fitted and tuned on train; test is used once. The floors of a data set are computed
-    once for each architecture (untrained) and once in all (pixels).
+    Images come at `img_size`, or at the size that `read_fitting` finds for the encoders. Probes are
+    fitted and tuned on train; test is used once. The floors of a data set are computed once for
+    each architecture (untrained) and once in all (pixels).
 
     Args:
         refs: encoders, or what `load` takes.
@@ -145,29 +144,10 @@ def evaluate(
         for line in _remarks(train, test, chosen):
             say(f"{name}: {line}")
         bench = _Bench(train, test, chosen, tuple(protocols), seed, device, cache_dir)
-        pixels: Scores = {}
-        untrained: dict[str, Scores] = {}
-        if floors:
-            say(f"{name}: raw pixels")
-            pixels = bench.floor("pixels", pixel_features)
-        for encoder in encoders:
-            say(f"{name}: {encoder.name}")
-            say_enlarged(encoder, train.img_size, name, say)
-            found = bench.scores(partial(embed, encoder, pool=pool))
-            fresh_seed = seed if untrained_seed is None else untrained_seed
-            kind = json.dumps([encoder.architecture, encoder.precision, pool, fresh_seed])
-            if floors and kind not in untrained:
-                say(f"{name}: untrained encoder")
-                fresh = encoder.untrained(fresh_seed)
-                untrained[kind] = bench.floor(kind, partial(embed, fresh, pool=pool))
-            about = {
-                "pool": pool,
-                "seed": seed,
-                "precision": encoder.precision,
-                "img_size": encoder.img_size,
-                "scored_on": "holdout" if holdout else "test",
-            }
-            rows += bench.rows(encoder.name, found, untrained.get(kind, {}), pixels, about)
+        fresh_seed = seed if untrained_seed is None else untrained_seed
+        for row in bench.compare(encoders, pool, fresh_seed if floors else None, say):
+            row.settings["scored_on"] = "holdout" if holdout else "test"
+            rows.append(row)
     return rows
 
 
@@ -184,6 +164,7 @@ class _Score:
 Scores = dict[tuple[str, str], _Score]
 """By target and protocol."""
 _Splits = tuple[ImageSet, ImageSet]
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -223,6 +204,27 @@ class _Bench:
                 spent = time.perf_counter() - start
                 found[name, protocol] = _Score(accuracy, len(part), probe.settings_, spent)
         return found
+
+    def compare(
+        self, encoders: Sequence[Encoder], pool: Pool, fresh_seed: int | None, say: Say
+    ) -> Iterator[ProbeRow]:
+        """Yield the rows of each encoder beside its floors; without a seed there are no floors."""
+        name, pixels, untrained = self.train.name, Scores(), dict[str, Scores]()
+        if fresh_seed is not None:
+            say(f"{name}: raw pixels")
+            pixels = self.floor("pixels", pixel_features)
+        for encoder in encoders:
+            say(f"{name}: {encoder.name}")
+            say_enlarged(encoder, self.train.img_size, name, say)
+            found = self.scores(partial(embed, encoder, pool=pool))
+            kind = json.dumps([encoder.architecture, encoder.precision, pool, fresh_seed])
+            if fresh_seed is not None and kind not in untrained:
+                say(f"{name}: untrained encoder")
+                fresh = encoder.untrained(fresh_seed)
+                untrained[kind] = self.floor(kind, partial(embed, fresh, pool=pool))
+            about = {"precision": encoder.precision, "img_size": encoder.img_size}
+            about |= {"pool": pool, "seed": self.seed, "data_img_size": self.train.img_size}
+            yield from self.rows(encoder.name, found, untrained.get(kind, {}), pixels, about)
 
     def _probe(self, kind: str, labels: np.ndarray) -> KNNProbe | LogisticProbe:
         if kind == "knn":
@@ -272,7 +274,7 @@ class _Bench:
                     n_train=score.n_train,
                     n_test=n,
                     n_classes=len(self.train.targets[key[0]].names),
-                    settings={**about, "data_img_size": self.train.img_size, **score.settings},
+                    settings={**about, **score.settings},
                     seconds=score.seconds,
                     **floors,
                 )
@@ -308,9 +310,8 @@ def split_protocol(protocol: str) -> tuple[str, float]:
 def labelled_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Return the ascending rows of a stratified `share` of labels [n], at least one of each class.
 
-    Systematic sampling: the images of a class, in random order, are spread evenly over (0, 1), and
-    the first round(share * n) of all are taken, with the first of each class. So each class is
-    there in proportion within about one image, and a smaller share lies within a larger one.
+    Systematic sampling: each class is there in proportion within about one image, and a smaller
+    share lies within a larger one.
     """
     rng = np.random.default_rng([seed % 2**64, _SHARE_STREAM])
     order = rng.permutation(len(labels))
