@@ -177,9 +177,8 @@ def dci(
     for the columns (base U). Informativeness: mean test accuracy. All 0 to 1: 1 is best.
 
     The forest is one of extremely randomised trees (Geurts et al. 2006) that weigh every column at
-    every split and stop at leaves of 5 points: a random forest that sees sqrt(L) columns, or trees
-    that go on to fit noise, spread importance over columns that say nothing. The reference's
-    gradient boosting gives somewhat higher scores: compare like with like.
+    every split and stop at leaves of 5 points: others spread importance over columns that say
+    nothing. The reference's gradient boosting gives somewhat higher scores.
 
     The intervals of the first two leave out trees of the forest, since these measures depend on the
     fit alone; that of the third leaves out test points.

@@ -136,11 +136,7 @@ class Measured:
         }
 
 
-MEASURES = {
-    "information": Measured.information,
-    "factors": Measured.factors,
-    "kept": Measured.kept,
-}
+MEASURES = {"information": Measured.information, "factors": Measured.factors, "kept": Measured.kept}
 
 
 def check_measures(names: Sequence[str]) -> None:

@@ -65,30 +65,6 @@ def test_mean_and_concat4_are_averages_of_the_last_layers() -> None:
     np.testing.assert_allclose(four.x[:, -24:], mean.x, atol=1e-5)
 
 
-def test_many_patches_make_smaller_batches(monkeypatch) -> None:
-    encoder, images = make_encoder(), image_set()
-    whole = embed(encoder, images)
-    sizes = []
-    tokens = encoder.tokens
-
-    def counted(batch: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(batch))
-        return tokens(batch)
-
-    monkeypatch.setitem(features.MAX_TOKENS, "cpu", 16 * 6)
-    encoder.tokens = counted  # type: ignore[method-assign]
-    np.testing.assert_allclose(embed(encoder, images).x, whole.x, atol=1e-5)
-    assert sizes == [6, 6, 6, 2]
-
-
-def test_small_pixels_are_themselves() -> None:
-    images = image_set(height=12, width=32)
-    found = pixel_features(images)
-    wanted = images.images.reshape(20, -1) / 255
-    np.testing.assert_allclose(found.x, wanted, atol=1e-6)
-    assert found.x.dtype == np.float32
-
-
 def test_large_pixels_are_averaged_over_areas() -> None:
     images = image_set(count=3, height=64, width=16)
     found = pixel_features(images)
@@ -201,15 +177,9 @@ def test_labels_that_are_called_as_a_column_is_keep_a_column(
 def test_names_that_are_no_text_are_written_out(
     encoder: Encoder, tiny_images: Path, tmp_path: Path
 ) -> None:
-    images = load_dataset(tiny_images, "test").subset(3)
-    images = replace(images, files=("a\udcff.png", "ü.png", "plain.png"))
-    for ending, name in ((".parquet", "file"), (".npz", "files")):
-        embed_to(tmp_path / f"f{ending}", encoder, images)
-        assert read(tmp_path / f"f{ending}")[name].tolist() == [
-            "a\\udcff.png",
-            "ü.png",
-            "plain.png",
-        ]
+    images = replace(load_dataset(tiny_images, "test").subset(2), files=("a\udcff.png", "ü.png"))
+    embed_to(tmp_path / "f.npz", encoder, images)
+    assert read(tmp_path / "f.npz")["files"].tolist() == ["a\\udcff.png", "ü.png"]
 
 
 def test_what_cannot_be_embedded_or_written(

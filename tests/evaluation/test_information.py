@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import norm
 from sklearn.cross_decomposition import CCA
 from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -16,7 +15,6 @@ from sklearn.metrics.cluster import contingency_matrix
 from sparsejepa.evaluation.information import (
     gaussian_mutual_information,
     mutual_information,
-    normal_scores,
     overlap_information,
     total_correlation,
     wishart_bias,
@@ -68,13 +66,7 @@ def test_bias_at_192_dimensions(n: int, bias: float) -> None:
     assert wishart_bias(n, 192) == pytest.approx(bias, abs=0.005)
 
 
-def test_bias_where_there_is_none_to_speak_of() -> None:
-    assert wishart_bias(10, 0) == wishart_bias(10, 1) == 0
-    with pytest.raises(ValueError, match="more points than dimensions"):
-        wishart_bias(5, 5)
-
-
-@pytest.mark.parametrize("r", [0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("r", [0, 0.5])
 @pytest.mark.parametrize(("n", "d"), [(500, 24), pytest.param(10_000, 192, marks=pytest.mark.slow)])
 def test_mean_error_over_20_draws_is_within_three_standard_errors(n: int, d: int, r: float) -> None:
     rng = np.random.default_rng(7)
@@ -102,13 +94,11 @@ def test_total_correlation_is_the_log_determinant_of_numpys_correlations(
     )
 
 
-@pytest.mark.parametrize("correct", [False, True])
-def test_between_blocks_is_the_whole_less_what_is_inside(correct: bool) -> None:
+def test_between_blocks_is_the_whole_less_what_is_inside() -> None:
     x, blocks = mixed(60, 7, 1), np.array([2, 0, 0, 1, 2, 2, 1])
-    kind: dict[str, Any] = dict(copula=True, correct=correct, resamples=0)
-    inside = sum(valid(total_correlation(x[:, blocks == b], **kind)) for b in range(3))
-    between = valid(total_correlation(x, blocks=blocks, **kind))
-    assert between + inside == pytest.approx(valid(total_correlation(x, **kind)), rel=1e-9)
+    inside = sum(valid(total_correlation(x[:, blocks == b], resamples=0)) for b in range(3))
+    between = valid(total_correlation(x, blocks=blocks, resamples=0))
+    assert between + inside == pytest.approx(valid(total_correlation(x, resamples=0)), rel=1e-9)
 
 
 def test_a_block_counts_with_the_dimensions_that_it_spans() -> None:
@@ -118,12 +108,6 @@ def test_a_block_counts_with_the_dimensions_that_it_spans() -> None:
     assert valid(total_correlation(redundant, blocks=blocks, copula=False)) == pytest.approx(
         valid(total_correlation(x, blocks=[0, 0, 0, 1, 1], copula=False)), rel=1e-6
     )
-
-
-def test_normal_scores_by_hand_and_ties_share_one() -> None:
-    scores = normal_scores(np.array([[3.0], [1.0], [1.0], [9.0]]))
-    expected = norm.ppf(np.array([3, 1.5, 1.5, 4]) / 5)
-    np.testing.assert_allclose(scores[:, 0], expected)
 
 
 def test_a_monotone_change_of_a_dimension_changes_nothing() -> None:
@@ -145,7 +129,7 @@ def test_interval_is_the_jackknifes() -> None:
     assert covers(estimate, value)
 
 
-@pytest.mark.parametrize(("d", "r"), [(4, 0.5), (20, 0.2), (20, 0)])
+@pytest.mark.parametrize(("d", "r"), [(4, 0.5), (20, 0)])
 def test_interval_covers_the_truth(d: int, r: float) -> None:
     rng, truth = np.random.default_rng(0), true_total_correlation(d, r)
     found = [total_correlation(equicorrelated(200, d, r, rng)) for _ in range(100)]
@@ -203,16 +187,6 @@ def test_gaussian_information_is_that_of_scikit_learns_canonical_correlations() 
     assert valid(estimate) == pytest.approx(-np.log1p(-np.square(r)).sum() / 2, rel=1e-5)
 
 
-def test_gaussian_information_is_unbiased_for_independent_vectors() -> None:
-    rng = np.random.default_rng(0)
-    values = [
-        valid(gaussian_mutual_information(*rng.normal(size=(2, 60, 8)), resamples=0))
-        for _ in range(200)
-    ]
-    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(200)
-    assert np.mean(values) < 0.1 * (wishart_bias(60, 16) - 2 * wishart_bias(60, 8))
-
-
 # --- overlap --------------------------------------------------------------------------------------
 
 
@@ -227,15 +201,6 @@ def test_overlap_is_the_blockwise_log_determinant(seed: int, groups: int, P: int
     value = overlap_information(torch.from_numpy(W), mix @ mix.T, noise=0.5)
     assert value == pytest.approx((own - np.linalg.slogdet(S)[1]) / 2, rel=1e-9)
     assert value >= 0
-
-
-def test_overlap_of_wrong_shapes() -> None:
-    with pytest.raises(ValueError, match=r"expected W \[G, P, D\] and noise > 0"):
-        overlap_information(np.ones((2, 3)))
-    with pytest.raises(ValueError, match="noise > 0"):
-        overlap_information(np.ones((2, 3, 4)), noise=0)
-    with pytest.raises(ValueError, match="must be 4 x 4"):
-        overlap_information(np.ones((2, 3, 4)), np.eye(3))
 
 
 # --- information about labels ---------------------------------------------------------------------
@@ -281,9 +246,9 @@ def test_information_about_what_cannot_be_is_said() -> None:
     y = np.arange(10) % 2
     for a, labels in [(np.ones(10), y), (y, np.zeros(10, int))]:
         assert mutual_information(a, labels) == Estimate(None, note="one value only")
-    with pytest.raises(ValueError, match="labels must be integers"):
+    with pytest.raises(ValueError, match="integer labels"):
         mutual_information(y, y + 0.5)
     with pytest.raises(ValueError, match="equal length"):
         mutual_information(y, y[1:])
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="finite"):
         mutual_information(np.where(y == 0, math.nan, 1.0), y)

@@ -187,7 +187,7 @@ def test_the_curve_starts_at_the_plain_probe_and_counts_what_is_kept() -> None:
     assert kept_curve(train, test, W) == found
 
 
-@pytest.mark.parametrize("count", [1, 4, 9, D])
+@pytest.mark.parametrize("count", [1, 9])
 def test_principal_components_are_scikit_learns(count: int) -> None:
     train, test = parts()
     mean, scale = train.x.mean(0), train.x.std(0)
@@ -212,13 +212,6 @@ def test_dense_latents_go_by_variance_and_have_no_map() -> None:
 
 
 def test_a_map_of_zeros_keeps_nothing() -> None:
-    train, test = parts()
-    W = random_map()
-    W[0] = 0
-    only = torch.zeros_like(W)
-    only[0] = W[1]
-    row = kept_curve(train, test, only)["curve"][-1]
-    assert row["groups"] == 1 and row["latents"] == int((W[1] != 0).any(0).sum())
-    empty = kept_curve(train, test, torch.zeros_like(W))["curve"][0]
+    empty = kept_curve(*parts(), torch.zeros(G, P, D))["curve"][0]
     assert empty["latents"] == 0
     assert empty["accuracy"] is None and empty["pca"] is None and empty["random_latents"] is None
