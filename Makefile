@@ -12,7 +12,7 @@ PARALLEL := -q -n auto --maxprocesses 8 --dist loadfile --durations 15
 help:
 	@echo "make install EXTRAS=onnx,tensorboard   into .venv, with these extras; none if not given"
 	@echo "make demo    built-in scenes, dense against sparse: a table and a page in runs/demo"
-	@echo "make bench   measure this machine: the training step, data, probe; minutes"
+	@echo "make bench   measure this machine: the training step, data; minutes"
 	@echo "make test    the tests to run before each commit; minutes"
 	@echo "make test-all  all tests: also kills, mutants, the site, code in the docs, the browser"
 	@echo "make lint    lint and types"
@@ -33,7 +33,6 @@ demo: .venv/installed
 bench: .venv/installed
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/data.py
-	$(BIN)/python bench/probe.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -43,11 +43,6 @@ def test_data() -> None:
     assert "\nours" in found and "\ntorchvision" in found
 
 
-def test_probe() -> None:
-    found = said("probe.py", "--rows 400 --width 12 --classes 3 --device cpu")
-    assert "\nlogistic, ours, one C" in found and "\nlogistic, scikit-learn" in found
-
-
 def test_sizes_that_do_not_fit_are_one_line() -> None:
     words = [sys.executable, str(ROOT / "bench" / "step.py"), "--patch-size", "5"]
     done = subprocess.run(words, capture_output=True, text=True)
