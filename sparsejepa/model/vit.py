@@ -265,7 +265,8 @@ class ViT(nn.Module):
         rates = [block.drop_path for block in self.blocks if isinstance(block, Block)]
         if not self.training or not any(rates):
             return None
-        kept = self.pos_embed.new_ones(self.depth, 2, batch)
+        like = self.pos_embed  # which FSDP may share out: new_ones of it would be shared out too
+        kept = torch.ones(self.depth, 2, batch, dtype=like.dtype, device=like.device)
         for rate, branches in zip(rates, kept, strict=True):
             for branch in branches if rate else ():
                 branch.bernoulli_(1 - rate)
