@@ -170,11 +170,6 @@ class LogisticProbe(Probe):
         self.settings_ = {"C": self.C_}
         return self
 
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Return the scores [n, K]; for two classes [n], the second's less the first's."""
-        scores = self._scores(self._new_rows(X)).cpu().numpy()
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the probabilities [n, K] of the classes."""
         return self._scores(self._new_rows(X)).softmax(1).cpu().numpy()

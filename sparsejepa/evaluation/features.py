@@ -261,10 +261,9 @@ def embed_to(
 
     Parquet is written block by block, so that memory stays flat; its columns are file (where images
     are files), one per target (class names), features [D'] and groups [G], the activations of
-    `groups`. A target of such a name becomes ``target.NAME``. NumPy's .npz holds x [n, D'], groups
+    `groups`; a target of such a name becomes ``target.NAME``. NumPy's .npz holds x [n, D'], groups
     [n, G], files [n], and target.NAME [n] with names.NAME for each target. An image of a stream
-    that cannot be read has no row. Of several processes each computes its share and the main one
-    writes.
+    that cannot be read has no row. Of several processes the main one writes.
 
     Returns numbers of images, features, groups and skipped images, and the first of these. Raises
     UserError if the encoder gives NaN or infinity.
@@ -279,7 +278,7 @@ def embed_to(
         """Yield the columns of each block, and remember its rows."""
         for rows, arrays in blocks:
             index.append(rows)
-            files = [_printable(names[int(i)]) for i in rows] if names else None
+            files = [shown(names[int(i)]) for i in rows] if names else None
             yield {"files": files, "rows": rows, **arrays}
 
     with atomic_path(path) as beside:
@@ -379,12 +378,3 @@ def _write_npz(path: Path, blocks: Iterator[dict[str, Any]], targets: dict[str, 
         arrays[f"names.{name}"] = np.array(target_.names)
     with path.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def _printable(name: str) -> str:
-    """Return a file's name as text; bytes in it that are none are written out."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return shown(name)
-    return name

@@ -51,9 +51,9 @@ class ProbeRow:
     """One probed number with its floors; accuracies are shares (0 to 1).
 
     `chance` is the largest class's share of the test images, `untrained` the same probe on the same
-    architecture with random weights, `pixels` on the pixels themselves (at most 32 x 32). Intervals
-    are 95 % Wilson intervals over the test images; they say nothing about other seeds. Floors that
-    were not asked for are None. With images held out, "test" is those of them.
+    architecture with random weights, `pixels` on the pixels themselves (at most 32 x 32); None
+    where no floors were asked for. Intervals are 95 % Wilson intervals over the test images; they
+    say nothing about other seeds. With images held out, "test" is those of them.
     """
 
     encoder: str

@@ -111,7 +111,7 @@ def test_noise_is_at_chance():
 def test_a_perfect_code_is_found_among_many_columns_of_noise():
     rng = np.random.default_rng(0)
     codes = np.concatenate([GRID, rng.normal(size=(240, 60))], 1)
-    found = d.dci(Points(codes, GRID), codes, GRID, **FEW)
+    found: Any = d.dci(Points(codes, GRID), codes, GRID, **FEW)
     assert found["disentanglement"].value > 0.97 and found["completeness"].value > 0.97
 
 
@@ -160,7 +160,7 @@ def test_sap_is_the_nearest_centroid_of_each_column():
 
 def test_dci_is_that_of_the_importances():
     (codes, factors), (test_codes, test_factors) = noisy(200), noisy(150, seed=1)
-    found = d.dci(Points(codes, factors), test_codes, test_factors, trees=8)
+    found: Any = d.dci(Points(codes, factors), test_codes, test_factors, trees=8)
     importance, accuracy = [], []
     for f, g in zip(factors.T, test_factors.T, strict=True):
         every: Any = 1.0

@@ -71,15 +71,12 @@ def test_information_is_of_the_test_images_with_a_twin_of_the_seed() -> None:
 
 
 def test_information_is_of_the_images_held_out() -> None:
-    encoder = make_encoder()
-    found = measure(["information"], encoder, None, holdout=120, **DATA)["information"]
-    _, aside = load_dataset("scenes:single", "train").split_off(120)
-    assert found["n"] == 120 and found["scored_on"] == "holdout"
-    assert found["rankme"] == rankme(embed(encoder, aside).x)
-    _, aside = load_dataset("scenes:single", "train").split_off(10)
-    few = measure(["information"], encoder, None, **{**DATA, "holdout": 10})["information"]
-    assert few["total_correlation"] is None and "10 points are too few" in few["note"]
-    assert few["rankme"] == rankme(embed(encoder, aside).x)
+    encoder, data = make_encoder(), load_dataset("scenes:single", "train")
+    for count in (120, 10):
+        found = measure(["information"], encoder, None, holdout=count, **DATA)["information"]
+        assert found["n"] == count and found["scored_on"] == "holdout"
+        assert found["rankme"] == rankme(embed(encoder, data.split_off(count)[1]).x)
+    assert found["total_correlation"] is None and "10 points are too few" in found["note"]
 
 
 def test_factors_by_latents_and_by_groups() -> None:
