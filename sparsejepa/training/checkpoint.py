@@ -1,14 +1,10 @@
 """A run on disk: its settings, and its state in `run/checkpoints/step-000001200/`.
 
-A checkpoint holds every parameter and buffer, frozen ones included, and the optimiser's state, in
-safetensors files that torch.distributed.checkpoint writes, one per process, and last of all
-`manifest.json`: step, progress, and size and checksum of every file. Tensors are kept by the names
-of their parameters and as pieces of the whole, so another number of processes, sharded or not,
-reads them. Options of the optimiser's parameter groups follow from step and settings and are not
-kept.
-
-A save goes to a hidden folder, is synced and renamed, so a kill or a full disk at any moment leaves
-the previous checkpoints whole. All processes must see the folder.
+A checkpoint holds every parameter and buffer and the optimiser's state, in safetensors files that
+torch.distributed.checkpoint writes, one per process, and last of all `manifest.json`: step,
+progress, and checksum of every file. Tensors are kept by name and as pieces of the whole, so
+another number of processes, sharded or not, reads them. A save goes to a hidden folder, is synced
+and renamed, so a kill or a full disk at any moment leaves the previous checkpoints whole.
 """
 
 from __future__ import annotations
@@ -45,6 +41,7 @@ _FREE_ON_RESUME = {
     "workers", "parallel", "checkpoint_activations", "log",
 }  # fmt: skip
 _MANIFEST = "manifest.json"
+_MEANS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def read_config(run_dir: Path) -> Config:
@@ -109,9 +106,9 @@ class _Broken(Exception):
 class Checkpoints:
     """The checkpoints of a run, of which the newest `keep` stay.
 
-    One job at a time may use them (see `files.run_lock`). Methods are collective: every process of
-    `world` calls them, and if one of them fails, all raise the same error. `say` gets one line for
-    each broken checkpoint that is passed over.
+    One job at a time may use them (see `files.run_lock`), and all its processes must see the
+    folder. Methods are collective: every process of `world` calls them, and if one of them fails,
+    all raise the same error. `say` gets one line for each broken checkpoint that is passed over.
     """
 
     def __init__(
@@ -122,7 +119,7 @@ class Checkpoints:
         world: World = World(),  # noqa: B008  (it is frozen)
         say: Callable[[str], None] = print,
     ) -> None:
-        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
+        self.folder = run_dir / "checkpoints"
         self._keep, self._world, self._say = keep, world, say
 
     def save(
@@ -139,14 +136,14 @@ class Checkpoints:
         from torch.distributed.checkpoint.state_dict_saver import save
 
         world, final = self._world, self.folder / f"step-{progress['step']:09d}"
-        beside = _hidden(final)
+        beside = final.with_name(f".{final.name}.tmp")
         tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
         for name, parameter in _optimized(model, optimizer).items():
             state = optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
-        earlier = on_main(world, lambda: _steps(self.folder))
+        earlier = on_main(world, self._clean)
         try:
-            on_main(world, lambda: self._make(beside))
+            on_main(world, lambda: beside.mkdir(parents=True))
             writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
             self._call(save, tensors, storage_writer=writer)
             written = everywhere(world, lambda: self._written(beside))
@@ -171,7 +168,7 @@ class Checkpoints:
         is whole, of this version's format and of this model.
         """
         world = self._world
-        steps = on_main(world, lambda: _remove_leftovers(self.folder) or _steps(self.folder))
+        steps = on_main(world, self._clean)
         reason = ""
         for path in reversed(steps):
             try:
@@ -186,47 +183,39 @@ class Checkpoints:
             raise UserError(f"{reason}; bring back a copy or name a new folder with --out")
         return None
 
-    def _make(self, beside: Path) -> None:
-        _remove_leftovers(self.folder)
-        beside.mkdir(parents=True)
-        sync_folder(self.run_dir)
+    def _clean(self) -> list[Path]:
+        """Remove what killed saves left; return the checkpoints, oldest first."""
+        for path in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        return _steps(self.folder)
 
     def _written(self, beside: Path) -> dict[str, dict[str, Any]]:
         """Sync the files that this process wrote; return size and checksum of each."""
-        # The engine numbers shards from 1; torch 2.11 syncs them before it has flushed them. What
-        # is read here is still in the system's cache.
+        # The engine numbers shards from 1; torch 2.11 syncs them before it has flushed them.
         mine = beside.glob(f"shard-{self._world.rank + 1:05d}-*")
         return {path.name: {"size": sync(path), "blake2b": _digest(path)} for path in mine}
 
     def _publish(
         self, beside: Path, final: Path, files: dict[str, Any], progress: dict[str, Any]
     ) -> None:
+        """Give the checkpoint its name; remove all but the newest."""
         for name, entry in files.items():
             if not (beside / name).exists() or (beside / name).stat().st_size != entry["size"]:
                 raise UserError(
                     f"{beside / name}: another process wrote it and this one does not see it; put "
                     "--out on a file system that all machines share"
                 )
-        about = {
-            "format": FORMAT,
-            "sparsejepa": __version__,
-            "torch": torch.__version__,
-            "processes": self._world.size,
-            "progress": progress,
-            "files": files,
-        }
+        about = {"format": FORMAT, "sparsejepa": __version__, "torch": torch.__version__}
+        about |= {"processes": self._world.size, "progress": progress, "files": files}
         write_text(beside / _MANIFEST, json.dumps(about))
         if final.exists():  # a broken one that this run went past
-            final.rename(_hidden(final, "old"))
+            shutil.rmtree(final)
         beside.rename(final)
         sync_folder(self.folder)
         steps = _steps(self.folder)
         last = steps.index(final) + 1  # what is after it was broken when this run was resumed
         for path in {*steps} - {*steps[max(0, last - self._keep) : last]}:
-            # Hidden first, so that a kill leaves no half of it. The next save tries again.
-            with contextlib.suppress(OSError):
-                path.rename(_hidden(path, "old"))
-        _remove_leftovers(self.folder)
+            shutil.rmtree(path, ignore_errors=True)  # the next save tries again
 
     def _load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -279,17 +268,10 @@ def _room(
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     state: dict[int, dict[str, Tensor]] = {}
     for number, (owner, parameter) in enumerate(_optimized(model, optimizer).items()):
-        prefix = f"optimizer.{owner}."
-        for name, about in stored.items():
-            key = name.removeprefix(prefix)
-            if key == name or "." in key:
-                continue
-            dtype = about.properties.dtype
-            if about.size == parameter.shape:  # then it is cut among processes as the parameter is
-                tensors[name] = torch.empty_like(parameter.detach(), dtype=dtype)
-            else:
-                tensors[name] = torch.empty(about.size, dtype=dtype)
-            state.setdefault(number, {})[key] = tensors[name]
+        if f"optimizer.{owner}.step" in stored:  # not of a parameter that has never had a gradient
+            means = {key: torch.empty_like(parameter.detach()) for key in _MEANS}
+            state[number] = {"step": torch.zeros(()), **means}
+            tensors |= {f"optimizer.{owner}.{key}": t for key, t in state[number].items()}
     for name in sorted(stored.keys() | tensors.keys()):
         kept, own = stored.get(name), tensors.get(name)
         there = kept and f"{list(kept.size)} {kept.properties.dtype}"
@@ -309,15 +291,6 @@ def _steps(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, oldest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def _hidden(path: Path, kind: str = "new") -> Path:
-    return path.with_name(f".{path.name}.{kind}.tmp")
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

@@ -37,7 +37,6 @@ from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.files import partial_files, run_lock, write_text
 from sparsejepa.model.groups import GroupMap
 from sparsejepa.model.jepa import SparseJEPA
-from sparsejepa.model.vit import ViT
 from sparsejepa.rng import generator
 from sparsejepa.training.build import (
     Start,
@@ -127,44 +126,46 @@ def train(
         summary = on_main(world, take)
         if summary is None:
             place = torch.device(device)
-            summary = _train(run_dir, own, world, start, image_set, model, place, stop, console)
+            job = _Job(run_dir, own, world, start, image_set, model, place, stop, console)
+            summary = _train(job)
         return Run(run_dir, read_config(run_dir), summary)
 
 
-def _train(
-    run_dir: Path,
-    config: Config,
-    world: World,
-    start: Start | None,
-    image_set: Images,
-    model: SparseJEPA,
-    device: torch.device,
-    stop: list[int],
-    console: Console | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Job:
+    """What a run begins with; `config` has the sizes of the encoder that it starts from."""
+
+    run_dir: Path
+    config: Config
+    world: World
+    start: Start | None
+    image_set: Images
+    model: SparseJEPA
+    device: torch.device
+    stop: list[int]
+    console: Console | None
+
+
+def _train(job: _Job) -> dict[str, Any]:
     """Train a new model, or go on from the newest checkpoint; return the run's summary."""
-    batch, total = config.optim.batch_size, total_steps(config, len(image_set))
+    config, world, model, count = job.config, job.world, job.model, len(job.image_set)
+    batch, total = config.optim.batch_size, total_steps(config, count)
     every, eval_every = max(1, min(10, total // 100)), max(1, total // 10)
     save_every = config.run.checkpoint_every or max(1, total // 20)
-    report = ProgressLine(console if world.main else None, arm_name(config))
-    augment = build_augment(config, image_set)
-    train_step = TrainStep(config, model, augment, total, report.say, world, device)
-    checkpoints = Checkpoints(run_dir, world=world, say=report.say)
-    state = _restore(run_dir, config, image_set, start, train_step, checkpoints)
-    images = image_set.open(device, config.run.workers)
-    evaluate = OnlineEvaluation(image_set, images, world=world)
-    order = epoch_order(config, image_set, images)
+    report = ProgressLine(job.console if world.main else None, arm_name(config))
+    augment = build_augment(config, job.image_set)
+    train_step = TrainStep(config, model, augment, total, report.say, world, job.device)
+    checkpoints = Checkpoints(job.run_dir, world=world, say=report.say)
+    state = _begin(job, train_step, checkpoints, report)
     first = state["step"]
-    if world.main:
-        _begin(run_dir, config)
-    if first == 0 and model.groups is not None:
-        report.say(train_step.schedule.too_weak(float(model.groups.block_norms().detach().min())))
-    model.train()
-    pending = torch.zeros(every, len(TERMS), device=device)
+    images = job.image_set.open(job.device, config.run.workers)
+    evaluate = OnlineEvaluation(job.image_set, images, world=world)
+    order = EpochOrder(count, batch, config.run.seed, images.index_device)
     own_rows = (train_step.rows(order(step)) for step in range(first, total))
+    pending = torch.zeros(every, len(TERMS), device=job.device)
     with (
-        trackers(config.run.log if world.main else (), run_dir, config, first) as shows,
-        MetricsLog(run_dir, first, write=world.main, show=shows) as log,
+        trackers(config.run.log if world.main else (), job.run_dir, config, first) as shows,
+        MetricsLog(job.run_dir, first, write=world.main, show=shows) as log,
         report.between(first, total, batch),
         contextlib.closing(images),
     ):
@@ -173,23 +174,22 @@ def _train(
         for step, pixels in zip(range(first, total), images.batches(own_rows), strict=True):
             row, done = step % every, step + 1
             pending[row] = train_step(pixels, step)
-            saving = done == total or done % save_every == 0 or (world.size == 1 and bool(stop))
+            saving = done == total or done % save_every == 0 or (world.size == 1 and bool(job.stop))
             if not saving and row < every - 1:
                 continue
             # Read once: a signal from here on waits for a next time.
-            stopping = largest_of(stop[0] if stop else 0)
+            stopping = largest_of(job.stop[0] if job.stop else 0)
             values = mean_of(pending[: row + 1]).tolist()  # the only wait for the device
-            _check_losses(run_dir, watch, model.groups, step - row, values, state["step"])
+            _check_losses(job, watch, step - row, values, state["step"])
             elapsed = time.perf_counter() - since
             state["seconds"] += elapsed
             numbers = _metrics(model, train_step.schedule, step, values[-1])
-            numbers["epoch"] = batch * done / len(image_set)
+            numbers["epoch"] = batch * done / count
             numbers["images_per_second"] = batch * (done - counted) / max(elapsed, 1e-9)
             log.write(numbers)
             report.update(done, numbers)
             if done == total or done % eval_every == 0:
-                found = evaluate(model.target_encoder, train_step.autocast)
-                log.write({"step": step, **found})
+                log.write({"step": step, **evaluate(model.target_encoder, train_step.autocast)})
             for alarm in watch.alarms(log.last, done / total):
                 log.write({"step": step, "alarm": alarm})
                 report.say(f"alarm, step {step}: {alarm}")
@@ -199,69 +199,56 @@ def _train(
             if stopping and done < total:
                 raise Interrupted(stopping)
             since, counted = time.perf_counter(), done
-        summary = _summary(config, model, total, state["seconds"], log)
-        summary["skipped"] = _list_skipped(run_dir, images, world, report)
-        encoder = whole_encoder(model.target_encoder, world.main)
-        if encoder is not None:
-            _finish(run_dir, config, start, image_set, images, encoder, model.groups, summary)
-    # Nobody leaves before everything is written.
-    return on_main(world, lambda: summary)
+        return _finish(job, total, state["seconds"], images, log, report)
 
 
-def _restore(
-    run_dir: Path,
-    config: Config,
-    image_set: Images,
-    start: Start | None,
-    train_step: TrainStep,
-    checkpoints: Checkpoints,
+def _begin(
+    job: _Job, train_step: TrainStep, checkpoints: Checkpoints, report: ProgressLine
 ) -> dict[str, Any]:
     """Restore the newest checkpoint, if there is one; return how far the run is.
 
     Raises UserError if it was trained on other images or began with another encoder.
     """
-    began = {"images": image_set.fingerprint, "init": start and start.fingerprint}
+    config, run_dir, model = job.config, job.run_dir, job.model.train()
+    began = {"images": job.image_set.fingerprint, "init": job.start and job.start.fingerprint}
     state = {"step": 0, "seconds": 0.0, **began}
-    state |= checkpoints.restore(train_step.model, train_step.optimizer) or {}
-    for name, what in (("images", f"{config.data}: the images or labels are"),
-                       ("init", f"--init {config.model.init}: the encoder is")):  # fmt: skip
+    state |= checkpoints.restore(model, train_step.optimizer) or {}
+    named = {"images": f"{config.data}: the images or labels are"}
+    named["init"] = f"--init {config.model.init}: the encoder is"
+    for name, what in named.items():
         if state[name] != began[name]:
             raise UserError(
                 f"{what} not what {run_dir} began with; bring it back or name a new folder with "
                 "--out"
             )
+    if job.world.main:
+        for partial in partial_files(run_dir):
+            partial.unlink(missing_ok=True)
+        write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
+        write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
+    if state["step"] == 0 and model.groups is not None:
+        smallest = float(model.groups.block_norms().detach().min())
+        report.say(train_step.schedule.too_weak(smallest))
     return state
 
 
 def _check_losses(
-    run_dir: Path,
-    watch: Watch,
-    groups: GroupMap | None,
-    first: int,
-    values: list[list[float]],
-    saved: int,
+    job: _Job, watch: Watch, first: int, values: list[list[float]], saved: int
 ) -> None:
     """Raise UserError if the steps from `first` on with these `values` end the run.
 
     W is looked at as well: its gradient is no part of the common norm.
     """
+    groups = job.model.groups
     wrong = next(filter(None, map(watch.failed, range(first, first + len(values)), values)), None)
     if wrong is None and groups is not None and not groups.W.isfinite().all():
         wrong = f"'W' is not finite at step {first + len(values) - 1}"
     if wrong:
         last = f"the last good checkpoint is that of step {saved}"
         raise UserError(
-            f"{run_dir}: {wrong}; start anew with a lower --lr or --beta, or a higher --ema "
+            f"{job.run_dir}: {wrong}; start anew with a lower --lr or --beta, or a higher --ema "
             f"({last if saved else 'there is no checkpoint yet'})"
         )
-
-
-def _begin(run_dir: Path, config: Config) -> None:
-    """Write what a run directory says of its run before the first step."""
-    for partial in partial_files(run_dir):
-        partial.unlink(missing_ok=True)
-    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
-    write_text(run_dir / "config.toml", tomli_w.dumps(config.to_dict()))
 
 
 def _metrics(
@@ -277,16 +264,15 @@ def _metrics(
     return row | group_state(model.groups)
 
 
-def _summary(
-    config: Config, model: SparseJEPA, total: int, seconds: float, log: MetricsLog
+def _finish(
+    job: _Job, total: int, seconds: float, images: Batches, log: MetricsLog, report: ProgressLine
 ) -> dict[str, Any]:
-    """Return what summary.json says of a run of `total` steps and its last numbers."""
-    w_norms = torch.empty(0) if model.groups is None else model.groups.block_norms()
+    """Write the encoder, the groups and, last of all, summary.json; return what that says."""
+    config, groups, run_dir = job.config, job.model.groups, job.run_dir
+    w_norms = torch.empty(0) if groups is None else groups.block_norms()
     count = total * config.optim.batch_size
-    return {
-        "arm": arm_name(config),
-        "seed": config.run.seed,
-        "data": config.data,
+    about: dict[str, Any] = {"arm": arm_name(config), "seed": config.run.seed, "data": config.data}
+    summary = about | {
         "steps": total,
         "images": count,
         "train_version": sparsejepa.TRAIN_VERSION,
@@ -296,53 +282,48 @@ def _summary(
         "alarms": log.alarms,
         "w_nonzero": int((w_norms > 0).sum()),
         "w_total": w_norms.numel(),
+        "skipped": _list_skipped(job, images, report),
     }
+    encoder = whole_encoder(job.model.target_encoder, job.world.main)
+    if encoder is not None:
+        if job.start is not None and job.start.license:
+            about["license"] = job.start.license
+        mean, std = job.image_set.mean, job.image_set.std
+        save_encoder(run_dir, encoder, mean=mean, std=std, extra=about)
+        if groups is not None:
+            frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
+            _save_groups(job, images, frozen.to(groups.W.device), groups)
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+    # Nobody leaves before everything is written.
+    return on_main(job.world, lambda: summary)
 
 
-def _finish(
-    run_dir: Path,
-    config: Config,
-    start: Start | None,
-    image_set: Images,
-    images: Batches,
-    encoder: ViT,
-    groups: GroupMap | None,
-    summary: dict[str, Any],
-) -> None:
-    """Write the encoder, the groups with statistics of it and, last of all, summary.json."""
-    about: dict[str, Any] = {"data": config.data, "arm": arm_name(config), "seed": config.run.seed}
-    if start is not None and start.license:
-        about["license"] = start.license
-    mean, std = image_set.mean, image_set.std
-    save_encoder(run_dir, encoder, mean=mean, std=std, extra=about)
-    if groups is not None:
-        index = torch.from_numpy(choose_images(image_set, MEASURED))
-        frozen = Encoder(encoder.float(), name=run_dir.name, mean=mean, std=std)
-        frozen.to(groups.W.device)
-        groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
-        looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
-        sampler = build_sampler(config, frozen.grid_size)
-        mean, cov = measure_seen(frozen, groups.kind, images.batches(looks.split(64)), sampler)
-        assert groups.norm.running_mean is not None and groups.norm.running_var is not None
-        groups.norm.running_mean.copy_(mean)
-        groups.norm.running_var.copy_(cov.diagonal())
-        mean, cov = measure_seen(frozen, groups.kind, images.batches(index.split(64)))
-        seen = torch.stack([mean, cov.diagonal()]).float()
-        save_groups(run_dir, groups, group_rms(groups, cov), seen)
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=1))
+def _save_groups(job: _Job, images: Batches, encoder: Encoder, groups: GroupMap) -> None:
+    """Write the groups with statistics of the encoder that is kept, over training images."""
+    index = torch.from_numpy(choose_images(job.image_set, MEASURED))
+    groups = copy.deepcopy(groups).eval()  # the model's keep the context encoder's statistics
+    looks = index.repeat(MEASURED // len(index))  # of few images, under several masks each
+    sampler = build_sampler(job.config, encoder.grid_size)
+    mean, cov = measure_seen(encoder, groups.kind, images.batches(looks.split(64)), sampler)
+    assert groups.norm.running_mean is not None and groups.norm.running_var is not None
+    groups.norm.running_mean.copy_(mean)
+    groups.norm.running_var.copy_(cov.diagonal())
+    mean, cov = measure_seen(encoder, groups.kind, images.batches(index.split(64)))
+    seen = torch.stack([mean, cov.diagonal()]).float()
+    save_groups(job.run_dir, groups, group_rms(groups, cov), seen)
 
 
-def _list_skipped(run_dir: Path, images: Batches, world: World, report: ProgressLine) -> int:
+def _list_skipped(job: _Job, images: Batches, report: ProgressLine) -> int:
     """Add the images that could not be read while training to skipped.txt; return their number.
 
     All processes' and, after a resume, those of earlier parts of the run.
     """
     lines = [f"{name}\t{reason}" for name, reason in images.skipped]
-    found = {line for part in everywhere(world, lambda: lines) for line in part}
-    path = run_dir / "skipped.txt"
+    found = {line for part in everywhere(job.world, lambda: lines) for line in part}
+    path = job.run_dir / "skipped.txt"
     if path.exists():
         found |= set(path.read_text(encoding="utf-8").splitlines())
-    if found and world.main:
+    if found and job.world.main:
         write_text(path, "".join(f"{line}\n" for line in sorted(found)))
         report.say(f"{len(found)} images could not be read: {path}")
     return len(found)
@@ -357,12 +338,6 @@ def check_shares(config: Config, world: World) -> None:
             f"--batch-size {batch}: {world.size} processes and --accumulate {parts} need a "
             f"multiple of {shares}; use {max(1, round(batch / shares)) * shares}"
         )
-
-
-def epoch_order(config: Config, image_set: Images, images: Batches) -> EpochOrder:
-    """Return the order in which a run sees its images."""
-    count, batch, seed = len(image_set), config.optim.batch_size, config.run.seed
-    return EpochOrder(count, batch, seed, images.index_device)
 
 
 class EpochOrder:
@@ -427,7 +402,7 @@ def plan(
     model = build_model(config, image_set.img_size, total, start).to(device)
     opened = image_set.open(device, config.run.workers)
     train_step = TrainStep(config, model, build_augment(config, image_set), total)
-    order = epoch_order(config, image_set, opened)
+    order = EpochOrder(len(image_set), batch, config.run.seed, opened.index_device)
     times = []
     with contextlib.closing(opened):
         for step in range(timed_steps + 1):

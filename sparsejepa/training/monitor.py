@@ -48,6 +48,11 @@ class MetricsLog:
 
     Of several processes, which all see the same numbers, one has `write` and keeps the file; `show`
     gets each new row as well. Raises UserError where the disk does not take it.
+
+    Attributes:
+        rows: those of earlier parts of the run, oldest first.
+        last: the newest value of each number.
+        alarms: those of the whole run.
     """
 
     def __init__(
@@ -55,9 +60,7 @@ class MetricsLog:
     ) -> None:
         self.path, self._show = run_dir / METRICS, show
         self.rows: list[dict[str, Any]] = []
-        """Those of earlier parts of the run, oldest first."""
         self.last: dict[str, Any] = {}
-        """The newest value of each number."""
         self.alarms: list[str] = []
         if step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -75,14 +78,14 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file:
             with contextlib.suppress(OSError):  # every row was flushed when it was written
                 self._file.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers that are not finite become null, as JSON knows none."""
-        clean = {k: _finite(v) for k, v in row.items()}
+        clean = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in row.items()}
         self._remember(clean)
         if self._file:
             with self._to_disk():
@@ -133,17 +136,16 @@ def trackers(
         shows: list[Show] = []
         for name in dict.fromkeys(names):
             try:
-                if name == "tensorboard":
-                    shows.append(_tensorboard(run_dir, step, stack))
-                else:
-                    shows.append(_wandb(run_dir, config, stack))
+                shows.append({"tensorboard": _tensorboard, "wandb": _wandb}[name](
+                    run_dir, config, step, stack
+                ))  # fmt: skip
             except Exception as error:  # no login, no network, a full disk
                 what = " ".join(str(error).split())[:300] or type(error).__name__
                 raise UserError(f"--log {name}: {what}; mend that or leave it out") from None
         yield shows
 
 
-def _tensorboard(run_dir: Path, step: int, stack: contextlib.ExitStack) -> Show:
+def _tensorboard(run_dir: Path, config: Config, step: int, stack: contextlib.ExitStack) -> Show:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(run_dir / "tensorboard", purge_step=step)
@@ -156,7 +158,7 @@ def _tensorboard(run_dir: Path, step: int, stack: contextlib.ExitStack) -> Show:
     return show
 
 
-def _wandb(run_dir: Path, config: Config, stack: contextlib.ExitStack) -> Show:
+def _wandb(run_dir: Path, config: Config, step: int, stack: contextlib.ExitStack) -> Show:
     import wandb
 
     folder = run_dir.resolve()
@@ -207,16 +209,12 @@ class OnlineEvaluation:
                 tokens = encoder(pixels.to(encoder.pos_embed.dtype))
                 features.append(tokens.float().mean(1).cpu())
         x = gather_rows(torch.cat(features), self._count)
-        spread = std_per_dimension(x)
-        row = {
-            "rankme": float(rankme(x)),
-            "std_mean": float(spread.mean()),
-            "std_min": float(spread.min()),
-        }
-        if self._labels is not None:
+        spread = x.std(0, correction=0)
+        row = {"rankme": rankme(x), "std_mean": float(spread.mean())}
+        row["std_min"] = float(spread.min())
+        if (y := self._labels) is not None:
             cut = 3 * len(x) // 4
-            y = self._labels
-            row["knn"] = float(knn_accuracy(x[:cut], y[:cut], x[cut:], y[cut:]))
+            row["knn"] = knn_accuracy(x[:cut], y[:cut], x[cut:], y[cut:])
         return row
 
 
@@ -236,20 +234,14 @@ def rankme(x: Any) -> float:
     matrix = torch.as_tensor(x).detach().to("cpu", torch.float64)
     if not matrix.isfinite().all():
         return float("nan")
-    scale = matrix.abs().max() if matrix.numel() else 0
-    if scale == 0:
+    if not matrix.any():
         return 0.0
-    matrix = matrix / scale
+    matrix = matrix / matrix.abs().max()
     # The smaller Gram matrix has the squared singular values at a fraction of the cost of an SVD.
     gram = matrix.T @ matrix if len(matrix) >= matrix.shape[1] else matrix @ matrix.T
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = sigma / sigma.sum()
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
-
-
-def std_per_dimension(x: Any) -> Tensor:
-    """Return the population standard deviation [D] of each dimension of embeddings x [n, D]."""
-    return torch.as_tensor(x).detach().float().std(0, correction=0)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,21 +385,21 @@ class ProgressLine:
             yield
             return
         text = TextColumn("{task.description}", markup=False)
-        columns = (text, BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console) as self._bar:
+        with Progress(text, BarColumn(), TimeRemainingColumn(), console=self._console) as self._bar:
             self._task = self._bar.add_task(self._name, total=total, completed=start)
             yield
 
     def update(self, done: int, row: dict[str, Any]) -> None:
+        """Show a row of metrics after `done` steps."""
         rate = row["images_per_second"]
         text = f"{self._name}  {done}/{self._total}  loss {row['loss']:.3f}  {rate:,.0f} images/s"
         if "groups_per_latent" in row:
             text += f"  {row['groups_per_latent']:.1f} groups per latent"
         if self._bar:
             self._bar.update(self._task, completed=done, description=text)
-        elif self._console and (done - self._printed >= self._total / 10 or done == self._total):
+        elif done - self._printed >= self._total / 10 or done == self._total:
             left = (self._total - done) * self._batch / max(rate, 1e-9)
-            self._console.print(f"{text}  {left:.0f} s left", highlight=False)
+            self.say(f"{text}  {left:.0f} s left")
             self._printed = done
 
     def say(self, text: str) -> None:
@@ -428,7 +420,3 @@ def group_state(groups: GroupMap | None) -> dict[str, float]:
         "dead_groups": int((fed.sum(1) == 0).sum()),
         "max_usage": float(usage.max() / usage.sum().clamp_min(1e-12)),
     }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
