@@ -85,20 +85,7 @@ def run_tasks(
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     console = console or Console(quiet=True)
-    found: dict[str, list[dict[str, Any]]] = {}
-    trained: dict[str, dict[str, Any]] = {}
-    for row in [*before, *read_results(results)]:
-        found.setdefault(row_key(row), []).append(row)
-        if "encoder" in row:
-            trained[row_key(row, run=True)] = row
-    todo = []
-    for task in tasks:
-        rows = found.setdefault(task.key, [])
-        if not rows:
-            todo.append(replace(task, earlier=trained.get(task.run_key)))
-        elif retry_failed and rows[-1].get("failed"):
-            beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(rows) + 1}")
-            todo.append(replace(task, run_dir=beside))
+    found, todo = _left(tasks, [*before, *read_results(results)], retry_failed)
     check_tasks(todo)
     if slurm and todo:
         named = {f"{task.run_dir.name}.{task.key}": task for task in todo}
@@ -137,6 +124,27 @@ def run_tasks(
             f"{len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}"
         )
     return [found[task.key][-1] for task in tasks]
+
+
+def _left(
+    tasks: Sequence[Task], rows: Sequence[dict[str, Any]], retry_failed: bool
+) -> tuple[dict[str, list[dict[str, Any]]], list[Task]]:
+    """Return the lines of each key, and the tasks that are to be done."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    trained: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row_key(row), []).append(row)
+        if "encoder" in row:
+            trained[row_key(row, run=True)] = row
+    todo = []
+    for task in tasks:
+        old = found.setdefault(task.key, [])
+        if not old:
+            todo.append(replace(task, earlier=trained.get(task.run_key)))
+        elif retry_failed and old[-1].get("failed"):
+            beside = task.run_dir.with_name(f"{task.run_dir.name}~{len(old) + 1}")
+            todo.append(replace(task, run_dir=beside))
+    return found, todo
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -217,12 +217,9 @@ def _value(word: str) -> Any:
 def caption(summary: Summary) -> str:
     """Return what the table's figures mean."""
     seeds = max((len(v) for a in summary.arms for v in a.accuracy.values()), default=0)
-    if seeds < 2:
-        return "Accuracy in percent, one seed; differences in points."
-    return (
-        f"Accuracy in percent, mean ± standard deviation over {seeds} seeds; differences in "
-        "points, paired by seed, with the 95 % t interval."
-    )
+    spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
+    paired = ", paired by seed, with the 95 % t interval" if seeds > 1 else ""
+    return f"Accuracy in percent{spread}; differences in points{paired}."
 
 
 def _write_report(result: SweepResult, arms: Sequence[str], title: str) -> None:
