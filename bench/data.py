@@ -75,7 +75,7 @@ def steady(batches: Iterator[Tensor], images: int) -> float:
 
 def ours(folder: Path, settings: Settings) -> Iterator[Tensor]:
     """Our stream, batch after batch without end; crops are cut on the device."""
-    stream = stream_dataset(folder, img_size=(settings.img_size,) * 2)
+    stream = stream_dataset(folder, img_size=(settings.img_size, settings.img_size))
     order = (torch.randperm(len(stream)).split(settings.batch_size) for _ in range(10**6))
     yield from stream.open("cpu", settings.workers).batches(chain.from_iterable(order))
 

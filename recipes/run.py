@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from study import Row, check_entries, read_recipe
@@ -76,7 +77,7 @@ def work(args: argparse.Namespace) -> int:
     return status
 
 
-def read_ledger(args: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]:
+def read_ledger(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Row]]:
     """Return the lines of results in the files beside --results, and the last line of each key."""
     others = sorted(p for p in args.results.parent.glob("*.jsonl") if p.name != args.results.name)
     elsewhere = [row for path in others for row in read_results(path)]

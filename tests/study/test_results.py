@@ -68,7 +68,12 @@ def test_a_key_is_about_numbers_only() -> None:
     task, pattern = make_task(), {"density": 0.5, "pattern": "runs/a/dense-s0-0123abcd"}
     same = make_task(folder="y", threads=2, device="auto", data_root="/data")
     assert task.key == same.key and re.fullmatch("[0-9a-f]{16}", task.key)
-    others = [make_task(seed=1), make_task("dense"), make_task(lr=1e-4), make_task(**pattern)]
+    others = [
+        make_task(seed=1),
+        make_task("dense"),
+        make_task(lr=1e-4),
+        make_task("lam=0", 0, "x", **pattern),
+    ]
     for changes in (
         {"data": ("scenes", "scenes:single")}, {"protocols": ("knn",)}, {"targets": {}},
         {"limit": 100}, {"measures": ("kept",)}, {"extra_protocols": ("knn",)},
@@ -76,7 +81,10 @@ def test_a_key_is_about_numbers_only() -> None:
         others.append(replace(task, probes=replace(task.probes, **changes)))
     assert len({task.key, *(t.key for t in others)}) == 11
     # A run that is taken as a pattern counts by its name, wherever it lies, whatever its hash was.
-    assert make_task(**pattern | {"pattern": "b/dense-s0-9876fedc"}).key == others[3].key
+    assert (
+        make_task("lam=0", 0, "y", **pattern | {"pattern": "b/dense-s0-9876fedc"}).key
+        == others[3].key
+    )
 
 
 @given(st.sampled_from(["dense", "lam=0.1", "density=0.25+crop_scale=0.1,0.2"]), st.integers(0, 99))
