@@ -255,12 +255,10 @@ def test_an_error_of_all_is_said_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verbs_for_one_process_refuse_several() -> None:
-    words = {"info": "info", "pretrain scenes --dry-run": "--dry-run:"}
-    for given, named in words.items():
-        found = end(start(["-m", "sparsejepa", *given.split()]))
-        assert [status for status, _, _ in found] == [2, 2]
-        assert found[0][2].count("\n") == 1 and f"error: {named}" in found[0][2]
-        assert "for one process and 2 were started" in found[0][2] and found[1][2] == ""
+    found = end(start(["-m", "sparsejepa", "info"]))
+    assert [status for status, _, _ in found] == [2, 2]
+    assert found[0][2].count("\n") == 1 and "error: info" in found[0][2]
+    assert "for one process and 2 were started" in found[0][2] and found[1][2] == ""
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import sparsejepa
 from sparsejepa import cli
-from sparsejepa.config import Config, preset
+from sparsejepa.config import Config
 from sparsejepa.data.catalog import load_images
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.model.groups import GroupMap
@@ -30,14 +30,11 @@ from sparsejepa.training import step as step_module
 from sparsejepa.training.loop import EpochOrder, plan, train
 from sparsejepa.training.monitor import OnlineEvaluation
 
-TINY: dict[str, Any] = {
-    "batch_size": 16, "steps": 12, "predictor_dim": 32, "predictor_depth": 1, "num_groups": 4,
-    "threads": 1, "device": "cpu",
-}  # fmt: skip
+from . import tiny
 
 
 def config_of(folder: Path, **settings: Any) -> Config:
-    return preset("nano").replace(data=str(folder), **{**TINY, **settings})
+    return tiny.config_of(folder, **{"batch_size": 16, "steps": 12, **settings})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,7 @@ def wait_for_steps(out: Path, process: subprocess.Popen[str], step: int) -> None
         time.sleep(0.01)
 
 
-def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
+def test_kill_at_three_random_moments_then_equal_weights_to_the_bit(
     folder: Path, tmp_path: Path
 ) -> None:
     config = config_of(
@@ -110,7 +107,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
     first = launch(config, whole)
     rng = random.Random(0)
     kills = 0
-    for step in sorted(rng.sample(range(5, 75), 5)):
+    for step in sorted(rng.sample(range(5, 75), 3)):
         process = launch(config, killed)
         wait_for_steps(killed, process, step)
         time.sleep(rng.uniform(0, 0.1))
@@ -122,7 +119,7 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
     for process in (first, last):
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    assert kills == 5
+    assert kills == 3
     shard = f"checkpoints/step-{90:09d}/shard-00001-model-00001-of-00001.safetensors"
     for name in (shard, "encoder.safetensors", "groups.safetensors"):
         a, b = load_file(whole / name), load_file(killed / name)
@@ -137,16 +134,15 @@ def test_kill_at_five_random_moments_then_equal_weights_to_the_bit(
     assert steps == sorted(set(steps)), "a resumed run repeats no line"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_ends_with_its_status_and_resume_goes_on(
-    folder: Path, tmp_path: Path, number: signal.Signals
+    folder: Path, tmp_path: Path
 ) -> None:
     config = config_of(folder, steps=4000, checkpoint_every=3999)
     process = launch(config, tmp_path / "run")
     wait_for_steps(tmp_path / "run", process, 5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "--resume" in errors
+    assert process.returncode == 128 + signal.SIGINT and "--resume" in errors
     assert not (tmp_path / "run" / ".lock").exists()
     stopped = last_checkpoint(tmp_path / "run")
     assert 6 <= stopped < 3999

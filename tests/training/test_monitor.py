@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sparsejepa.config import Config
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.study import pretrain
 from sparsejepa.training import monitor
-from sparsejepa.training.monitor import MetricsLog, Watch, check_trackers
+from sparsejepa.training.monitor import MetricsLog, Watch, check_trackers, rankme
 from sparsejepa.training.step import TERMS
 
 from .tiny import config_of
@@ -78,8 +80,8 @@ def test_every_number_is_shown_once_also_of_a_resumed_run_and_no_weight_changes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings = {"groups": "concept", "steps": 12, "checkpoint_every": 5}
-    plain = pretrain(config_of(folder, **settings), out=tmp_path / "plain").path
+    usual = {"groups": "concept", "steps": 12, "checkpoint_every": 5}
+    plain = pretrain(config_of(folder, **usual), out=tmp_path / "plain").path
     shown, stops = tmp_path / "shown", iter([False] * 13 + [True])
     log = monitor.MetricsLog.write
 
@@ -89,7 +91,7 @@ def test_every_number_is_shown_once_also_of_a_resumed_run_and_no_weight_changes(
             raise Interrupted(15)
 
     monkeypatch.setattr(monitor.MetricsLog, "write", stopped)
-    config = config_of(folder, **settings, log=("tensorboard", "wandb"))
+    config = config_of(folder, **usual, log=("tensorboard", "wandb"))
     with pytest.raises(Interrupted):
         pretrain(config, out=shown)
     pretrain(config, out=shown, resume=True)
@@ -192,3 +194,35 @@ def test_a_resumed_run_compares_with_the_rows_before_and_repeats_no_alarm() -> N
     late = {"rankme": 3.0, "std_mean": 0.3, "loss": 5.0, "max_usage": 0.95}
     assert [text.split(":")[0] for text in watch.alarms(late, 0.5)] == ["unstable", "collapse"]
     assert watch.alarms({"rankme": None, "std_mean": None}, 0.6) == []
+
+
+# --- rank of embeddings ---------------------------------------------------------------------------
+
+
+def rankme_by_svd(x: np.ndarray) -> float:
+    sigma = np.linalg.svd(x, compute_uv=False)
+    p = sigma / sigma.sum()
+    p = p[p > 0]
+    return math.exp(-(p * np.log(p)).sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), d=st.integers(1, 30), seed=st.integers(0, 999))
+def test_rankme_is_the_entropy_of_numpys_singular_values(n: int, d: int, seed: int) -> None:
+    x = np.random.default_rng(seed).normal(size=(n, d)) * np.logspace(0, -3, d) + 0.3
+    value = rankme(x)
+    assert value == pytest.approx(rankme_by_svd(x), rel=1e-5)
+    assert 1 - 1e-9 <= value <= min(n, d) + 1e-9
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rankme_of_equal_singular_values_is_the_rank(rank: int) -> None:
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(20, rank)))
+    right, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(8, rank)))
+    assert rankme(torch.from_numpy(q @ right.T)) == pytest.approx(rank, rel=1e-5)
+
+
+def test_rankme_is_not_centred_and_safe_where_nothing_varies() -> None:
+    assert rankme(torch.full((30, 5), 0.7)) == pytest.approx(1, abs=1e-6)
+    assert rankme(torch.zeros(30, 5)) == 0
+    assert math.isnan(rankme(torch.tensor([[1.0, math.nan]])))
