@@ -30,7 +30,7 @@ import run as runner
 from PIL import Image
 
 from sparsejepa import cli
-from sparsejepa.data import catalog
+from sparsejepa.data import scenes
 from sparsejepa.data.scenes import Scenes
 
 ROOT = Path(__file__).parents[1]
@@ -165,10 +165,10 @@ import sparsejepa.explain.run, sparsejepa.study.sweep, sparsejepa.training.loop
 import sparsejepa.verbs
 import matplotlib.backends.backend_svg, scipy.linalg, sklearn.linear_model, timm
 from sparsejepa import cli
-from sparsejepa.data import catalog
+from sparsejepa.data import scenes
 from sparsejepa.evaluation.disentangle import disentanglement
 
-catalog.SCENE_COUNTS = json.loads(sys.argv[1])
+scenes.SCENE_COUNTS = json.loads(sys.argv[1])
 disentanglement.__kwdefaults__["folds"] = 2  # intervals take most of the time of `explain`
 for line in sys.stdin:
     words, folder, log = json.loads(line)
@@ -315,7 +315,7 @@ def folder(
     shutil.copytree(stand_ins, tmp_path / "page")
     monkeypatch.chdir(tmp_path / "page")
     monkeypatch.setenv("SPARSEJEPA_DATA", environment["SPARSEJEPA_DATA"])
-    monkeypatch.setattr(catalog, "SCENE_COUNTS", COUNTS)
+    monkeypatch.setattr(scenes, "SCENE_COUNTS", COUNTS)
     return tmp_path / "page"
 
 
