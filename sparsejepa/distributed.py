@@ -107,18 +107,17 @@ class Share:
 
     def rows(self, batch: int) -> slice:
         """Return this process's rows in this part, of a global batch."""
-        return self._piece(batch, self.part * self.size + self.rank, self.count)
+        return _piece(batch, self.part * self.size + self.rank, self.count)
 
     def part_rows(self, batch: int) -> slice:
         """Return the rows of all processes in this part."""
-        return self._piece(batch, self.part, self.parts)
+        return _piece(batch, self.part, self.parts)
 
-    @staticmethod
-    def _piece(batch: int, index: int, count: int) -> slice:
-        each, rest = divmod(batch, count)
-        if rest:
-            raise ValueError(f"a batch of {batch} rows does not divide into {count} pieces")
-        return slice(index * each, (index + 1) * each)
+
+def _piece(batch: int, index: int, count: int) -> slice:
+    if batch % count:
+        raise ValueError(f"a batch of {batch} rows does not divide into {count} pieces")
+    return slice(index * batch // count, (index + 1) * batch // count)
 
 
 def _engine() -> Any:
@@ -226,8 +225,7 @@ def own_rows(rows: np.ndarray, world: World) -> np.ndarray:
     The last parts are filled up from the first rows; `gather_rows` leaves that out again.
     """
     each = -(-len(rows) // world.size)
-    filled = rows.take(range(world.rank * each, (world.rank + 1) * each), mode="wrap")
-    return rows if world.size == 1 else filled
+    return rows.take(range(world.rank * each, (world.rank + 1) * each), mode="wrap")
 
 
 def gather_rows(x: Tensor, total: int) -> Tensor:

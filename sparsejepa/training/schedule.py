@@ -35,8 +35,7 @@ def linear(step: int, total: int, start: float, final: float) -> float:
 def scaled_ema(decay: float, total: int) -> float:
     """Carry an EMA rate of the reference length over to `total` steps.
 
-    1 - decay grows as the run shrinks, so that the target encoder forgets its start by the same
-    share of the run, up to 0.1.
+    1 - decay grows as the run shrinks, up to 0.1, so that the start is forgotten at the same share.
     """
     return 1 - min(0.1, (1 - decay) * _EMA_REFERENCE_STEPS / total)
 

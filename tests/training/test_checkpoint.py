@@ -85,7 +85,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, float, int], Any]]] = {
     "flip tensors": (SHARD, flip),
     "cut tensors": (SHARD, cut),
     "no tensors": (SHARD, lambda path, *_: path.unlink()),
-    "cut manifest": ("manifest.json", cut),
     "garbage manifest": (
         "manifest.json",
         lambda path, at, bit: path.write_bytes(

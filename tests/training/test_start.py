@@ -132,16 +132,6 @@ def test_the_licence_goes_along(folder: Path, tmp_path: Path) -> None:
     assert "license" not in json.loads((fresh.path / "config.json").read_text())
 
 
-def test_a_file_of_weights_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    vit = ViT(img_size=32, patch_size=8, embed_dim=192, depth=1, num_heads=3)
-    torch.save(
-        {"teacher": {f"backbone.{k}": t for k, t in vit.state_dict().items()}}, tmp_path / "x.pth"
-    )
-    config = config_of(folder, init=str(tmp_path / "x.pth"), img_size=32, upscale=True, steps=1)
-    assert pretrain(config, out=tmp_path / "run").encoder().architecture["embed_dim"] == 192
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
