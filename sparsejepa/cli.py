@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, Union, get_type_hints
 
@@ -31,7 +31,7 @@ from sparsejepa.config import Config, load_toml, present_settings, preset, remov
 from sparsejepa.distributed import World, joined, speaks_for
 from sparsejepa.environment import resolve_device
 from sparsejepa.errors import Interrupted, UserError, flag, nearest
-from sparsejepa.verbs import VERBS, Settings
+from sparsejepa.verbs import VERBS, Pretrain, Settings, Sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,8 +124,10 @@ def parse(words: Sequence[str]) -> Any:
     """
     if not words or words[0] in ("-h", "--help", "--tyro-print-completion"):
         listed = [
-            Annotated[verb, tyro.conf.subcommand(name, description=_first_line(verb))]
-            for name, (verb, _) in VERBS.items()
+            Annotated[
+                verb, tyro.conf.subcommand(name, description=(verb.__doc__ or "").split("\n")[0])
+            ]
+            for name, verb in VERBS.items()
         ]
         args = list(words) or ["--help"]
         style = _STYLE if args[0] == "--tyro-print-completion" else ()
@@ -136,19 +138,19 @@ def parse(words: Sequence[str]) -> Any:
         if name.startswith("-"):
             raise UserError(f"'{name}' before a verb; the verb comes first: {known}")
         raise UserError(f"unknown verb '{name}'{nearest(name, VERBS)}; there are {known}")
-    verb = VERBS[name][0]
-    default, written = _origin(verb, rest) if issubclass(verb, Settings) else (verb(), [])
-    parsed, unknown = _read(verb, [*written, *rest], prog=f"{PROGRAM} {name}", default=default)
+    verb, see = VERBS[name], f"see {PROGRAM} {name} --help"
+    options = {"default": _origin(verb, rest)} if issubclass(verb, Settings) else {}
+    parsed, unknown = _read(verb, rest, prog=f"{PROGRAM} {name}", **options)
     if unknown:
         given = next((word for word in unknown if word.startswith("--")), unknown[0])
         word = given.partition("=")[0].replace("_", "-")
-        gone = removed_setting(word.removeprefix("--").replace("-", "_"))
-        if gone:
+        if gone := removed_setting(word.removeprefix("--").replace("-", "_")):
             raise UserError(gone)
         if word.startswith("--"):
-            meant = nearest(word, _flags(verb))
-            raise UserError(f"unknown flag '{word}'{meant}; see {PROGRAM} {name} --help")
-        raise UserError(f"unexpected argument '{given}'; see {PROGRAM} {name} --help")
+            raise UserError(f"unknown flag '{word}'{nearest(word, _flags(verb))}; {see}")
+        raise UserError(f"unexpected argument '{given}'; {see}")
+    if verb is Pretrain and {"--lam", "--density"} <= {word.partition("=")[0] for word in rest}:
+        raise UserError("--lam beside --density, which steers it: leave one of them out")
     return parsed
 
 
@@ -156,31 +158,22 @@ def _run(words: list[str], world: World) -> None:
     if words == ["--version"]:
         print(f"{PROGRAM} {__version__}")
         return
-    args = parse(words)
-    if world.size > 1 and words[0] not in _TOGETHER:
+    args, verb = parse(words), words[0]
+    if world.size > 1 and verb not in _TOGETHER:
         raise UserError(
-            f"{words[0]} is for one process and {world.size} were started; start it without "
+            f"{verb} is for one process and {world.size} were started; start it without "
             f"torchrun or srun (several work together on {', '.join(_TOGETHER)})"
         )
     # With --json standard output belongs to the object; people read standard error then.
     stream = sys.stderr if args.json else sys.stdout
     piped = not stream.isatty() and "COLUMNS" not in os.environ
-    width = 120 if piped else None
-    console = open_console(stream, width=width, quiet=not world.main)
-    with _together(words[0], args, world):
-        found = VERBS[words[0]][1](args, console)
+    console = open_console(stream, width=120 if piped else None, quiet=not world.main)
+    with contextlib.ExitStack() as stack:
+        if world.size > 1 and verb != "pretrain":  # which connects the processes by itself
+            stack.enter_context(joined(world, world.place(resolve_device(args.device))))
+        found = args(console)
     if args.json and world.main:
         print(json.dumps(_plain(found), allow_nan=False))
-
-
-@contextlib.contextmanager
-def _together(name: str, args: Any, world: World) -> Iterator[None]:
-    """Connect the processes for the verbs that only read; `pretrain` does so by itself."""
-    if world.size == 1 or name not in ("probe", "embed"):
-        yield
-        return
-    with joined(world, world.place(resolve_device(args.device))):
-        yield
 
 
 def _leave(status: int) -> int:
@@ -191,7 +184,7 @@ def _leave(status: int) -> int:
 
 def _continuation(words: list[str], world: World) -> str | None:
     """Return what goes on where this command stopped, if anything does."""
-    resumes = VERBS[words[0]][0].resumes if words and words[0] in VERBS else None
+    resumes = VERBS[words[0]].resumes if words and words[0] in VERBS else None
     if resumes is None:
         return None
     more = [word for word in resumes if word not in words]
@@ -233,8 +226,8 @@ class _Origin:
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
-def _origin(verb: type[Settings], words: Sequence[str]) -> tuple[Settings, list[str]]:
-    """Return the defaults that a preset gives and the flags that a settings file stands for.
+def _origin(verb: type[Settings], words: Sequence[str]) -> Settings:
+    """Return the defaults: those of a preset, and over them what a settings file says.
 
     The file is --config, or that of the run in --out with --resume.
     """
@@ -242,28 +235,16 @@ def _origin(verb: type[Settings], words: Sequence[str]) -> tuple[Settings, list[
     stored = first.out / "config.toml" if first.resume and first.out else None
     file = stored if stored and stored.exists() else first.config
     if not file:
-        return verb.of(preset(first.preset or "best")), []
-    values = load_toml(file)
-    config = Config.from_dict(values, str(file))  # complains about names, the next about values
-    given = present_settings(values).keys()
-    flags = [
-        word for name in sorted(given - {"data"}) for word in _as_words(name, config.flat()[name])
-    ]
+        return verb.of(preset(first.preset or "best"))
     try:
-        parsed, surplus = _read(verb, flags)
-        if parsed.data or surplus:
-            raise UserError(f"no setting takes {parsed.data or surplus[0]} there")
-        base = Config() if file == stored else preset(first.preset or config.preset)
+        given = present_settings(load_toml(file))
+        name = first.preset or str(given.get("preset", "best"))
+        config = (Config() if file == stored else preset(name)).replace(**given)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    return verb.of(base, str(config.data) if "data" in given else None), flags
-
-
-def _as_words(name: str, value: Any) -> list[str]:
-    """Return the words that give a setting on the command line."""
-    if isinstance(value, bool):
-        return [flag(name if value else f"no_{name}")]
-    return [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
+    arms = {x for x in ("lam", "density") if x in given and verb is Sweep}
+    found = verb.of(config, config.data if "data" in given else None)
+    return dataclasses.replace(found, **{name: (config.flat()[name],) for name in arms})
 
 
 def _read(verb: type, words: Sequence[str], **options: Any) -> tuple[Any, list[str]]:
@@ -279,14 +260,9 @@ def _read(verb: type, words: Sequence[str], **options: Any) -> tuple[Any, list[s
         if stop.code in (0, None):  # --help
             raise
     plain = re.sub(r"\x1b\[[0-9;]*m", "", stderr.getvalue())
-    lines = [line.strip(" │╭╮╰╯") for line in plain.splitlines()[1:]]
-    body = itertools.dropwhile(_is_rule, lines)
-    said = " ".join(itertools.takewhile(lambda line: not _is_rule(line), body))
+    lines = [line.strip(" │╭╮╰╯").rstrip("─-") for line in plain.splitlines()[1:]]
+    said = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
     raise UserError(said.removeprefix("Error parsing "))
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("─-")
 
 
 def _flags(verb: type) -> list[str]:
@@ -298,10 +274,6 @@ def _flags(verb: type) -> list[str]:
         elif name in {f.name for f in dataclasses.fields(verb)}:
             found += [flag(name)]
     return found
-
-
-def _first_line(verb: type) -> str:
-    return (verb.__doc__ or "").strip().splitlines()[0]
 
 
 def _plain(value: Any) -> Any:

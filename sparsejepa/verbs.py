@@ -1,35 +1,26 @@
-"""The verbs of the command line: each a dataclass (its flags and help) and a function.
+"""The verbs of the command line, each a dataclass: its fields are its flags, its text is its help.
 
-A function takes the parsed dataclass and the console for people, and returns what ``--json``
-prints. It imports what it needs when it runs; nothing heavy is imported with this module.
+Called with the console for people, it does its work and returns what ``--json`` prints. It imports
+what it needs when it runs; nothing heavy is imported with this module.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
-from sparsejepa.config import (
-    PRESETS,
-    Config,
-    DataConfig,
-    EncoderConfig,
-    GroupConfig,
-    LossConfig,
-    MaskConfig,
-    OptimConfig,
-    RunConfig,
-    preset,
-)
+from sparsejepa.config import PRESETS, Config, GroupConfig, MaskConfig, preset
 from sparsejepa.distributed import World, current, first_here
 from sparsejepa.errors import TooFewImages, UserError, flag
 from sparsejepa.explain.options import Options
@@ -37,15 +28,11 @@ from sparsejepa.explain.options import Options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsejepa.data.images import Images
-    from sparsejepa.encoders.encoder import Encoder
-    from sparsejepa.training.loop import Run
-
 T = TypeVar("T")
 DATA = "a name (sparsejepa data list), hub:OWNER/NAME, a folder of images or tar shards"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verb:
     """What every verb understands."""
 
@@ -54,6 +41,9 @@ class Verb:
 
     json: FlagCreatePairsOff[bool] = False
     """End standard output with one JSON object of everything found."""
+
+    def __call__(self, console: Console) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -70,42 +60,41 @@ class Reading:
     """Folder with local copies, in the hub's own layout or as official files; SPARSEJEPA_DATA if
     not given."""
 
-
-# pretrain
+    def keywords(self) -> dict[str, Any]:
+        """Return what functions that read images take."""
+        Config().replace(img_size=self.img_size).check()
+        size = (self.img_size[0], self.img_size[-1]) if self.img_size else None
+        return {"img_size": size, "upscale": self.upscale, "data_root": self.data_root}
 
 
 @dataclass(frozen=True)
-class Settings(Verb):
+class Settings(Config, Verb):
     """All settings of a pretraining run as flags."""
 
+    data: Positional[str | None] = None  # type: ignore[assignment]
+    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     preset: str = "best"
     """Named settings to start from, see sparsejepa info; the defaults shown are those of best."""
     config: Path | None = None
     """TOML file of settings to start from, such as a run's config.toml; flags win over it."""
-    images: DataConfig = field(default_factory=DataConfig)
-    model: EncoderConfig = field(default_factory=EncoderConfig)
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    groups: GroupConfig = field(default_factory=GroupConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     @classmethod
     def of(cls, config: Config, data: str | None = None) -> Self:
         """Return the flags that describe `config`."""
-        names = {f.name for f in dataclasses.fields(cls)} - {"data"}
-        same = {name: value for name, value in vars(config).items() if name in names}
+        values: dict[str, Any] = vars(config) | {"data": data}
         if cls is Sweep:
-            same["groups"] = _SweptGroups(**vars(config.groups))
-        return cls(data=data, **same)  # type: ignore[call-arg]
+            values["groups"] = _SweptGroups(**vars(config.groups))
+        return cls(**values)
 
-    def settings(self, data: str | None) -> Config:
+    def settings(self) -> Config:
         """Return the checked `Config` that the flags describe. Raises UserError without data."""
-        if not data:
+        if not self.data:
             raise UserError(f"which images? Name them after the verb: {DATA}")
-        sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(Config)[1:]}
+        sections: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(Config)
+        }
         sections["groups"] = GroupConfig(**vars(self.groups))
-        config = Config(data=data, **sections)
+        config = Config(**sections)
         # A sweep has a list of densities: what needs one is checked with the first.
         levels = getattr(self, "density", ())
         (config.replace(density=levels[0]) if levels else config).check()
@@ -121,8 +110,6 @@ class Pretrain(Settings):
 
     resumes = ("--resume",)
 
-    data: Positional[str | None] = None
-    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     out: Path | None = None
     """Run directory; runs/DATA-ARM-sSEED if not given."""
     resume: FlagCreatePairsOff[bool] = False
@@ -130,50 +117,43 @@ class Pretrain(Settings):
     dry_run: FlagCreatePairsOff[bool] = False
     """Only say what would be done: time, memory, mask counts, files."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        if self.resume and not self.data:
+            where = f"in {self.out}" if self.out else "to be found"
+            raise UserError(f"--resume: there is no run {where}; name its folder with --out")
+        config = self.settings()
+        if (Path(config.data) / "config.toml").exists():
+            raise UserError(
+                f"{config.data}: a run directory in place of images; to go on with it: --resume "
+                f"--out {config.data}"
+            )
+        from sparsejepa.data.catalog import load_images
+        from sparsejepa.training.build import default_run_dir
+        from sparsejepa.training.loop import plan, train
 
-# Of a run's last numbers, those that say something without a manual.
-_TELLING = ("loss", "knn", "rankme", "density", "groups_per_latent", "dead_groups")
-
-
-def pretrain(args: Pretrain, console: Console) -> dict[str, Any]:
-    """Pretrain, or plan to."""
-    if args.resume and not args.data:
-        where = f"in {args.out}" if args.out else "to be found"
-        raise UserError(f"--resume: there is no run {where}; name its folder with --out")
-    config = args.settings(args.data)
-    if (Path(config.data) / "config.toml").exists():
-        raise UserError(
-            f"{config.data}: a run directory in place of images; to go on with it: --resume "
-            f"--out {config.data}"
-        )
-    from sparsejepa.data.catalog import load_images
-    from sparsejepa.training.build import default_run_dir
-    from sparsejepa.training.loop import plan, train
-
-    run_dir = args.out or default_run_dir(config)
-    if args.dry_run:
-        if (size := World.from_environment().size) > 1:
-            raise UserError(f"--dry-run: for one process and {size} were started")
-        found = _with_batch_that_fits(config, lambda c: plan(c, load_images), console)
-        found["would_write"] = str(run_dir)
-        show_facts(console, found, "dry run: nothing was written")
-        return found
-    if args.resume and not (run_dir / "config.toml").exists():
-        console.print(f"--resume: no run in {run_dir} yet, a new one starts")
-
-    def go(config: Config) -> Run:
-        return train(config, load_images, out=run_dir, resume=args.resume, console=console)
-
-    run = _with_batch_that_fits(config, go, console)
-    last = run.summary["final"]
-    facts = {name: run.summary[name] for name in ("arm", "steps", "seconds", "images_per_second")}
-    facts |= {name: last[name] for name in _TELLING if last.get(name) is not None}
-    show_facts(console, facts | {"alarms": run.summary["alarms"]}, f"finished: {run.path}")
-    # Only images with labels can be probed, and only these have an accuracy while training.
-    verb = "explain" if last.get("knn") is None else "probe"
-    again = shlex.join(["sparsejepa", verb, str(run.path), "--data", config.data])
-    console.print(f"next: {again}", soft_wrap=True)
-    return {"run": run.path, "summary": run.summary, "config": run.config.to_dict()}
+        run_dir = self.out or default_run_dir(config)
+        if self.dry_run:
+            if (size := World.from_environment().size) > 1:
+                raise UserError(f"--dry-run: for one process and {size} were started; start one")
+            found = _with_batch_that_fits(config, partial(plan, images=load_images), console)
+            found["would_write"] = str(run_dir)
+            show_facts(console, found, "dry run: nothing was written")
+            return found
+        if self.resume and not (run_dir / "config.toml").exists():
+            console.print(f"--resume: no run in {run_dir} yet, a new one starts")
+        go = partial(train, images=load_images, out=run_dir, resume=self.resume, console=console)
+        run = _with_batch_that_fits(config, go, console)
+        last = run.summary["final"]
+        facts = {x: run.summary[x] for x in ("arm", "steps", "seconds", "images_per_second")}
+        # Of the last numbers those that say something without a manual.
+        telling = ("loss", "knn", "rankme", "density", "groups_per_latent", "dead_groups")
+        facts |= {name: last[name] for name in telling if last.get(name) is not None}
+        show_facts(console, facts | {"alarms": run.summary["alarms"]}, f"finished: {run.path}")
+        # Only images with labels can be probed, and only these have an accuracy while training.
+        verb = "explain" if last.get("knn") is None else "probe"
+        again = shlex.join(["sparsejepa", verb, str(run.path), "--data", config.data])
+        console.print(f"next: {again}", soft_wrap=True)
+        return {"run": run.path, "summary": run.summary, "config": run.config.to_dict()}
 
 
 def _with_batch_that_fits(config: Config, work: Callable[[Config], T], console: Console) -> T:
@@ -181,23 +161,17 @@ def _with_batch_that_fits(config: Config, work: Callable[[Config], T], console: 
 
     Only the preset's own batch size is halved until it fits; one that was asked for is refused.
     """
-    batch = config.optim.batch_size
+    asked = batch = config.optim.batch_size
     try:
         return work(config)
     except TooFewImages as error:
-        if batch != preset(config.preset).optim.batch_size or error.count < 2:
+        if asked != preset(config.preset).optim.batch_size or error.count < 2:
             raise
         count = error.count
     while batch > count:
         batch //= 2
-    console.print(
-        f"batch size {batch} in place of {config.optim.batch_size}: there are only {count} "
-        "training images"
-    )
+    console.print(f"batch size {batch} in place of {asked}: there are only {count} training images")
     return work(config.replace(batch_size=batch))
-
-
-# sweep and demo
 
 
 @dataclass(frozen=True)
@@ -217,8 +191,6 @@ class Sweep(Settings):
 
     resumes = ()
 
-    data: Positional[str | None] = None
-    """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     lam: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1)
     """Group-lasso penalties, one arm each."""
     density: tuple[float, ...] = ()
@@ -237,33 +209,29 @@ class Sweep(Settings):
     """Make each run a job of a SLURM cluster, --jobs at a time, with these KEY=VALUE of sbatch,
     such as time=240 partition=gpu gpus-per-node=1."""
     groups: _SweptGroups = field(default_factory=_SweptGroups)  # type: ignore[assignment]
-    """The group-sparse map; --lam and --density are lists here."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        config = self.settings()
+        from sparsejepa.study.results import Probes
+        from sparsejepa.study.sweep import run_sweep
 
-def sweep(args: Sweep, console: Console) -> dict[str, Any]:
-    """Run the sweep."""
-    config = args.settings(args.data)
-    from sparsejepa.study.results import Probes
-    from sparsejepa.study.sweep import run_sweep
-
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
-    out = args.out or Path("runs") / f"sweep-{name}"
-    options: dict[str, Any] = {
-        "lams": args.lam,
-        "densities": args.density,
-        "seeds": args.seeds,
-        "out": out,
-        "probes": Probes(
-            tuple(split_names(args.data_eval)) or (config.data,), limit=args.probe_limit
-        ),
-        "jobs": args.jobs,
-        "slurm": args.slurm,
-        "console": console,
-        "command": _command(),
-    }
-    found = _with_batch_that_fits(config, lambda c: run_sweep(c, **options), console)
-    found.show(console)
-    return found.to_dict()
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(config.data).name)
+        out = self.out or Path("runs") / f"sweep-{name}"
+        go = partial(
+            run_sweep,
+            lams=self.lam,
+            densities=self.density,
+            seeds=self.seeds,
+            out=out,
+            probes=Probes(tuple(_split(self.data_eval or config.data)), limit=self.probe_limit),
+            jobs=self.jobs,
+            slurm=self.slurm,
+            console=console,
+            command=_command(),
+        )
+        found = _with_batch_that_fits(config, go, console)
+        found.show(console)
+        return found.to_dict()
 
 
 @dataclass(frozen=True)
@@ -282,26 +250,21 @@ class Demo(Verb):
     quick: FlagCreatePairsOff[bool] = False
     """Only show that everything works: too short to learn anything."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        from sparsejepa.study.sweep import run_demo
 
-def demo(args: Demo, console: Console) -> dict[str, Any]:
-    """Run the demo."""
-    from sparsejepa.study.sweep import run_demo
-
-    found = run_demo(args.out, jobs=args.jobs, quick=args.quick, console=console)
-    found.show(console)
-    return found.to_dict()
+        found = run_demo(self.out, jobs=self.jobs, quick=self.quick, console=console)
+        found.show(console)
+        return found.to_dict()
 
 
-# probe
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probe(Verb):
     """Probe frozen encoders on labelled data, beside the untrained and the raw-pixel floor."""
 
-    runs: Positional[tuple[str, ...]] = ()
+    runs: Positional[tuple[str, ...]]
     """Run directories or timm:NAME."""
-    data: str = ""
+    data: str
     """Data sets with labels, separated by commas."""
     protocol: str = "logistic"
     """logistic or knn, each also on a share of the labels (logistic:10%); several separated by
@@ -315,66 +278,46 @@ class Probe(Verb):
     seed: int = 0
     """Seed of the images that --limit takes, of the validation part and of the untrained floor."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, mps, cuda or cuda:N."""
     images: Reading = field(default_factory=Reading)
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        _check_counts(self, "limit")
+        if not self.runs:
+            raise UserError("which run? Name run directories or timm:NAME after the verb")
+        from sparsejepa.data.catalog import cache_folder
+        from sparsejepa.environment import resolve_device
+        from sparsejepa.evaluation.probe import evaluate
 
-def probe(args: Probe, console: Console) -> dict[str, Any]:
-    """Probe, and print one row per run, data set, target and protocol."""
-    check_counts(args, "limit")
-    if not args.runs:
-        raise UserError("which run? Name run directories or timm:NAME after the verb")
-    if not args.data:
-        raise UserError(f"--data is needed: labelled images, {DATA}")
-    from sparsejepa.data.catalog import cache_folder
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.probe import evaluate
-
-    rows = evaluate(
-        args.runs,
-        split_names(args.data),
-        protocols=split_names(args.protocol),
-        targets=split_names(args.targets) or None,
-        pool=args.pool,
-        limit=args.limit,
-        img_size=image_size(args.images.img_size),
-        upscale=args.images.upscale,
-        seed=args.seed,
-        data_root=args.images.data_root,
-        cache_dir=cache_folder(None) / "floors",
-        device=resolve_device(args.device),
-        progress=console.print,
-    )
-    table = [
-        {
-            "encoder": row.encoder,
-            "data": row.data,
-            "target": row.target,
-            "protocol": row.protocol,
-            "accuracy %": _percent(row.accuracy, row.interval),
-            "untrained": _percent(row.untrained, row.untrained_interval),
-            "pixels": _percent(row.pixels, row.pixels_interval),
-            "chance": _percent(row.chance),
-        }
-        for row in rows
-    ]
-    show_rows(console, table)
-    console.print("Brackets: 95 % interval over the test images; it says nothing of other seeds.")
-    return {"probes": [row.to_dict() for row in rows]}
+        rows = evaluate(
+            self.runs,
+            _split(self.data),
+            protocols=_split(self.protocol),
+            targets=_split(self.targets) or None,
+            pool=self.pool,
+            limit=self.limit,
+            seed=self.seed,
+            cache_dir=cache_folder(None) / "floors",
+            device=resolve_device(self.device),
+            progress=console.print,
+            **self.images.keywords(),
+        )
+        table = [
+            {name: getattr(row, name) for name in ("encoder", "data", "target", "protocol")}
+            | {
+                "accuracy %": _percent(row.accuracy, row.interval),
+                "untrained": _percent(row.untrained, row.untrained_interval),
+                "pixels": _percent(row.pixels, row.pixels_interval),
+                "chance": _percent(row.chance),
+            }
+            for row in rows
+        ]
+        show_rows(console, table)
+        console.print("Brackets: 95 % interval over the test images, says nothing of other seeds.")
+        return {"probes": [row.to_dict() for row in rows]}
 
 
-def _percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
-    """Return a share (0 to 1) in percent, with its interval if there is one."""
-    if share is None:
-        return "-"
-    text = f"{100 * share:.1f}"
-    return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else text
-
-
-# explain and compare
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explain(Options, Verb):
     """Measure what a frozen encoder and its groups have learned, and show it on one page.
 
@@ -382,32 +325,45 @@ class Explain(Options, Verb):
     have no groups: they are fitted to the frozen tokens, and the page says so.
     """
 
-    run: Positional[str | None] = None
+    run: Positional[str]
     """Run directory or timm:NAME."""
-    data: str = ""
+    data: str
     """Images: a name (sparsejepa data list), hub:OWNER/NAME or a folder; labels, factors.csv and
     masks/ are used where there are any."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        from sparsejepa.encoders.encoder import FITTED
+        from sparsejepa.explain.run import METRICS, REPORT, run_explain, run_folder
 
-def explain(args: Explain, console: Console) -> dict[str, Any]:
-    """Explain, and print the verdict and the measures."""
-    args.check()
-    run = check_encoder(args.run)
-    if not args.data:
-        raise UserError(f"--data is needed: {DATA}")
-    from sparsejepa.encoders.encoder import FITTED
-    from sparsejepa.explain.run import METRICS, REPORT, run_explain, run_folder
+        about: Any = {"command": _command(), "say": console.print}
+        found = run_explain(self.run, self.data, options=self, **about)
+        out = self.out or run_folder(self.run)
+        _show_measures(console, found["measures"])
+        for line in (found["verdict"], *(f"- {remark}" for remark in found["remarks"])):
+            console.print(line)
+        if found["groups"]["post_hoc"]:
+            console.print(f"The fitted groups, for --groups of embed and export: {out / FITTED}")
+        console.print(f"The page: {out / REPORT}; the numbers: {out / METRICS}")
+        return found
 
-    found = run_explain(run, args.data, options=args, command=_command(), say=console.print)
-    out = args.out or run_folder(run)
-    _show_measures(console, found["measures"])
-    console.print(found["verdict"])
-    for remark in found["remarks"]:
-        console.print(f"- {remark}")
-    if found["groups"]["post_hoc"]:
-        console.print(f"The fitted groups, for --groups of embed and export: {out / FITTED}")
-    console.print(f"The page: {out / REPORT}; the numbers: {out / METRICS}")
-    return found
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Verb):
+    """Put two explained runs on one page: measures, maps and which group matches which."""
+
+    runs: Positional[tuple[Path, Path]]
+    """Two run directories (or folders of a report) that `explain` has read on the same data."""
+    out: Path | None = None
+    """Page to write; compare-NAME.html beside the first run's report if not given."""
+
+    def __call__(self, console: Console) -> dict[str, Any]:
+        from sparsejepa.explain.compare import compare_runs
+
+        found = compare_runs(*self.runs, out=self.out, command=_command())
+        console.print(found["verdict"])
+        _show_measures(console, found["measures"])
+        show_facts(console, found["groups"], f"The page: {found['out']}")
+        return found
 
 
 def _show_measures(console: Console, measures: list[dict[str, Any]]) -> None:
@@ -416,54 +372,108 @@ def _show_measures(console: Console, measures: list[dict[str, Any]]) -> None:
 
     for section in dict.fromkeys(row["section"] for row in measures):
         rows = [row for row in measures if row["section"] == section]
-        columns = list(dict.fromkeys(name for row in rows for name in row["values"]))
+        columns = dict.fromkeys(name for row in rows for name in row["values"])
         console.print(section, style="bold")
-        show_rows(
-            console,
-            [
-                {"measure": row["name"]}
-                | {name: estimate_text(row["values"].get(name)) for name in columns}
-                for row in rows
-            ],
-        )
+        texts = [{n: estimate_text(row["values"].get(n)) for n in columns} for row in rows]
+        named = zip(rows, texts, strict=True)
+        show_rows(console, [{"measure": row["name"], **text} for row, text in named])
 
 
-@dataclass(frozen=True)
-class Compare(Verb):
-    """Put two explained runs on one page: measures, maps and which group matches which."""
+@dataclass(frozen=True, kw_only=True)
+class Masks(Verb):
+    """Look at the masks that a grid and the mask flags give, or audit their coverage."""
 
-    runs: Positional[tuple[str, ...]] = ()
-    """Two run directories (or folders of a report) that `explain` has read on the same data."""
+    action: Positional[Literal["preview", "audit"]] = "preview"
+    """preview: a picture of some; audit: every patch's share against exact enumeration."""
+    img_size: tuple[int, ...] = (32,)
+    """Image size in pixels, one number or height and width."""
+    patch_size: int = 4
+    """Side of a patch in pixels."""
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    predictor_pass: Literal["blocks", "union"] = "blocks"
+    """As in pretrain: union merges the target blocks."""
+    batches: int = 200
+    """Steps of the audit, of 256 images each."""
+    count: int = 16
+    """Masks in the preview."""
+    seed: int = 0
+    """Seed of the masks."""
     out: Path | None = None
-    """Page to write; compare-NAME.html beside the first run's report if not given."""
+    """Picture of the preview; masks-preview.png if not given."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        _check_counts(self, "batches", "count")
+        if self.out and self.action == "audit":
+            raise UserError(f"--out {self.out}: an audit has no picture; leave it out")
+        size, patch = self.img_size or (32,), self.patch_size
+        config = Config(masks=self.masks).replace(
+            img_size=size, patch_size=patch, predictor_pass=self.predictor_pass
+        )
+        config.check().check_image((size[0], size[-1]))
+        from sparsejepa.model.audit import audit
+        from sparsejepa.study.page import mask_preview_figure, save_png
+        from sparsejepa.training.build import build_sampler
 
-def compare(args: Compare, console: Console) -> dict[str, Any]:
-    """Compare two runs."""
-    if len(args.runs) != 2:
-        raise UserError(f"compare takes two runs, got {len(args.runs)}")
-    from sparsejepa.explain.compare import compare_runs
-
-    first, second = (Path(run) for run in args.runs)
-    found = compare_runs(first, second, out=args.out, command=_command())
-    console.print(found["verdict"])
-    _show_measures(console, found["measures"])
-    show_facts(console, found["groups"], f"The page: {found['out']}")
-    return found
-
-
-# embed and export
+        sampler = build_sampler(config, (size[0] // patch, size[-1] // patch))
+        found: dict[str, Any] = {
+            "grid_size": list(sampler.grid_size),
+            "target_shapes": [list(shape) for shape in sampler.target_shapes],
+            "context_counts": list(sampler.context_counts),
+        }
+        if self.action == "audit":
+            result = audit(sampler, batch_size=256, batches=self.batches, seed=self.seed)
+            found |= result.summary()
+        else:
+            found["out"] = self.out or Path("masks-preview.png")
+            save_png(mask_preview_figure(sampler, self.count, self.seed), found["out"])
+        show_facts(console, found, f"masks {self.action}")
+        return found
 
 
 @dataclass(frozen=True)
+class Data(Verb):
+    """List the data sets, fetch some into the cache, or check what they hold."""
+
+    action: Positional[Literal["list", "get", "check"]] = "list"
+    """list: every name and where it lies; get: fetch and decode; check: say what it holds."""
+    names: Positional[tuple[str, ...]] = ()
+    """Names, hub:OWNER/NAME or folders, for get and check."""
+    images: Reading = field(default_factory=Reading)
+
+    def __call__(self, console: Console) -> dict[str, Any]:
+        from sparsejepa.data.catalog import describe, list_datasets
+
+        if self.action == "list":
+            rows = [asdict(row) for row in list_datasets(self.images.data_root)]
+            show_rows(console, rows)
+            return {"datasets": rows}
+        if not self.names:
+            raise UserError(f"data {self.action}: which one? Give {DATA}")
+        found = []
+        for name in self.names:
+            about = describe(name, **self.images.keywords())
+            found.append(about)
+            show_facts(console, {k: v for k, v in about.items() if k != "splits"}, name)
+            for split, values in about["splits"].items():
+                few = {
+                    f"classes, {key}": [f"{k}: {n}" for k, n in itertools.islice(x.items(), 10)]
+                    for key, x in values["classes"].items()
+                }
+                skipped = [f"{file} ({reason})" for file, reason in values["skipped"]]
+                few |= {"skipped": len(skipped), "first skipped": skipped[:10], "classes": None}
+                show_facts(console, values | few, f"{name}: {split}")
+        return {"datasets": found}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embed(Verb):
     """Write the features of images to a file, with file names, labels and group activations."""
 
     resumes = ()
 
-    run: Positional[str | None] = None
+    run: Positional[str]
     """Run directory, timm:NAME, hub:OWNER/NAME, or a file or folder of weights."""
-    data: str = ""
+    data: str
     """Images: a name (sparsejepa data list), hub:OWNER/NAME, a folder or tar shards."""
     out: Path = Path("features.parquet")
     """File to write: .parquet or .npz."""
@@ -480,328 +490,143 @@ class Embed(Verb):
     limit: int | None = None
     """Only this many images, at random."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, mps, cuda or cuda:N."""
     images: Reading = field(default_factory=Reading)
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        _check_counts(self, "limit")
+        from sparsejepa.data.catalog import load_dataset, only_streamed, stream_dataset
+        from sparsejepa.encoders.load import load
+        from sparsejepa.environment import resolve_device
+        from sparsejepa.evaluation import features
 
-def embed(args: Embed, console: Console) -> dict[str, Any]:
-    """Embed a data set and write one row per image."""
-    check_counts(args, "limit")
-    run = check_encoder(args.run)
-    if not args.data:
-        raise UserError(f"--data is needed: {DATA}")
-    from sparsejepa.encoders.load import load
-    from sparsejepa.environment import resolve_device
-    from sparsejepa.evaluation.features import check_path, embed_to, find_groups, say_enlarged
+        features.check_path(self.out)
+        encoder = load(self.run, resolve_device(self.device))
+        groups = features.find_groups(self.run, self.groups, encoder)
+        streamed = self.stream or only_streamed(self.data)
+        wanted, open_dataset = self.images.keywords(), stream_dataset if streamed else load_dataset
+        root = wanted.pop("data_root")
 
-    check_path(args.out)
-    encoder = load(run, resolve_device(args.device))
-    activations = find_groups(run, args.groups, encoder)
-    images = first_here(current(), lambda: _open(args, encoder, console.print)).subset(args.limit)
-    say_enlarged(encoder, images.img_size, args.data, console.print)
-    start = time.perf_counter()
-    found = embed_to(args.out, encoder, images, pool=args.pool, groups=activations)
-    facts = {
-        "out": args.out,
-        "encoder": encoder.name,
-        "license": encoder.license,
-        "data": args.data,
-        "split": args.split,
-        **found,
-        "targets": list(images.targets),
-        "seconds": time.perf_counter() - start,
-    }
-    show_facts(console, facts, f"wrote {args.out}")
-    if args.split == "train" and Path(args.data).expanduser().exists():
-        console.print("images of the test split are not in it: --split test")
-    return facts
+        def read(size: Any, upscale: bool) -> Any:
+            options: Any = {"img_size": size, "upscale": upscale, "data_root": root}
+            return open_dataset(self.data, self.split, **options)
 
-
-def _open(args: Embed, encoder: Encoder, say: Callable[[str], None]) -> Images:
-    """Open the images at the size that the flags, the run or the encoder give."""
-    from sparsejepa.data.catalog import load_dataset, only_streamed, stream_dataset
-    from sparsejepa.evaluation.features import read_fitting
-
-    open_dataset = stream_dataset if args.stream or only_streamed(args.data) else load_dataset
-
-    def read(size: tuple[int, int] | None, upscale: bool) -> Images:
-        return open_dataset(
-            args.data,
-            args.split,
-            img_size=size,
-            data_root=args.images.data_root,
-            upscale=upscale,
-        )
-
-    return read_fitting(
-        read,
-        args.data,
-        [args.run or ""],
-        lambda: [encoder.img_size],
-        img_size=image_size(args.images.img_size),
-        upscale=args.images.upscale,
-        say=say,
-    )
+        wanted |= {"sizes": lambda: [encoder.img_size], "say": console.print}
+        fitting = partial(features.read_fitting, read, self.data, [self.run], **wanted)
+        images = first_here(current(), fitting).subset(self.limit)
+        features.say_enlarged(encoder, images.img_size, self.data, console.print)
+        start = time.perf_counter()
+        found = features.embed_to(self.out, encoder, images, pool=self.pool, groups=groups)
+        facts = {"out": self.out, "encoder": encoder.name, "license": encoder.license}
+        facts |= {"data": self.data, "split": self.split, **found, "targets": list(images.targets)}
+        facts["seconds"] = time.perf_counter() - start
+        show_facts(console, facts, f"wrote {self.out}")
+        if self.split == "train" and Path(self.data).expanduser().exists():
+            console.print("images of the test split are not in it: --split test")
+        return facts
 
 
-FORMATS = ("timm", "transformers", "hub", "onnx")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Export(Verb):
     """Write an encoder and its groups for another program, and check what was written there."""
 
-    run: Positional[str | None] = None
+    run: Positional[str]
     """Run directory, timm:NAME, hub:OWNER/NAME, a folder or a file of weights."""
-    to: str = ""
+    to: Literal["timm", "transformers", "hub", "onnx"]
     """timm: timm.create_model; transformers: IJepaModel; hub: sparsejepa.load; onnx:
     onnxruntime."""
-    out: Path | None = None
+    out: Path
     """Folder to write."""
     groups: Path | None = None
     """Folder with the groups.safetensors to take, such as that of explain; the run's own if not
     given."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        from sparsejepa.encoders import export
+        from sparsejepa.encoders.load import load
 
-def export(args: Export, console: Console) -> dict[str, Any]:
-    """Export, and print the lines of Python that use the result."""
-    run = check_encoder(args.run)
-    if args.to not in FORMATS:
-        raise UserError(f"--to {args.to}: name one of {', '.join(FORMATS)}")
-    if args.out is None:
-        raise UserError("--out is needed: the folder to write")
-    from sparsejepa.encoders import export as exports
-    from sparsejepa.encoders.load import load
-
-    source = exports.Export(run, load(run), args.groups)
-    found = exports.write_export(source, args.to, args.out)
-    groups = source.groups
-    facts = {
-        "written": args.out,
-        "files": ", ".join(found["files"]),
-        "groups": "none" if groups is None else f"{len(groups.W)} of kind {groups.kind}",
-        "largest difference": f"{found['difference']:.1e}",
-        "license": source.encoder.license,
-    }
-    show_facts(console, facts, f"{args.run}: exported to {args.to}")
-    console.print(f"\n{found['use']}", soft_wrap=True)
-    if args.to == "hub":
-        again = shlex.join(["hf", "upload", "OWNER/NAME", str(args.out)])
-        console.print(f"to put it on the hub: {again}", soft_wrap=True)
-    kind = None if groups is None else groups.kind
-    return {"out": args.out, "to": args.to, "groups": kind, **found}
-
-
-# masks, data, info
-
-
-@dataclass(frozen=True)
-class Masks(Verb):
-    """Look at the masks that a grid and the mask flags give, or audit their coverage."""
-
-    action: Positional[Literal["preview", "audit"]] = "preview"
-    """preview: a picture of some; audit: every patch's share against exact enumeration."""
-    img_size: tuple[int, ...] = (32,)
-    """Image size in pixels, one number or height and width."""
-    patch_size: int = 4
-    """Side of a patch in pixels."""
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    predictor_pass: Literal["blocks", "union"] = "blocks"
-    """As in pretrain: union merges the target blocks."""
-    batch_size: int = 256
-    """Images per step of the audit."""
-    batches: int = 200
-    """Steps of the audit."""
-    count: int = 16
-    """Masks in the preview."""
-    seed: int = 0
-    """Seed of the masks."""
-    out: Path | None = None
-    """Picture of the preview; masks-preview.png if not given."""
-
-
-def masks(args: Masks, console: Console) -> dict[str, Any]:
-    """Draw some masks, or print how often each patch is used and how often it should be."""
-    check_counts(args, "batch_size", "batches", "count")
-    if args.out and args.action == "audit":
-        raise UserError(f"--out {args.out}: an audit has no picture; leave it out")
-    config = Config(masks=args.masks).replace(
-        img_size=args.img_size, patch_size=args.patch_size, predictor_pass=args.predictor_pass
-    )
-    size = image_size(args.img_size) or (32, 32)
-    config.check().check_image(size)
-    from sparsejepa.model.audit import audit
-    from sparsejepa.study.page import mask_preview_figure, save_png
-    from sparsejepa.training.build import build_sampler
-
-    grid = (size[0] // args.patch_size, size[1] // args.patch_size)
-    sampler = build_sampler(config, grid)
-    found: dict[str, Any] = {
-        "grid_size": list(grid),
-        "target_shapes": [list(shape) for shape in sampler.target_shapes],
-        "context_counts": list(sampler.context_counts),
-    }
-    if args.action == "audit":
-        result = audit(sampler, batch_size=args.batch_size, batches=args.batches, seed=args.seed)
-        found |= result.summary()
-    else:
-        found["out"] = args.out or Path("masks-preview.png")
-        save_png(mask_preview_figure(sampler, args.count, args.seed), found["out"])
-    show_facts(console, found, f"masks {args.action}")
-    return found
-
-
-@dataclass(frozen=True)
-class Data(Verb):
-    """List the data sets, fetch some into the cache, or check what they hold."""
-
-    action: Positional[Literal["list", "get", "check"]] = "list"
-    """list: every name and where it lies; get: fetch and decode; check: say what it holds."""
-    names: Positional[tuple[str, ...]] = ()
-    """Names, hub:OWNER/NAME or folders, for get and check."""
-    images: Reading = field(default_factory=Reading)
-
-
-def data(args: Data, console: Console) -> dict[str, Any]:
-    """List, fetch or check data sets."""
-    from sparsejepa.data.catalog import describe, list_datasets
-
-    if args.action == "list":
-        rows = [dataclasses.asdict(row) for row in list_datasets(args.images.data_root)]
-        show_rows(console, rows)
-        return {"datasets": rows}
-    if not args.names:
-        raise UserError(f"data {args.action}: which one? Give {DATA}")
-    size, found = image_size(args.images.img_size), []
-    for name in args.names:
-        about = describe(
-            name,
-            img_size=size,
-            data_root=args.images.data_root,
-            upscale=args.images.upscale,
-        )
-        found.append(about)
-        facts = {k: v for k, v in about.items() if k != "splits"}
-        show_facts(console, facts, name)
-        for split, values in about["splits"].items():
-            skipped = [f"skipped {file}: {reason}" for file, reason in values["skipped"]]
-            classes = {
-                key: _first([f"{label} {count}" for label, count in counts.items()], ", ")
-                for key, counts in values["classes"].items()
-            }
-            shown = values | {"classes": classes, "skipped": len(skipped)}
-            show_facts(console, shown, f"{name}: {split}")
-            if skipped:
-                console.print(_first(skipped, "\n"), markup=False)
-    return {"datasets": found}
-
-
-def _first(texts: list[str], between: str, most: int = 10) -> str:
-    """Join the first few texts, and say how many more there are."""
-    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return between.join([*texts[:most], *more])
+        source = export.Export(self.run, load(self.run), self.groups)
+        found = export.write_export(source, self.to, self.out)
+        kind = None if source.groups is None else source.groups.kind
+        facts = {"written": self.out, "files": found["files"], "groups": kind}
+        facts["largest difference"] = f"{found['difference']:.1e}"
+        facts["license"] = source.encoder.license
+        show_facts(console, facts, f"{self.run}: exported to {self.to}")
+        console.print(f"\n{found['use']}", soft_wrap=True)
+        if self.to == "hub":
+            again = shlex.join(["hf", "upload", "OWNER/NAME", str(self.out)])
+            console.print(f"to put it on the hub: {again}", soft_wrap=True)
+        return {"out": self.out, "to": self.to, "groups": kind, **found}
 
 
 @dataclass(frozen=True)
 class Info(Verb):
-    """Versions, hardware and presets; settings and last numbers of a run; architecture, licence and
-    groups of an encoder."""
+    """Show what is installed, or what a run or another encoder is."""
 
     run: Positional[str | None] = None
     """Run directory, timm:NAME, hub:OWNER/NAME, or a folder or file of weights."""
 
+    def __call__(self, console: Console) -> dict[str, Any]:
+        if self.run is None:
+            from sparsejepa.environment import environment
 
-def info(args: Info, console: Console) -> dict[str, Any]:
-    """Describe the installation, a run or an encoder."""
-    if args.run is None:
-        return _installation(console)
-    folder = Path(args.run)
-    if not (folder / "config.toml").exists():
-        return _show_encoder(args.run, console)
-    from sparsejepa.files import read_json
-    from sparsejepa.study.results import read_rows
-    from sparsejepa.training.loop import read_config
+            found: dict[str, Any] = {"environment": environment(), "presets": {}}
+            for name, one in PRESETS.items():
+                found["presets"][name] = {"about": one.about, "command": one.command}
+            show_facts(console, found["environment"], "environment")
+            show_facts(console, {n: x["about"] for n, x in found["presets"].items()}, "presets")
+            return found
+        folder = Path(self.run)
+        if not (folder / "config.toml").exists():
+            return _show_encoder(self.run, console)
+        from sparsejepa.encoders.encoder import refusing
+        from sparsejepa.files import read_json
+        from sparsejepa.study.results import read_rows
+        from sparsejepa.training.loop import read_config
 
-    config, last = read_config(folder), dict[str, Any]()
-    finished = (folder / "summary.json").exists()
-    try:
-        for row in read_rows(folder / "metrics.jsonl"):
-            last |= dict(row)
-        if finished:
-            last = dict(read_json(folder / "summary.json")["final"])
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError):
-        raise UserError(f"{folder}: its numbers are damaged; copy or train the run again") from None
-    found = {"run": folder, "finished": finished, "config": config.to_dict(), "last": last}
-    show_facts(console, config.flat(), f"{folder}: settings")
-    state = "finished" if finished else "not finished; continue with --resume"
-    show_facts(console, last, f"{folder}: {state}")
-    return found | (_show_encoder(args.run, console) if finished else {})
-
-
-def _installation(console: Console) -> dict[str, Any]:
-    """Show versions, hardware and presets."""
-    from sparsejepa.environment import environment
-
-    presets = {name: {"about": one.about, "command": one.command} for name, one in PRESETS.items()}
-    found: dict[str, Any] = {"environment": environment(), "presets": presets}
-    show_facts(console, found["environment"], "environment")
-    show_facts(console, {n: about["about"] for n, about in presets.items()}, "presets")
-    return found
+        config, last = read_config(folder), dict[str, Any]()
+        finished = (folder / "summary.json").exists()
+        with refusing(f"{folder}: its numbers are damaged", "copy or train the run again"):
+            for row in read_rows(folder / "metrics.jsonl"):
+                last |= dict(row)
+            if finished:
+                last = dict(read_json(folder / "summary.json")["final"])
+        unused = "epochs" if config.optim.steps else "steps"
+        settings = {name: value for name, value in config.flat().items() if name != unused}
+        show_facts(console, settings, f"{folder}: settings")
+        state = "finished" if finished else "not finished; continue with --resume"
+        show_facts(console, last, f"{folder}: {state}")
+        found = {"run": folder, "finished": finished, "config": config.to_dict(), "last": last}
+        return found | (_show_encoder(self.run, console) if finished else {})
 
 
 def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
-    """Show what an encoder is, and its groups."""
+    """Show architecture and licence of an encoder, and its groups."""
     from sparsejepa.encoders.encoder import load_groups
     from sparsejepa.encoders.load import folder_of, load
 
     encoder, folder = load(ref), folder_of(ref)
     groups = None if folder is None else load_groups(folder, encoder.grid_size)
-    found: dict[str, Any] = {
-        "encoder": ref,
-        **encoder.architecture,
-        "parameters": sum(p.numel() for p in encoder.model.parameters()),
-        "license": encoder.license,
-        "groups": None if groups is None else groups.kind,
-    }
+    found: dict[str, Any] = {"encoder": ref, **encoder.architecture}
+    found["parameters"] = sum(p.numel() for p in encoder.model.parameters())
+    found |= {"license": encoder.license, "groups": None if groups is None else groups.kind}
     if groups is not None:
-        norms = groups.block_norms()
-        found |= {
-            "num_groups": len(groups.W),
-            "density": float((norms > 0).float().mean()),
-        }
+        density = float((groups.block_norms() > 0).float().mean())
+        found |= {"num_groups": len(groups.W), "density": density}
     show_facts(console, found, f"{ref}: encoder")
     return {"architecture": found}
 
 
-# What verbs share
-
-
-def split_names(names: str) -> list[str]:
-    """Return the names between commas."""
+def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def image_size(numbers: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return height and width from what --img-size was given."""
-    Config().replace(img_size=numbers).check()
-    return (numbers[0], numbers[-1]) if numbers else None
-
-
-def check_counts(verb: Verb, *names: str) -> None:
+def _check_counts(verb: Verb, *names: str) -> None:
     """Raise UserError unless the fields `names` are at least 1 or not given."""
     for name in names:
         value = getattr(verb, name)
         if value is not None and value < 1:
             raise UserError(f"{flag(name)} {value}: must be at least 1")
-
-
-def check_encoder(ref: str | None) -> str:
-    """Return the encoder's name. Raises UserError if there is none."""
-    if not ref:
-        raise UserError("which encoder? Name a run directory or timm:NAME after the verb")
-    return ref
 
 
 def _command() -> str:
@@ -811,25 +636,20 @@ def _command() -> str:
 
 def show_facts(console: Console, facts: Mapping[str, Any], title: str) -> None:
     """Print names and values in two columns, nested names joined."""
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows: list[tuple[str, Any]] = []
     for name, value in facts.items():
-        rows = value.items() if isinstance(value, Mapping) else [("", value)]
-        for inner, item in rows:
-            table.add_row(f"{name} {inner}".strip().replace("_", " "), _text(item))
+        inner = value if isinstance(value, Mapping) else {"": value}
+        rows += [(f"{name} {key}".strip(), item) for key, item in inner.items()]
     console.print(title, style="bold")
-    console.print(table)
+    show_rows(console, [{"": name.replace("_", " "), " ": item} for name, item in rows])
 
 
 def show_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print dictionaries with the same keys as a table, numbers to the right."""
+    """Print dictionaries with the same keys as a table."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in rows[0] if rows else ():
-        number = isinstance(rows[0][name], int | float)
-        table.add_column(name.replace("_", " "), justify="right" if number else "left")
+    names = [name.replace("_", " ") for name in rows[0]] if rows else []
+    table = Table(*names, box=None, padding=(0, 2, 0, 0), show_header=any(map(str.strip, names)))
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console.print(table)
@@ -846,16 +666,13 @@ def _text(value: Any) -> str:
     return "-" if value in (None, "", [], ()) else str(value).replace("\n", "\\n")
 
 
-VERBS: dict[str, tuple[type[Verb], Callable[[Any, Any], dict[str, Any]]]] = {
-    "demo": (Demo, demo),
-    "pretrain": (Pretrain, pretrain),
-    "probe": (Probe, probe),
-    "sweep": (Sweep, sweep),
-    "explain": (Explain, explain),
-    "compare": (Compare, compare),
-    "masks": (Masks, masks),
-    "data": (Data, data),
-    "embed": (Embed, embed),
-    "export": (Export, export),
-    "info": (Info, info),
-}
+def _percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
+    """Return a share (0 to 1) in percent, with its interval if there is one."""
+    if share is None:
+        return "-"
+    text = f"{100 * share:.1f}"
+    return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else text
+
+
+_ALL = (Demo, Pretrain, Probe, Sweep, Explain, Compare, Masks, Data, Embed, Export, Info)
+VERBS: dict[str, type[Verb]] = {verb.__name__.lower(): verb for verb in _ALL}

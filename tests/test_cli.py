@@ -50,7 +50,7 @@ def error_line(status: int, out: str, err: str) -> str:
 def test_program_help_names_every_verb() -> None:
     done = run("--help")
     assert done.returncode == 0 and not done.stderr
-    for name, (verb, _) in VERBS.items():
+    for name, verb in VERBS.items():
         assert name in done.stdout
         assert verb.__doc__
     assert run().stdout == done.stdout
@@ -73,7 +73,7 @@ def test_verb_help_names_every_flag(name: str, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--json" in text
-    if issubclass(VERBS[name][0], Settings):
+    if issubclass(VERBS[name], Settings):
         missing = [
             n for n in flat_fields() if n != "data" and f"--{n.replace('_', '-')}" not in text
         ]
@@ -119,10 +119,10 @@ MISTAKES = [
     ("sweep scenes --lam 0 x", "--lam"),
     ("sweep scenes --lam 0.1 -0.1", "--lam -0.1"),
     ("sweep scenes --seeds 0", "--seeds 0"),
-    ("probe", "which run?"),
-    ("probe runs/a", "--data is needed"),
+    ("probe", "Missing from sparsejepa probe: --data"),
+    ("probe runs/a", "Missing from sparsejepa probe: --data"),
     ("probe runs/a --data scenes --limit 0", "--limit 0: must be at least 1"),
-    ("embed", "which encoder?"),
+    ("embed", "Missing from sparsejepa embed: RUN"),
     ("embed runs/a --data scenes --limit -3", "--limit -3: must be at least 1"),
     ("masks preview --count 0", "--count 0: must be at least 1"),
     ("data lisst", "'lisst'"),
@@ -159,7 +159,7 @@ def test_defaults_come_from_the_preset_then_the_file_then_the_flags(tmp_path: Pa
     file = tmp_path / "a.toml"
     file.write_text('preset = "nano"\ndata = "cifar10"\n[groups]\nlam = 0.5\nnum_groups = 8\n')
     args = cli.parse(["pretrain", "--config", str(file), "--num-groups", "4"])
-    config = args.settings(args.data)
+    config = args.settings()
     assert (config.data, config.preset) == ("cifar10", "nano")
     assert config.model.encoder == "nano"  # the preset's
     assert (config.groups.lam, config.groups.num_groups) == (0.5, 4)
@@ -168,13 +168,13 @@ def test_defaults_come_from_the_preset_then_the_file_then_the_flags(tmp_path: Pa
 
     file.write_text(tomli_w.dumps(config.to_dict()))
     again = cli.parse(["pretrain", f"--config={file}"])
-    assert again.settings(again.data) == config
+    assert again.settings() == config
     # So does that of an earlier version, whose settings that are gone have the value of all runs.
     older = config.to_dict()
     older["groups"] |= {"balance": 0.03, "w_lr_sum": 60.0, "stem": "linear", "vicreg": [0.0, 0.0]}
     file.write_text(tomli_w.dumps(older))
     again = cli.parse(["pretrain", f"--config={file}"])
-    assert again.settings(again.data) == config
+    assert again.settings() == config
     assert Config.from_dict(older) == config
     with pytest.raises(UserError, match="--w-lr-sum: this setting was taken out"):
         config.replace(w_lr_sum=60.0)
@@ -186,16 +186,16 @@ def test_defaults_come_from_the_preset_then_the_file_then_the_flags(tmp_path: Pa
 def test_sizes_of_an_encoder_in_files_of_earlier_versions(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text('data = "cifar10"\n[model]\nencoder_dims = [24, 2, 3]\nencoder = "tiny"\n')
-    config = cli.parse(["pretrain", f"--config={file}"]).settings("cifar10")
+    config = cli.parse(["pretrain", "cifar10", f"--config={file}"]).settings()
     assert config.model.encoder == "24,2,3" and config.encoder_shape == (24, 2, 3)
 
 
 def test_every_setting_can_be_given_as_a_flag() -> None:
-    words = "x --img-size 32 48 --no-flip --groups none --lam 0 --density 0.5 --context-counts 9 12"
+    words = "x --img-size 32 48 --no-flip --groups none --density 0.5 --context-counts 9 12"
     args = cli.parse(["pretrain", *words.split(), "--data-root", "/data", "--ema", "0.99"])
-    config = args.settings(args.data)
+    config = args.settings()
     expected = Config(data="x").replace(
-        img_size=(32, 48), flip=False, groups="none", lam=0.0, density=0.5,
+        img_size=(32, 48), flip=False, groups="none", density=0.5,
         context_counts=(9, 12), data_root=Path("/data"), ema=0.99,
     )  # fmt: skip
     assert config == expected
@@ -205,21 +205,21 @@ def test_a_sweep_takes_lists_and_keeps_the_other_group_settings() -> None:
     words = "sweep x --lam 0.1 1 --density 0.2 0.4 --num-groups 8 --seed 3"
     args = cli.parse(words.split())
     assert (args.lam, args.density) == ((0.1, 1.0), (0.2, 0.4))
-    config = args.settings(args.data)
+    config = args.settings()
     assert config == Config(data="x").replace(num_groups=8, seed=3)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, result: Any) -> None:
     """Put a verb of that outcome in the place of info."""
 
-    def function(args: Any, console: Any) -> dict[str, Any]:
+    def function(self: Any, console: Any) -> dict[str, Any]:
         console.print("for people")
         if isinstance(result, BaseException):
             raise result
         return result
 
-    monkeypatch.setitem(VERBS, "info", (Info, function))
-    monkeypatch.setitem(VERBS, "pretrain", (Pretrain, function))
+    monkeypatch.setattr(Info, "__call__", function)
+    monkeypatch.setattr(Pretrain, "__call__", function)
 
 
 @pytest.mark.parametrize(
@@ -315,10 +315,9 @@ def test_dry_run_says_what_a_run_would_be_and_writes_nothing(photos: Path) -> No
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
     assert (plan["data"], plan["steps"], plan["train_images"]) == ("photos", 3, 64)
-    assert plan["patches"] == 64 and plan["context_counts"] == [16, 20, 24]
+    assert plan["patches"] == 64
     assert plan["minutes"] > 0
     assert plan["would_write"] == "runs/photos-lam=0.01-s0"
-    assert "context counts" in done.stderr and "16, 20, 24" in done.stderr
     assert {path.name for path in photos.iterdir()} == {"photos", "cache"}
 
 

@@ -34,7 +34,7 @@ def test_a_recipes_command_is_its_settings(name: str) -> None:
         return
     assert words[:2] == ["sparsejepa", "sweep"]
     args = cli.parse(words[1:])
-    assert args.settings(args.data) == config
+    assert args.settings() == config
     data = tuple(args.data_eval.split(",")) if args.data_eval else (config.data,)
     assert probes == Probes(data, limit=args.probe_limit)
 

@@ -224,7 +224,8 @@ def plain(encoder: Encoder) -> Encoder:
 def _load_folder(path: Path) -> Encoder:
     """Load a folder by what its config.json says; what is unknown is read as a run directory."""
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    encoder = _transformers_folder(path, config) if "model_type" in config else load_run(path)
+    foreign = isinstance(config, dict) and "model_type" in config
+    encoder = _transformers_folder(path, config) if foreign else load_run(path)
     if encoder.license is None and (path / CARD).is_file():
         card = (path / CARD).read_text(encoding="utf-8", errors="replace")
         head = card.split("\n---")[0] if card.startswith("---\n") else ""

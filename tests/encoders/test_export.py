@@ -255,9 +255,9 @@ def test_the_verb_says_how_the_export_is_used(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "which encoder? Name a run directory or timm:NAME after the verb"),
-        (["RUN", "--to", "tim", "--out", "OUT"], "--to tim: name one of timm, transformers, hub"),
-        (["RUN", "--to", "timm"], "--out is needed: the folder to write"),
+        ([], "Missing from sparsejepa export: RUN"),
+        (["RUN", "--to", "tim", "--out", "OUT"], "invalid choice 'tim' for argument '--to'"),
+        (["RUN", "--to", "timm"], "Missing from sparsejepa export: --out PATH"),
         (["GONE", "--to", "timm", "--out", "OUT"], "no such run directory"),
         (["OPEN", "--to", "timm", "--out", "OUT"], "the run is unfinished; --resume it"),
     ],

@@ -157,8 +157,8 @@ def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("explain", "which encoder?"),
-        ("explain {run}", "--data is needed"),
+        ("explain", "Missing from sparsejepa explain: RUN"),
+        ("explain {run}", "Missing from sparsejepa explain: --data"),
         ("explain {run} --data {data} --factors colour", "no factor 'colour'"),
         ("explain nowhere --data {data}", "nowhere: no such run directory"),
         ("explain {dense} --data {data} --num-groups 97", "has 96 latents; take 1 to 96"),
@@ -167,7 +167,7 @@ def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
         ("explain {run} --data {data} --limit 0", "--limit 0: must be at least 1"),
         ("explain {run} --data {data} --img-size 1 2 3", "--img-size"),
         ("explain {run} --data {data} --limit 8", "8 train images are too few"),
-        ("compare {run}", "compare takes two runs, got 1"),
+        ("compare {run}", "Expected 2 values"),
         ("compare {run} {run}", "the same folder"),
         ("compare {region} {dense}", "run sparsejepa explain first"),
     ],
