@@ -58,7 +58,7 @@ def associations(
         return [[] for _ in activations.T]
     size = counts[present, None]
     spread = np.sqrt((n + 1) / (12 * size * (n - size)))
-    ranks = rankdata(activations, axis=0)
+    ranks = np.asarray(rankdata(activations, axis=0))
     starts = np.cumsum(size) - size[:, 0]
 
     def auc(order: np.ndarray) -> np.ndarray:

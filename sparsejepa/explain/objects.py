@@ -103,7 +103,7 @@ def mean_best_overlap(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
     found = np.full(len(true), np.nan)
     for i, (t, p) in enumerate(zip(true, predicted, strict=True)):
-        both = contingency_matrix(t.ravel(), p.ravel())
+        both = np.asarray(contingency_matrix(t.ravel(), p.ravel()))
         overlap = both / (both.sum(1, keepdims=True) + both.sum(0) - both)
         best = overlap.max(1)[np.unique(t) > 0]
         if len(best):

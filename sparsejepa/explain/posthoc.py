@@ -173,6 +173,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
         Returns {"learned": R^2 of this fit, "unpenalised": R^2, "random": [R^2, ...]}.
         """
         learned = torch.as_tensor(self.block_norms_ > 0)
+        groups, latents = learned.shape
 
         def other(number: int) -> float:
             params = {**self.get_params(), "lam": 0.0, "density": None}
@@ -181,7 +182,7 @@ class PostHocGroups(TransformerMixin, BaseEstimator):
             if number:
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed)
-                    pattern = random_pattern(*learned.shape, self.density_, learned)
+                    pattern = random_pattern(groups, latents, self.density_, learned)
             fitted = type(self)(**params)._fit(tokens_train, pattern)
             fitted.random_state = self.random_state  # for the masks of the score
             return fitted.score(tokens_test)

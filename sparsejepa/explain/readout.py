@@ -199,10 +199,11 @@ def build_columns(
     under = Readout.under
     # The units of PCA are the axes themselves.
     rotated = [Readout(x @ axes.T, under(pca, x).vectors) for x in (z, z_test)]
-    random = under(theirs, before), under(theirs, after)
     return {
         RUN: Column(W, under(W, z), under(W, z_test), own, scale),
-        UNTRAINED: Column(theirs, *random, patches, fresh_scale),
+        UNTRAINED: Column(
+            theirs, under(theirs, before), under(theirs, after), patches, fresh_scale
+        ),
         PCA: Column(pca, *rotated, other, scale),
     }
 
