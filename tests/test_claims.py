@@ -138,9 +138,11 @@ def test_growth_compares_the_gains_of_two_recipes() -> None:
 
 
 def test_explained_measures_are_judged_by_their_floors() -> None:
-    values: dict[str, dict[str, float | None]] = {"this run": {"value": 0.2, "low": 0.1, "high": 0.3},
-              "PCA": {"value": 0.0, "low": -0.1, "high": 0.05},
-              "places": {"value": 0.5, "low": 0.4, "high": 0.6}}  # fmt: skip
+    values: dict[str, dict[str, float | None]] = {
+        "this run": {"value": 0.2, "low": 0.1, "high": 0.3},
+        "PCA": {"value": 0.0, "low": -0.1, "high": 0.05},
+        "places": {"value": 0.5, "low": 0.4, "high": 0.6},
+    }
     page = {"run": "a", "measures": [{"name": "gap", "values": values}]}
     study = make_study([], explain=[page])
     values["narrow"] = {"value": 0.1, "low": None, "high": None}  # no interval: says nothing

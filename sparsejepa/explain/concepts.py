@@ -58,12 +58,12 @@ def associations(
         return [[] for _ in activations.T]
     size = counts[present, None]
     spread = np.sqrt((n + 1) / (12 * size * (n - size)))
-    ranks = np.asarray(rankdata(activations, axis=0))
+    ranks = rankdata(activations, axis=0)
     starts = np.cumsum(size) - size[:, 0]
 
     def auc(order: np.ndarray) -> np.ndarray:
         """[K, G], from the images in the order of their labels."""
-        total = np.add.reduceat(ranks[order], starts, axis=0)
+        total = np.add.reduceat(ranks.take(order, axis=0), starts, axis=0)
         return (total - size * (size + 1) / 2) / (size * (n - size))
 
     value = auc(np.argsort(labels, kind="stable"))

@@ -198,13 +198,13 @@ def build_columns(
     after, (patches,) = read(fresh, test, [theirs], fresh_scale)
     under = Readout.under
     # The units of PCA are the axes themselves.
-    rotated = [Readout(x @ axes.T, under(pca, x).vectors) for x in (z, z_test)]
+    first, second = (Readout(x @ axes.T, under(pca, x).vectors) for x in (z, z_test))
     return {
         RUN: Column(W, under(W, z), under(W, z_test), own, scale),
         UNTRAINED: Column(
             theirs, under(theirs, before), under(theirs, after), patches, fresh_scale
         ),
-        PCA: Column(pca, *rotated, other, scale),
+        PCA: Column(pca, first, second, other, scale),
     }
 
 
