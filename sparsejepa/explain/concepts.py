@@ -71,7 +71,7 @@ def associations(
     largest = [((auc(rng.permutation(n)) - 0.5) / spread).max() for _ in range(permutations)]
     chance = np.minimum(0.5 + np.quantile(largest, 0.95) * spread[:, 0], 1.0)
     return [
-        [(str(names[present[i]]), float(value[i, g]), float(chance[i])) for i in order]
+        [(str(names[int(present[i])]), float(value[i, g]), float(chance[i])) for i in order]
         for g, order in enumerate(np.argsort((0.5 - value) / spread, axis=0, kind="stable").T)
     ]
 
