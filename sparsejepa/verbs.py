@@ -7,7 +7,6 @@ what it needs when it runs; nothing heavy is imported with this module.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 import sys
 import time
@@ -455,13 +454,11 @@ class Data(Verb):
             found.append(about)
             show_facts(console, {k: v for k, v in about.items() if k != "splits"}, name)
             for split, values in about["splits"].items():
-                few = {
-                    f"classes, {key}": [f"{k}: {n}" for k, n in itertools.islice(x.items(), 10)]
-                    for key, x in values["classes"].items()
-                }
-                skipped = [f"{file} ({reason})" for file, reason in values["skipped"]]
-                few |= {"skipped": len(skipped), "first skipped": skipped[:10], "classes": None}
-                show_facts(console, values | few, f"{name}: {split}")
+                shown = dict(values)
+                for key, counts in shown.pop("classes").items():
+                    shown[f"classes, {key}"] = _first([f"{k}: {n}" for k, n in counts.items()])
+                shown["skipped"] = _first([f"{file} ({why})" for file, why in values["skipped"]])
+                show_facts(console, shown, f"{name}: {split}")
         return {"datasets": found}
 
 
@@ -615,6 +612,12 @@ def _show_encoder(ref: str, console: Console) -> dict[str, Any]:
         found |= {"num_groups": len(groups.W), "density": density}
     show_facts(console, found, f"{ref}: encoder")
     return {"architecture": found}
+
+
+def _first(texts: list[str], most: int = 10) -> list[str]:
+    """Return the first few texts, and how many more there are."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return [*texts[:most], *more]
 
 
 def _split(names: str) -> list[str]:

@@ -115,7 +115,7 @@ def test_describe_is_plain(tmp_path: Path, save: Save, capsys: pytest.CaptureFix
     assert result["img_size"] == [8, 8] and len(result["mean"]) == len(result["std"]) == 3
     assert main(["data", "check", str(tmp_path / "d")]) == 0
     out = capsys.readouterr().out
-    assert "b 4" in out and "a/broken.png: not an image" in out
+    assert "a: 4, b: 4" in out and "a/broken.png (not an image)" in out
 
 
 def test_list_of_data_sets(tmp_path: Path, save: Save):
