@@ -114,7 +114,7 @@ class Pretrain(Settings):
     resume: FlagCreatePairsOff[bool] = False
     """Go on with the run in --out, with its own settings."""
     dry_run: FlagCreatePairsOff[bool] = False
-    """Only say what would be done: time, memory, mask counts, files."""
+    """Only say what would be done, and how long it would take; nothing is written."""
 
     def __call__(self, console: Console) -> dict[str, Any]:
         if self.resume and not self.data:
