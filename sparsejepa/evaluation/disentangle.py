@@ -7,7 +7,7 @@ are real [n, L], factors whole numbers [n, F]: classes, not measured quantities.
 Code units. By default each column is a unit. `units` [L] names the unit 0..U-1 of each column, for
 instance the group of each of the P outputs of a group map: redundant codes score near 0 column by
 column by construction, and the question about groups is whether *groups* are disentangled. A unit
-counts as its best column in MIG and SAP and as the sum of its importances in DCI.
+counts as its best column in MIG and as the sum of its importances in DCI.
 
 Intervals are those of a jackknife over points (`folds` parts, 0 for none); nothing is refitted. In
 a simulation they were 0.6 to 1.8 times as wide as the values scatter. A factor with a single value
@@ -122,41 +122,12 @@ def mig(points: Points, *, folds: int = FOLDS, random_state: int = 0) -> Estimat
 
     def score(rows: np.ndarray) -> float:
         information, entropy = _mutual_informations(cells[rows], points.factors[rows], points.units)
-        known = np.full_like(entropy, np.nan)
-        np.divide(_gap(information.T), entropy, out=known, where=entropy > 1e-12)
+        best, known = np.sort(information, 0), np.full_like(entropy, np.nan)
+        np.divide(best[-1] - best[-2], entropy, out=known, where=entropy > 1e-12)
         return float(known.mean())
 
     about: Any = {"folds": folds, "random_state": random_state, "note": points.note}
     return jackknife(score, len(cells), **about)[0]
-
-
-def sap(
-    train: Points, codes: Any, factors: Any, *, folds: int = FOLDS, random_state: int = 0
-) -> Estimate:
-    """Return the separated attribute predictability (Kumar et al. 2018), 0 to 1: 1 is best.
-
-    Per factor, test accuracy of the best unit minus that of the second best, each predicting from
-    one column; averaged over factors. Not defined for a single unit.
-
-    The classifier gives the class of the nearest class mean (linear discriminant analysis with
-    equal priors; a constant column gives the most frequent class). The reference fits one-vs-rest
-    linear support vector machines (balanced, C = 0.01), which cannot tell a class in the middle of
-    a line: for ordered factors with many levels our accuracies, and gaps, are larger.
-    """
-    codes, factors = train.test(codes, factors)
-    if lack := train.lack(units=2):
-        return undefined(lack)
-    hits = [
-        _nearest_mean(train, fitted, codes) == true[:, None]
-        for fitted, true in zip(train.factors.T, factors.T, strict=True)
-    ]
-
-    def score(rows: np.ndarray) -> float:
-        gaps = [_gap(_best_per_unit(hit[rows].mean(0), train.units)) for hit in hits]
-        return float(np.mean(gaps))
-
-    about: Any = {"folds": folds, "random_state": random_state, "note": train.note}
-    return jackknife(score, len(codes), **about)[0]
 
 
 def dci(
@@ -199,8 +170,8 @@ def dci(
             random_state=random_state,
         ).fit(fitted_on, fitted)
         hits.append(forest.predict(tested_on) == true)
-        parts = forest.estimators_
-        per_tree.append([_sum_per_unit(tree.feature_importances_, train.units) for tree in parts])
+        importances = [tree.feature_importances_ for tree in forest.estimators_]
+        per_tree.append([np.bincount(train.units, importance) for importance in importances])
     shares, right = np.array(per_tree), np.mean(hits, axis=0)  # [F, trees, U] and [n]
 
     def concentrations(some: np.ndarray) -> list[float]:
@@ -232,16 +203,12 @@ def disentanglement(
 ) -> dict[str, Estimate]:
     """Return all measures by name; `quick` leaves out the three of DCI.
 
-    SAP and DCI fit on the training points and score the test points. MIG fits nothing and uses the
-    training points, of which the reference has more (10,000 against 5,000).
+    DCI fits on the training points and scores the test points, MIG uses the training points alone.
     """
     options: dict[str, Any] = {"folds": folds, "random_state": random_state}
-    train, test = Points(train_codes, train_factors, units), (test_codes, test_factors)
-    scores = {"mig": mig(train, **options), "sap": sap(train, *test, **options)}
-    if not quick:
-        found = dci(train, *test, **options)
-        scores |= {f"dci_{name}": found[name] for name in DCI}
-    return scores
+    train = Points(train_codes, train_factors, units)
+    found = {} if quick else dci(train, test_codes, test_factors, **options)
+    return {"mig": mig(train, **options), **{f"dci_{name}": found[name] for name in found}}
 
 
 # --- what they are made of ------------------------------------------------------------------------
@@ -272,49 +239,15 @@ def _mutual_informations(
         of_codes, of_factor = _c_log_c(joint.sum(2)).sum(1), _c_log_c(joint[0].sum(0)).sum()
         found = (_c_log_c(joint).sum((1, 2)) - of_codes - of_factor) / n + np.log(n)
         found[found < 1e-12] = 0  # rounding; none is negative
-        information.append(_best_per_unit(found, units))
+        best = np.full(units.max() + 1, -np.inf)
+        np.maximum.at(best, units, found)
+        information.append(best)
         entropy.append(np.log(n) - of_factor / n)
     return np.stack(information, 1), np.array(entropy)
 
 
 def _c_log_c(counts: np.ndarray) -> np.ndarray:
     return counts * np.log(np.maximum(counts, 1))
-
-
-def _best_per_unit(values: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Return the largest value of each unit [U] from values of columns [L]."""
-    best = np.full(units.max() + 1, -np.inf)
-    np.maximum.at(best, units, values)
-    return best
-
-
-def _sum_per_unit(values: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Return the sum over each unit's columns [..., U] of values [..., L]."""
-    order = np.argsort(units, kind="stable")
-    starts = np.searchsorted(units[order], np.arange(units.max() + 1))
-    return np.add.reduceat(values[..., order], starts, axis=-1)
-
-
-def _gap(values: np.ndarray) -> np.ndarray:
-    """Return the largest minus the second largest along the last axis."""
-    ordered = np.partition(values, -2, axis=-1)
-    return ordered[..., -1] - ordered[..., -2]
-
-
-def _nearest_mean(train: Points, fitted: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return the class of the nearest class mean of each of test codes [m, L], [m, L]."""
-    labels, index, counts = np.unique(fitted, return_inverse=True, return_counts=True)
-    member = (index == np.arange(len(labels))[:, None]).astype(float)
-    means = member @ train.codes / counts[:, None]
-    order = np.argsort(means, 0)
-    means = np.take_along_axis(means, order, 0)
-    borders = (means[1:] + means[:-1]) / 2
-    predicted = np.empty(codes.shape, np.int64)
-    for column in range(len(train.dead)):
-        nearest = np.searchsorted(borders[:, column], codes[:, column])
-        predicted[:, column] = order[nearest, column]
-    predicted[:, train.dead] = counts.argmax()
-    return labels[predicted]
 
 
 def _concentration(shares: np.ndarray) -> float:

@@ -36,7 +36,6 @@ def total_correlation(
     *,
     blocks: Any = None,
     copula: bool = True,
-    correct: bool = True,
     resamples: int = 200,
     random_state: int = 0,
 ) -> Estimate:
@@ -44,8 +43,8 @@ def total_correlation(
 
     With a covariance S it is 1/2 [sum_j log S_jj - log det S]: no data with normal margins and
     these correlations have less. With ``copula`` each dimension is ranked first and takes normal
-    scores, so that no monotone change of a dimension matters. With ``correct`` the exact bias
-    (`wishart_bias`) is subtracted; then a value near 0 can come out negative.
+    scores, so that no monotone change of a dimension matters. The exact bias (`wishart_bias`) is
+    subtracted, so a value near 0 can come out negative.
 
     Args:
         blocks: [D] labels; the total correlation *between* the blocks of equal label,
@@ -84,8 +83,7 @@ def total_correlation(
     if eigenvalues[0] < SINGULAR:
         return undefined("infinite: a dimension is a linear function of the others")
     value = -np.log(eigenvalues).sum() / 2
-    if correct:
-        value -= wishart_bias(n, d) - sum(wishart_bias(n, size) for size in sizes)
+    value -= wishart_bias(n, d) - sum(wishart_bias(n, size) for size in sizes)
     # Without point i, log det of the scatter falls by -log(1 - leverage of i): nothing is refitted.
     starts = np.cumsum([0, *sizes[:-1]])
     whole = 1 - ((white @ axes) ** 2 / eigenvalues).sum(1) / (n - 1)

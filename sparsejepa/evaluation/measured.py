@@ -30,7 +30,6 @@ FACTORS = "scenes:single"
 FACTOR_IMAGES = 2_000, 1_000
 """Training and test images of those."""
 Codes = tuple[np.ndarray, np.ndarray]
-"""Of training and test images."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Measured:
 
     `W` [G, P, D] is the run's map, None for a dense run; `train` and `test` are images of the first
     data set, as they are probed; `target` names the labels that are asked for. The untrained twin
-    has the weights of `seed`; the random latents and the probes of "kept" have `random_state`,
-    equal for all runs.
+    has the weights of `seed`.
     """
 
     encoder: Encoder
@@ -48,9 +46,8 @@ class Measured:
     train: ImageSet
     test: ImageSet
     target: str
-    seed: int = 0
-    random_state: int = 0
-    scored_on: str = "test"
+    seed: int
+    scored_on: str
 
     @cached_property
     def untrained(self) -> Encoder:
@@ -65,7 +62,7 @@ class Measured:
     def information(self) -> dict[str, Any]:
         """Return total correlation in nats (copula, bias removed) and RankMe on test images.
 
-        Where the former is not defined (too few images, a dimension twice) ``note`` says why.
+        Where the former is not defined ``note`` says why.
         """
         twin = embed(self.untrained, self.test).x
         found = total_correlation(self.tested, resamples=0)
@@ -118,21 +115,15 @@ class Measured:
 
     def kept(self) -> dict[str, Any]:
         """Return `kept_curve` on the target."""
-        train, test = (
-            Labelled(x, images.targets[self.target].values)
-            for x, images in (
-                (embed(self.encoder, self.train).x, self.train),
-                (self.tested, self.test),
-            )
-        )
-        device = self.encoder.device
+        x, new = embed(self.encoder, self.train).x, self.tested
+        y, wanted = (part.targets[self.target].values for part in (self.train, self.test))
         return {
             "data": self.train.name,
             "target": self.target,
             "scored_on": self.scored_on,
-            **kept_curve(train, test, self.W, random_state=self.random_state, device=device),
-            "n_train": len(train.y),
-            "n_test": len(test.y),
+            **kept_curve((x, y), (new, wanted), self.W, self.encoder.device),
+            "n_train": len(y),
+            "n_test": len(wanted),
         }
 
 
@@ -157,7 +148,6 @@ def measure(
     limit: int | None = None,
     holdout: int = 0,
     seed: int = 0,
-    random_state: int = 0,
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Return the measures `names` of an encoder, each a dictionary of plain values.
@@ -166,7 +156,7 @@ def measure(
         names: of `MEASURES`.
         W: the run's map [G, P, D], None for a dense run.
         data, targets, limit, holdout: as for `evaluate`; the first target is the one of "kept".
-        seed: of the untrained twin's weights; `random_state` is the seed of `evaluate`.
+        seed: of the untrained twin's weights; what else is drawn is the same for all runs.
         settings: as for `load_dataset`.
 
     Raises UserError for an unknown measure, and as `evaluate`.
@@ -175,10 +165,10 @@ def measure(
     if not names:
         return {}
     train, test = load_splits(data, holdout, **settings)
-    train, target = train.subset(limit, random_state), choose_targets(train, test, targets)[0]
+    train, target = train.subset(limit, 0), choose_targets(train, test, targets)[0]
     W = None if W is None else W.detach().float().cpu()
     scored_on = "holdout" if holdout else "test"
-    about = Measured(encoder, W, train, test, target, seed, random_state, scored_on)
+    about = Measured(encoder, W, train, test, target, seed, scored_on)
     return {name: MEASURES[name](about) for name in names}
 
 
@@ -192,51 +182,34 @@ def _standardised(encoder: Encoder, train: ImageSet, test: ImageSet) -> Codes:
 # --- what is left when only some groups are kept ------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Features x [n, D] of images with labels y [n]."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-
 def kept_curve(
-    train: Labelled,
-    test: Labelled,
-    W: Tensor | None,
-    *,
-    random_state: int = 0,
-    device: torch.device | str = "cpu",
+    train: Codes, test: Codes, W: Tensor | None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Return the accuracy of the logistic probe on ever fewer latents.
 
-    With W [G, P, D] groups go from the least used on (by their share of ||W||^2), and a latent
-    stays while a kept group reads it; without W (None) the latents of least variance go. Each row
-    of the curve, from all to few:
+    `train` and `test` are features [n, D] and labels [n]. With W [G, P, D] groups go from the least
+    used on (by their share of ||W||^2), and a latent stays while a kept group reads it; without W
+    (None) the latents of least variance go. Each row of the curve, from all to few:
 
     * ``groups`` (None without W) and ``latents`` kept, and the ``accuracy`` of a probe fitted on
       the latents; None if there is none left;
-    * ``random_latents``, ``pca``: on as many latents drawn at random, and on as many principal
-      components of all standardised latents (scaled as they are: all of them are the latents).
-
-    `random_state` is the seed of the random latents (each row's lie within those of the row before)
-    and of the probes.
+    * ``random_latents``, ``pca``: on as many latents drawn at random (they lie within those of the
+      row before), and on as many principal components of all standardised latents.
     """
-    space = Standardized(train.x, device)
-    width = train.x.shape[1]
-    order = np.random.default_rng([random_state % 2**64, width]).permutation(width)
+    (x, y), (new, wanted) = train, test
+    space, width = Standardized(x, device), x.shape[1]
+    order = np.random.default_rng([0, width]).permutation(width)
     found: dict[Any, float] = {}
 
-    def probed(key: Any, x: Any, new: np.ndarray) -> float | None:
+    def probed(key: Any, features: Any, new: np.ndarray) -> float | None:
         """Return the accuracy on these features, fitted once for each key."""
         if key and key not in found:
-            probe = LogisticProbe(random_state=random_state, device=device).fit(x, train.y)
-            found[key] = probe.score(new, test.y)
+            found[key] = LogisticProbe(device=device).fit(features, y).score(new, wanted)
         return found.get(key)
 
     def on_latents(latents: np.ndarray) -> float | None:
         key = tuple(np.sort(latents).tolist())
-        return probed(key, space if len(key) == width else train.x[:, key], test.x[:, key])
+        return probed(key, space if len(key) == width else x[:, key], new[:, key])
 
     curve = [
         {
@@ -244,9 +217,9 @@ def kept_curve(
             "latents": len(latents),
             "accuracy": on_latents(latents),
             "random_latents": on_latents(order[: len(latents)]),
-            "pca": probed(len(latents), leading(space, len(latents)), test.x),
+            "pca": probed(len(latents), leading(space, len(latents)), new),
         }
-        for groups, latents in _selections(train.x, W)
+        for groups, latents in _selections(x, W)
     ]
     return {"order": "variance" if W is None else "groups", "curve": curve}
 

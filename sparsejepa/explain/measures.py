@@ -119,8 +119,6 @@ ABOUT = {
     "same fit with as many connections in random places, which the learned pattern must beat",
     "MIG": "gap between the two units that know most of a factor (Chen et al. 2018); higher is "
     "better",
-    "SAP": "gap between the two units that predict a factor best (Kumar et al. 2018); higher is "
-    "better",
     "DCI: disentanglement": "each unit predicts one factor (Eastwood and Williams 2018), forest of "
     "30 trees; higher is better",
     "DCI: completeness": "each factor is predicted by one unit; higher is better",
@@ -268,7 +266,6 @@ def disentanglement_rows(x: Reading) -> Iterator[Row]:
 
 DISENTANGLEMENT = {
     "mig": "MIG",
-    "sap": "SAP",
     "dci_disentanglement": "DCI: disentanglement",
     "dci_completeness": "DCI: completeness",
     "dci_informativeness": "DCI: informativeness",
