@@ -42,6 +42,7 @@ NOT_RUN = {
     r"make\b": "sets up .venv from the network",
     r"(python3? -m )?(venv|pip)\b": "installs from the network",
     r"(torchrun|srun)\b": "several processes: tests/training/test_distributed.py starts them",
+    r"HOST=\$\(scontrol\b": "asks SLURM for the name of a machine",
     r"sparsejepa demo\b": "minutes: tests/study runs the quick one from end to end",
     r"python bench/\w+\.py": "minutes: tests/test_bench.py runs each at a tiny size",
     r"python recipes/(run|search)\.py .*--budget": "minutes: tests/test_runner.py, test_search.py",
