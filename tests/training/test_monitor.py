@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import sparsejepa as sj
 from sparsejepa.config import Config
 from sparsejepa.errors import Interrupted, UserError
 from sparsejepa.study import pretrain
@@ -138,6 +139,18 @@ def test_a_tracker_that_is_unknown_missing_or_does_not_start_is_named(
 
 
 # --- what stops a run -----------------------------------------------------------------------------
+
+
+def test_a_run_reports_what_embed_finds(folder: Path, tmp_path: Path) -> None:
+    """The last numbers are those of the finished target encoder on the chosen training images."""
+    run = pretrain(config_of(folder, precision="fp32"), out=tmp_path / "run")
+    row = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    found = sj.embed(sj.load(str(run.path)), str(folder))
+    order = monitor.choose_images(found.x, 2048)
+    x = np.asarray(found.x)[order]
+    assert row["rankme"] == pytest.approx(rankme(x), rel=1e-4)
+    assert row["std_mean"] == pytest.approx(x.std(0).mean(), rel=1e-4)
+    assert row["std_min"] == pytest.approx(x.std(0).min(), rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
