@@ -83,12 +83,13 @@ def associations(
 class Matching:
     """Groups of two models matched one to one: `pairs` [k, 2] with their `correlations` [k].
 
-    `chance` is the mean correlation of matched pairs that permuted images give, `chance_high` its
-    95 % quantile over permutations.
+    `matrix` [G1, G2] holds all correlations. `chance` is the mean correlation of matched pairs
+    that permuted images give, `chance_high` its 95 % quantile over permutations.
     """
 
     pairs: np.ndarray
     correlations: np.ndarray
+    matrix: np.ndarray
     chance: float
     chance_high: float
 
@@ -109,16 +110,17 @@ def match_groups(
     rng = np.random.default_rng(random_state)
     images = right.reshape(*b.shape[:2], -1)
 
-    def matched(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def matched(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         matrix = np.clip(left.T @ points, -1, 1)
         rows, columns = linear_sum_assignment(matrix, maximize=True)
-        return np.stack([rows, columns], 1), matrix[rows, columns]
+        return matrix, np.stack([rows, columns], 1), matrix[rows, columns]
 
     draws = [
-        matched(images[rng.permutation(len(images))].reshape(right.shape))[1].mean()
+        matched(images[rng.permutation(len(images))].reshape(right.shape))[2].mean()
         for _ in range(permutations)
     ]
-    return Matching(*matched(right), float(np.mean(draws)), float(np.quantile(draws, 0.95)))
+    matrix, pairs, found = matched(right)
+    return Matching(pairs, found, matrix, float(np.mean(draws)), float(np.quantile(draws, 0.95)))
 
 
 def _standard(activations: np.ndarray) -> np.ndarray:

@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
-from sparsejepa.data.images import ImageSet
+from sparsejepa.data.images import DeviceImages, ImageSet
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.classifiers import LogisticProbe
 from sparsejepa.evaluation.disentangle import disentanglement
@@ -23,12 +24,34 @@ from sparsejepa.evaluation.information import (
     overlap_information,
     total_correlation,
 )
-from sparsejepa.evaluation.stats import Estimate, from_draws
-from sparsejepa.explain import objects, readout
+from sparsejepa.evaluation.stats import Estimate, bootstrap_weights, from_draws
+from sparsejepa.explain import objects
 from sparsejepa.explain.concepts import SilenceEffect, silence_effects
 from sparsejepa.explain.options import Options
-from sparsejepa.explain.readout import FITTED_IMAGES, PCA, RUN, SHUFFLED, Columns, Subject
+from sparsejepa.explain.readout import (
+    ALL,
+    CEILING,
+    DIRECTIONS,
+    FITTED_IMAGES,
+    KMEANS,
+    PCA,
+    PLACES,
+    RANDOM,
+    RUN,
+    SHUFFLED,
+    UNTRAINED,
+    Column,
+    Columns,
+    Subject,
+    fitting_tokens,
+    read_tokens,
+)
+from sparsejepa.model.jepa import make_targets
+from sparsejepa.training.build import build_sampler
 from sparsejepa.training.monitor import rankme
+
+PREDICTED_IMAGES = 1_000
+"""Images whose hidden patches are predicted, at most."""
 
 Values = Mapping[str, Estimate]
 Labels = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -72,8 +95,9 @@ class Reading:
         return silence_effects(probe, run.test.z, test, self.subject.W)
 
 
-FITTED_R2 = "held-out R² of fitted groups"
+HIDDEN, FITTED_R2 = "R² of hidden patches", "held-out R² of fitted groups"
 SILENCED = "accuracy lost by silencing a group"
+GROUP_UNITS = "Disentanglement, groups as units"
 ABOUT = {
     "density": "share of (group, latent) blocks that are not zero",
     "groups per latent": "mean number of groups that a latent feeds; 1 is disjoint",
@@ -89,9 +113,10 @@ ABOUT = {
     "overlap of W": "closed form: multi-information of the groups W^(g) z + 0.1 noise for "
     "independent latents z ~ N(0, I), so what the overlap of W alone creates; 0 for disjoint "
     "groups",
-    FITTED_R2: "share of the variance of hidden tokens around their place's mean that the groups "
-    "predict from the context; random zeros: the same fit with as many connections in random "
-    "places, which the learned pattern must beat",
+    HIDDEN: "share of the variance of hidden tokens around their place's mean that "
+    "the groups predict from the context; 0 knows the place only",
+    FITTED_R2: "the groups were fitted to frozen tokens; random zeros: the "
+    "same fit with as many connections in random places, which the learned pattern must beat",
     "MIG": "gap between the two units that know most of a factor (Chen et al. 2018); higher is "
     "better",
     "DCI: disentanglement": "each unit predicts one factor (Eastwood and Williams 2018), forest of "
@@ -152,23 +177,67 @@ def information_rows(x: Reading) -> Iterator[Row]:
             raw = z * scale.pooled_std.numpy() + scale.pooled_mean.numpy()
             numbers["RankMe"] = rankme(raw)
         numbers["total correlation, groups"] = total_correlation(column.test.activations)
-        if name != readout.UNTRAINED:  # it has the run's W
+        if name != UNTRAINED:  # it has the run's W
             numbers["overlap of W"] = overlap_information(column.W)
     yield from make_rows("Information", found)
 
 
 def prediction_rows(x: Reading) -> Iterator[Row]:
-    """Held-out R^2 of masked prediction by fitted groups, and by the same fit with random zeros."""
-    if x.subject.estimator is None or x.options.quick:
-        return
-    scores = x.subject.estimator.random_pattern_scores(
-        readout.fitting_tokens(x.subject.encoder, x.train, FITTED_IMAGES),
-        readout.fitting_tokens(x.subject.encoder, x.test, FITTED_IMAGES // 2),
-    )
-    fits = scores["random"]
-    chance = Estimate(sum(fits) / len(fits), min(fits), max(fits), f"range of {len(fits)} fits")
-    found = {RUN: scores["learned"], readout.RANDOM: chance, readout.ALL: scores["unpenalised"]}
-    yield from make_rows("Masked prediction", {k: {FITTED_R2: e} for k, e in found.items()})
+    """Held-out R^2 of masked prediction: of the run's own groups, or of fitted ones."""
+    section, subject = "Masked prediction", x.subject
+    if subject.groups is not None and subject.config is not None:
+        found = masked_r2(subject, x.test.subset(PREDICTED_IMAGES))
+        yield from make_rows(section, {RUN: {HIDDEN: found}})
+    elif subject.estimator is not None and not x.options.quick:
+        scores = subject.estimator.random_pattern_scores(
+            fitting_tokens(subject.encoder, x.train, FITTED_IMAGES),
+            fitting_tokens(subject.encoder, x.test, FITTED_IMAGES // 2),
+        )
+        fits = scores["random"]
+        chance = Estimate(sum(fits) / len(fits), min(fits), max(fits), f"range of {len(fits)} fits")
+        numbers = {RUN: scores["learned"], RANDOM: chance, ALL: scores["unpenalised"]}
+        yield from make_rows(section, {name: {FITTED_R2: e} for name, e in numbers.items()})
+
+
+@torch.no_grad()
+def masked_r2(
+    subject: Subject, images: ImageSet, *, batch_size: int = 128, resamples: int = 200
+) -> Estimate:
+    """Return R^2 of the predictions of hidden patches by the groups that a run was trained with.
+
+    As in training, the groups see the latents of the context alone and predict the run's targets,
+    by default the normalised tokens of the whole image; the EMA encoder serves as context and as
+    target encoder. SST is around the mean token of each *place*: to know where a patch lies scores
+    0. The interval resamples images.
+    """
+    assert subject.groups is not None and subject.config is not None
+    encoder, device = subject.encoder, subject.encoder.device
+    model: Any = encoder.model
+    groups = subject.groups.to(device)
+    source = DeviceImages(images, device)
+    sampler = build_sampler(subject.config, encoder.grid_size)
+    N = encoder.grid_size[0] * encoder.grid_size[1]
+
+    targets, errors = [], []
+    for step, index in enumerate(torch.arange(len(images)).split(batch_size)):
+        pixels = encoder.pixels(source.take(index))
+        masks = sampler.sample(len(index), seed=0, step=step, device=device)
+        hidden = torch.ones(len(index), N, device=device).scatter_(1, masks.context, 0)
+        query = hidden.argsort(dim=1, descending=True, stable=True)
+        query = query[:, : N - masks.context.shape[1]]
+        target = make_targets(model, pixels, subject.config.loss.predict)
+        wanted = target.gather(1, query[..., None].expand(-1, -1, target.shape[-1]))
+        predicted = groups(model(pixels, masks.context), masks.context, query)
+        error = (predicted - wanted).square().sum(-1)
+        errors.append(torch.full_like(hidden, torch.nan).scatter_(1, query, error).cpu())
+        targets.append(target.half().cpu())
+    wanted, error = torch.cat(targets).float(), torch.cat(errors)  # error: NaN at the context
+    spread = (wanted - wanted.mean(0)).square().sum(-1).masked_fill(error.isnan(), 0)
+    # Sums over the places of each image, [n].
+    top, bottom = (x.double().numpy().sum(1) for x in (error.nan_to_num(), spread))
+    weights = bootstrap_weights(len(images), resamples)
+    draws = 1 - weights @ top / np.maximum(weights @ bottom, 1e-12)
+    return from_draws(1 - top.sum() / max(bottom.sum(), 1e-12), draws)
 
 
 def disentanglement_rows(x: Reading) -> Iterator[Row]:
@@ -192,7 +261,7 @@ def disentanglement_rows(x: Reading) -> Iterator[Row]:
         latents[name] = scores(column.train.z, column.test.z)
         groups[name] = scores(*both, units=np.repeat(np.arange(G), P))
     yield from make_rows("Disentanglement, latents as units", latents)
-    yield from make_rows("Disentanglement, groups as units", groups)
+    yield from make_rows(GROUP_UNITS, groups)
 
 
 DISENTANGLEMENT = {
@@ -249,7 +318,7 @@ def factor_rows(x: Reading) -> Iterator[Row]:
         )
 
 
-def _best_group(column: readout.Column, train: np.ndarray, test: np.ndarray) -> Estimate:
+def _best_group(column: Column, train: np.ndarray, test: np.ndarray) -> Estimate:
     """I(g; factor) on test images of the group that has most of it on training images."""
     found = [mutual_information(a, train, resamples=0).value for a in column.train.activations.T]
     best = int(np.argmax([-np.inf if value is None else value for value in found]))
@@ -269,7 +338,7 @@ def silencing_rows(x: Reading) -> Iterator[Row]:
         f"share of {next(iter(x.labels))} labels that a linear probe no longer gets when what one "
         "group reads is projected out, mean over groups; random directions: of equal rank",
         "",
-        {RUN: from_draws(drop, draws), readout.DIRECTIONS: chance},
+        {RUN: from_draws(drop, draws), DIRECTIONS: chance},
     )
 
 
@@ -282,16 +351,14 @@ def object_rows(x: Reading) -> Iterator[Row]:
         return
     encoder, seed, G = x.subject.encoder, x.options.seed, len(x.subject.W)
     grid, scale = encoder.grid_size, x.columns[RUN].scale
-    kept, tokens = readout.read_tokens(encoder, x.test, scale)
+    kept, tokens = read_tokens(encoder, x.test, scale)
     groupings: dict[str, np.ndarray] = {}  # the group of each patch, [m, N]
     if x.subject.kind != "region":
         for name, column in x.columns.items():
             groupings[name] = objects.assign_patches(column.patches[kept].astype(np.float32))
-    train = readout.read_tokens(encoder, x.train, scale, part=2)[1]
-    groupings[readout.KMEANS] = objects.kmeans_patches(
-        train.reshape(-1, train.shape[2]), tokens, G, seed
-    )
-    groupings[readout.PLACES] = objects.position_blocks(grid, len(kept), G, seed)
+    train = read_tokens(encoder, x.train, scale, part=2)[1]
+    groupings[KMEANS] = objects.kmeans_patches(train.reshape(-1, train.shape[2]), tokens, G, seed)
+    groupings[PLACES] = objects.position_blocks(grid, len(kept), G, seed)
     if RUN in groupings:
         groupings[SHUFFLED] = np.random.default_rng(seed).permuted(groupings[RUN], axis=1)
 
@@ -304,8 +371,8 @@ def object_rows(x: Reading) -> Iterator[Row]:
         found[name] |= {f"same group, {key}": e for key, e in shared.items()}
     # Object pixels alone count for FG-ARI, so there the best cut gives no patch to the background.
     best = objects.patch_labels(masks, grid, background=False)
-    found[readout.CEILING] = objects.object_scores(masks, owner, grid)
-    found[readout.CEILING]["FG-ARI"] = objects.object_scores(masks, best, grid)["FG-ARI"]
+    found[CEILING] = objects.object_scores(masks, owner, grid)
+    found[CEILING]["FG-ARI"] = objects.object_scores(masks, best, grid)["FG-ARI"]
     pairs = objects.pair_information(tokens, owner, grid, seed)
     known = {f"I(patch; patch), {key}": e for key, e in pairs.items()}
     found[RUN] = found.get(RUN, {}) | known

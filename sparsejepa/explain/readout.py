@@ -47,8 +47,10 @@ REFERENCES = (*FLOORS, ALL, CEILING)
 
 FLAT = 1e-6
 """Latents with a smaller spread than this share of the largest are constant: they stay 0."""
-KEPT_IMAGES, FITTED_IMAGES = 1_000, 2_000
-"""Test images whose tokens are kept, and training images that groups are fitted on, at most."""
+KEPT_IMAGES = 1_000
+"""Test images whose tokens are kept, at most; of training images half as many."""
+FITTED_IMAGES = 2_000
+"""Training images that groups are fitted on, at most."""
 TOKEN_BYTES = 256 * 2**20
 """Memory of the tokens of either, at most."""
 MAX_GROUPS = 254
@@ -103,12 +105,17 @@ def open_subject(ref: str, train: ImageSet, options: Options, device: str = "cpu
 def fit_groups(encoder: Encoder, train: ImageSet, options: Options) -> PostHocGroups:
     """Fit groups to an encoder's tokens of training images.
 
-    Raises UserError for a number of groups that its latents do not allow.
+    Raises UserError if the encoder has fewer latents than groups are asked for.
     """
     D, G = encoder.embed_dim, options.num_groups
     most = min(D, MAX_GROUPS)
     if not 1 <= G <= most:
         raise UserError(f"--num-groups {G}: {encoder.name} has {D} latents; take 1 to {most}")
+    if options.groups == "feature" and D % G:
+        raise UserError(
+            f"--num-groups {G} does not divide the {D} latents of {encoder.name}; take another "
+            "number, or --groups concept"
+        )
     return PostHocGroups(
         num_groups=G,
         kind=options.groups,
@@ -207,7 +214,10 @@ def principal_axes(z: np.ndarray) -> np.ndarray:
 
 
 def _runs_of(axes: np.ndarray, num_groups: int, group_dim: int) -> np.ndarray:
-    """Give group g the g-th run of axes: [G, P', D], P' = P, or fewer if there are not enough."""
+    """Give group g the g-th run of principal axes: [G, P', D], P' = P unless G P exceeds D.
+
+    With more groups than axes the last ones are zero.
+    """
     D = len(axes)
     width = max(1, min(group_dim, D // num_groups))
     padded = np.pad(axes, ((0, max(0, num_groups - D)), (0, 0)))

@@ -27,12 +27,32 @@ from sparsejepa.environment import environment, resolve_device
 from sparsejepa.errors import UserError
 from sparsejepa.evaluation.features import read_fitting
 from sparsejepa.evaluation.stats import Estimate
-from sparsejepa.explain import measures, readout
 from sparsejepa.explain.concepts import Gallery, make_gallery, patch_maps
-from sparsejepa.explain.measures import Labels, Reading, Row, Values
+from sparsejepa.explain.measures import (
+    FITTED_R2,
+    GROUP_UNITS,
+    HIDDEN,
+    SECTIONS,
+    SILENCED,
+    Labels,
+    Reading,
+    Row,
+    Values,
+    independent,
+)
 from sparsejepa.explain.options import Options
 from sparsejepa.explain.page import ExplainPage, write_explain_page
-from sparsejepa.explain.readout import RUN, Subject
+from sparsejepa.explain.readout import (
+    DIRECTIONS,
+    FLOORS,
+    RANDOM,
+    RUN,
+    Subject,
+    build_columns,
+    evenly,
+    open_subject,
+    short_name,
+)
 from sparsejepa.files import save_tensors, write_text
 from sparsejepa.training.checkpoint import train_version
 
@@ -76,24 +96,24 @@ def run_explain(
     with part("images"):
         train, test = _images(ref, data, options, say)
         labels, remarks = _labels(train, test)
-        remarks += measures.independent(labels)[1]
-    if out.is_dir() or out != Path(ref):  # else there is no such run
+        remarks += independent(labels)[1]
+    if options.out or out.is_dir() or is_public(ref):  # else there is no such run
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):  # better before the work than after it
             raise UserError(f"{out}: cannot write a report there; name another folder with --out")
     with part("encoder and groups"):
-        subject = readout.open_subject(ref, train, options, device)
+        subject = open_subject(ref, train, options, device)
     with part("reading images"):
-        columns = readout.build_columns(subject, train, test, options)
+        columns = build_columns(subject, train, test, options)
         reading = Reading(subject, options, train, test, labels, columns)
     rows: list[Row] = []
-    for name, section in measures.SECTIONS.items():
+    for name, section in SECTIONS.items():
         with part(name):
             rows += section(reading)
     with part("groups"):
         gallery = make_gallery(subject, columns[RUN], test, labels, reading.silenced)
     text, more = verdict(subject, rows)
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     metrics = {
         "format": 1,
         "sparsejepa": __version__,
@@ -122,8 +142,11 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files of a report, and return the metrics as they are read again."""
     subject, test = x.subject, x.test
-    maps = patch_maps(subject, x.columns[RUN])[readout.evenly(len(test), MATCHED_IMAGES)]
-    tensors = {"activations": torch.from_numpy(maps)}
+    maps = patch_maps(subject, x.columns[RUN])[evenly(len(test), MATCHED_IMAGES)]
+    tensors = {
+        "activations": torch.from_numpy(maps),
+        "block_norms": torch.from_numpy(subject.norms),
+    }
     save_tensors(out / ACTIVATIONS, tensors, {"fingerprint": test.fingerprint})
     if subject.estimator is not None:
         subject.estimator.save(out / FITTED)
@@ -133,7 +156,7 @@ def _write(
     trained = {} if subject.config is None else subject.config.replace(data_root=None).to_dict()
     about = found["environment"]
     page = ExplainPage(
-        title=f"What {readout.short_name(subject.ref)} has learned",
+        title=f"What {short_name(subject.ref)} has learned",
         subtitle=_subtitle(subject, found["data"], x.train, test),
         verdict=found["verdict"],
         remarks=found["remarks"],
@@ -166,12 +189,16 @@ def _plain(value: Any) -> Any:
 
 def run_folder(ref: str) -> Path:
     """Return where the report of an encoder goes if no folder is named: the run directory."""
-    public = ref.startswith(("timm:", "hub:"))
-    if not public and not Path(ref).is_file():
+    if not is_public(ref) and not Path(ref).is_file():
         return Path(ref)
-    name = ref.partition(":")[2] if public else Path(ref).name
+    name = ref.partition(":")[2] if is_public(ref) else Path(ref).name
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
     return Path("runs") / f"explain-{name}"
+
+
+def is_public(ref: str) -> bool:
+    """Whether an encoder is named by where it is published, not by a path."""
+    return ref.startswith(("timm:", "hub:"))
 
 
 def _images(
@@ -183,22 +210,22 @@ def _images(
     """
 
     def both(size: tuple[int, int] | None, upscale: bool) -> list[ImageSet]:
-        given: dict[str, Any] = {"img_size": size, "data_root": options.data_root}
-        given |= {"upscale": upscale, "factors": options.factor_names}
-        train = load_dataset(data, "train", **given)
-        test = load_dataset(data, "test", truth=True, **given)
-        most = options.limit, options.test_limit
-        return [x.subset(n, options.seed) for x, n in zip((train, test), most, strict=True)]
+        return [
+            load_dataset(
+                data,
+                split,
+                img_size=size,
+                data_root=options.data_root,
+                upscale=upscale,
+                truth=split == "test",
+                factors=options.factor_names,
+            ).subset(most, options.seed)
+            for split, most in (("train", options.limit), ("test", options.test_limit))
+        ]
 
-    train, test = read_fitting(
-        both,
-        data,
-        [ref],
-        lambda: [load(ref).img_size],
-        img_size=options.size,
-        upscale=options.upscale,
-        say=say,
-    )
+    size, upscale = options.size, options.upscale
+    own = lambda: [load(ref).img_size]  # noqa: E731
+    train, test = read_fitting(both, data, [ref], own, img_size=size, upscale=upscale, say=say)
     for images, flag in ((train, "--limit"), (test, "--test-limit")):
         if len(images) < LEAST_IMAGES:
             raise UserError(
@@ -217,13 +244,15 @@ def _labels(train: ImageSet, test: ImageSet) -> tuple[Labels, list[str]]:
     for name in [name for name in train.targets if name in test.targets]:
         both = train.targets[name].values, test.targets[name].values
         levels = [len(np.unique(values)) for values in both]
-        if min(levels) > 1 and max(levels) <= least / 2:
-            found[name] = both
-        else:
+        if min(levels) < 2:
+            left_out.append(f"'{name}' has one value only here, so nothing is measured on it.")
+        elif max(levels) > least / 2:
             left_out.append(
-                f"'{name}' has {max(levels):,} values for {least:,} images, so nothing is measured "
-                "on it: it takes at least two values, and two images of each."
+                f"'{name}' has {max(levels):,} values for {least:,} images, too many to measure "
+                "anything on; use more images or a coarser label."
             )
+        else:
+            found[name] = both
     return found, left_out
 
 
@@ -235,13 +264,14 @@ def _label(test: ImageSet, image: int) -> str:
 
 
 def _subtitle(subject: Subject, data: str, train: ImageSet, test: ImageSet) -> str:
+    vit = subject.encoder
     groups = f"{len(subject.W)} {subject.kind} groups"
     if subject.groups is None:
         groups += ", fitted to the frozen encoder after training (it has none of its own)"
-    patches = "{}x{}".format(*subject.encoder.grid_size)
+    rows, cols = vit.grid_size
     return (
-        f"Encoder of {subject.encoder.embed_dim} latents and {patches} patches, {groups}; read on "
-        f"{data}, {len(train):,} training and {len(test):,} test images of "
+        f"Encoder of {vit.embed_dim} latents and {rows}x{cols} patches, {groups}; read on {data}, "
+        f"{len(train):,} training and {len(test):,} test images of "
         f"{test.img_size[0]}x{test.img_size[1]} pixels."
     )
 
@@ -257,35 +287,41 @@ def verdict(subject: Subject, rows: Sequence[Row]) -> tuple[str, list[str]]:
     there are no masks, how well the groups predict; and whether to silence one matters.
     """
     on = subject.norms > 0
-    # Of measures with two units of code the rows of groups come last.
-    named = {r.name: r.values for r in rows if RUN in r.values and r.values[RUN].value is not None}
-    text = (
+    first = (
         f"W keeps {100 * on.mean():.0f} % of the connections between latents and groups "
         f"({on.sum(0).mean():.1f} of {len(on)} groups per latent)"
     )
-    if "MIG" in named:  # its interval is over images; DCI's is over the trees of one fit
-        text += f", and as units of code its groups {against_floors('have a MIG', named['MIG'])}. "
+    # MIG, as its interval is over images; DCI's is over the trees of one fit.
+    mig = next((r.values for r in rows if (r.section, r.name) == (GROUP_UNITS, "MIG")), {})
+    if mig and mig[RUN].value is not None:
+        first += f", and as units of code its groups {against_floors('have a MIG', mig)}"
     else:
-        text += "; without labels nothing is known of what the groups stand for. "
-    measure = next((m for m in ("FG-ARI", "mBO") if m in named), None)
-    r2 = named.get(measures.FITTED_R2)
-    if measure:
-        text += against_floors(f"As segments of objects they reach an {measure}", named[measure])
-    elif r2 and (r2[RUN].value or 0) > 0:
-        text += f"From the context they predict {100 * (r2[RUN].value or 0):.0f} % of the variance "
-        text += "of hidden patches that their place does not tell"
-    elif r2:
-        text += "From the context they predict hidden patches no better than their place does"
-    else:
-        text += "There are no object masks and no prediction to judge the groups of patches by"
-    if silenced := named.get(measures.SILENCED):
-        cost, chance = silenced[RUN], silenced[readout.DIRECTIONS]
-        how = "not clearly more than random directions of equal rank"
+        first += "; without labels nothing is known of what the groups stand for"
+    named = {row.name: row.values for row in rows if RUN in row.values}
+    return f"{first}. {_on_images(subject, named)}.", _remarks(subject, named)
+
+
+def _on_images(subject: Subject, named: Mapping[str, Values]) -> str:
+    text = "There are no object masks and no prediction to judge the groups of patches by"
+    r2 = named.get(HIDDEN) or named.get(FITTED_R2) or {}
+    defined = (m for m in ("FG-ARI", "mBO") if m in named and named[m][RUN].value is not None)
+    measure = next(defined, None)
+    if measure and subject.kind != "region":
+        text = against_floors(f"As segments of objects they reach an {measure}", named[measure])
+    elif r2 and (value := r2[RUN].value) is not None:
+        text = "From the context they predict hidden patches no better than their place does"
+        if value > 0:
+            text = f"From the context they predict {100 * value:.0f} % of the variance of hidden "
+            text += "patches that their place does not tell"
+    if SILENCED in named and (cost := named[SILENCED][RUN]).value is not None:
+        chance = named[SILENCED][DIRECTIONS]
+        text += "; to silence one costs the probe "
         if _above(cost, chance):
-            how = f"{100 * (cost.value or 0):.1f} points on average, random directions of equal "
-            how += f"rank {100 * (chance.value or 0):.1f}"
-        text += f"; to silence one costs the probe {how}"
-    return f"{text}.", _remarks(subject, named)
+            text += f"{100 * cost.value:.1f} points on average, random directions of equal rank "
+            text += f"{100 * (chance.value or 0):.1f}"
+        else:
+            text += "not clearly more than random directions of equal rank"
+    return text
 
 
 def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
@@ -295,8 +331,8 @@ def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
             "The groups were fitted to the frozen encoder by masked prediction; the encoder was "
             "not trained with them."
         )
-        fitted = named.get(measures.FITTED_R2)
-        if fitted and not _above(fitted[RUN], fitted[readout.RANDOM]):
+        fitted = named.get(FITTED_R2)
+        if fitted and not _above(fitted[RUN], fitted[RANDOM]):
             remarks.append(
                 "The learned pattern of zeros predicts hidden patches no better than random "
                 "patterns like it: do not read meaning into which latent feeds which group."
@@ -318,7 +354,7 @@ def _remarks(subject: Subject, named: Mapping[str, Values]) -> list[str]:
 def against_floors(what: str, values: Values) -> str:
     """Return "WHAT of 0.31, clearly above every floor (the best, PCA: 0.22)" and the like."""
     run = values[RUN]
-    floors = {k: e for k, e in values.items() if k in readout.FLOORS and e.value is not None}
+    floors = {k: e for k, e in values.items() if k in FLOORS and e.value is not None}
     if not floors:
         return f"{what} of {_number(run)}"
     name = max(floors, key=lambda k: floors[k].value or 0.0)

@@ -37,7 +37,7 @@ def test_every_measure_stands_beside_its_floors(explained: dict[str, Any]) -> No
     rows = rows_of(explained)
     sections = {section for section, _ in rows}
     assert sections == {
-        "Sparsity of W", "Information", "Disentanglement, latents as units",
+        "Sparsity of W", "Information", "Masked prediction", "Disentanglement, latents as units",
         "Disentanglement, groups as units", "Groups and factors", "Groups and objects",
     }  # fmt: skip
     latents = rows["Disentanglement, latents as units", "MIG"]
@@ -121,7 +121,7 @@ def test_images_without_labels_or_masks_are_enough(
     options = Options(quick=True, out=tmp_path / "out")
     found = run_explain(runs["concept"], str(tmp_path / "plain"), options=options)
     sections = {section for section, _ in rows_of(found)}
-    assert sections == {"Sparsity of W", "Information"}
+    assert sections == {"Sparsity of W", "Information", "Masked prediction"}
     assert "without labels" in found["verdict"]
 
 
@@ -149,6 +149,9 @@ def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
     capsys.readouterr()
     assert cli.main(["compare", str(runs["concept"]), str(copy)]) == 2
     assert "same --data and --test-limit" in capsys.readouterr().err
+    (copy / METRICS).write_text('{"run": "a"}')
+    assert cli.main(["compare", str(runs["concept"]), str(copy)]) == 2
+    assert "a damaged report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_compare_matches_a_run_with_itself_and_with_its_other_seed(
         ("explain {run} --data {data} --factors colour", "no factor 'colour'"),
         ("explain nowhere --data {data}", "nowhere: no such run directory"),
         ("explain {dense} --data {data} --num-groups 97", "has 96 latents; take 1 to 96"),
-        ("explain {dense} --data {data} --num-groups 7", "does not divide the width 96"),
+        ("explain {dense} --data {data} --num-groups 7", "does not divide the 96 latents"),
         ("explain {dense} --data {data} --density 0", "--density 0: must be above 0"),
         ("explain {run} --data {data} --limit 0", "--limit 0: must be at least 1"),
         ("explain {run} --data {data} --img-size 1 2 3", "--img-size"),

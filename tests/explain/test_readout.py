@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.decomposition import PCA
 
 from sparsejepa.data.catalog import load_dataset
 from sparsejepa.data.images import ImageSet
+from sparsejepa.explain.measures import masked_r2
 from sparsejepa.explain.options import Options
 from sparsejepa.explain.readout import (
     Readout,
@@ -21,6 +23,8 @@ from sparsejepa.explain.readout import (
     read_train,
     standardise,
 )
+from sparsejepa.model.losses import normalize_targets
+from sparsejepa.training.build import build_sampler
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,30 @@ def test_principal_axes_are_scikit_learns() -> None:
     z = np.random.default_rng(0).standard_normal((500, 6)) * [5, 4, 3, 2, 1, 0.5]
     ours, theirs = principal_axes(z), PCA().fit(z).components_
     np.testing.assert_allclose(np.abs((ours * theirs).sum(1)), 1, atol=1e-4)
+
+
+def test_masked_r2_is_the_plain_computation(runs: dict[str, Path], images: ImageSet) -> None:
+    subject = open_subject(str(runs["region"]), images, Options(precision="fp32"))
+    part = images.subset(40)
+    found = masked_r2(subject, part, batch_size=16)
+    groups, encoder = subject.groups, subject.encoder
+    assert groups is not None and subject.config is not None
+    model: Any = encoder.model
+    sampler = build_sampler(subject.config, encoder.grid_size)
+    mean, std = torch.tensor(encoder.mean), torch.tensor(encoder.std)
+    pixels = ((torch.as_tensor(part.images.copy()) / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        targets = normalize_targets(model(pixels))
+    places = targets.mean(0)
+    top = bottom = 0.0
+    for step, index in enumerate(torch.arange(40).split(16)):
+        masks = sampler.sample(len(index), seed=0, step=step)
+        for b, i in enumerate(index.tolist()):
+            hidden = [n for n in range(16) if n not in masks.context[b]]
+            with torch.no_grad():
+                z = model(pixels[i : i + 1], masks.context[b : b + 1])
+                guess = groups(z, masks.context[b : b + 1], torch.tensor([hidden]))[0]
+            for k, n in enumerate(hidden):
+                top += float((guess[k] - targets[i, n]).square().sum())
+                bottom += float((targets[i, n] - places[n]).square().sum())
+    assert found.value == pytest.approx(1 - top / bottom, abs=2e-3)
